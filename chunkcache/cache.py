@@ -1,0 +1,223 @@
+"""RedisChunkCache: the cache that users hand to `generate()`, and how Transformers sees it."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from chunkcache.chunking import Grid
+from chunkcache.errors import UnsupportedCallError
+from chunkcache.model_check import check_model
+from chunkcache.model_state import ModelState
+from chunkcache.prefill import ForwardCall, PrefillAware, install
+from chunkcache.report import Report
+from chunkcache.sequence import Sequence, Setup, Step
+from chunkcache.settings import Settings
+from chunkcache.stores.base import ChunkStore
+
+
+class RedisChunkCache(DynamicCache, PrefillAware):
+    """A `DynamicCache` that finds the K/V of known text in a store and keeps new ones there.
+
+    ```python
+    cache = RedisChunkCache(model, "redis://localhost:6379/0")
+    out = model.generate(**inputs, past_key_values=cache)
+    print(cache.report)
+    ```
+
+    The same object passed to a later `generate()` continues the conversation. A prompt that does
+    not continue what the cache holds keeps the common beginning and drops the rest.
+
+    Args:
+        model: The model that will be called. A PEFT or compiled wrapper is looked through.
+        store: A URL, an open `ChunkStore`, or `None` for the one that `CHUNKCACHE_URL` names,
+            else the embedded one.
+        settings: Keyword arguments as in `Settings`.
+
+    Attributes:
+        report: What was reused of the last prompt.
+
+    Raises:
+        UnsupportedModelError: The model has no K/V cache that could be filled.
+        UnsupportedCallError: The model's generation settings exclude a cache of the user's.
+        SettingError: A setting or the URL cannot work.
+    """
+
+    _sequence: Sequence
+    _step: Step
+    _parked: bool  # generate() has begun and its prompt is awaited
+    _in_flight: bool  # a forward has begun and not come back
+
+    def __init__(
+        self, model: nn.Module, store: ChunkStore | str | None = None, **settings: Any
+    ) -> None:
+        inner = check_model(model)
+        chosen = Settings.load(**settings)
+        super().__init__(config=inner.config)  # type: ignore[arg-type]
+        self.layers: list[Any]
+        state = ModelState.of(inner)
+        if not isinstance(store, ChunkStore):
+            store = state.open(
+                store,
+                connect_timeout=chosen.connect_timeout,
+                read_timeout=chosen.read_timeout,
+                write_queue_bytes=chosen.write_queue_bytes,
+            )
+        grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
+        self._setup = Setup(inner, state, store, chosen, grid)
+        self.report = Report()
+        self._reported = 0
+        self._forget()
+        if not inner.training:
+            self._sequence.identify()  # now, rather than within the time to the first token
+        install(inner)
+
+    @property
+    def store(self) -> ChunkStore:
+        """Where chunks are looked up and kept."""
+        return self._setup.store
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._setup.settings
+
+    # ------------------------------------------------------------------ what Transformers calls
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """`generate()` sets this as it starts: the only sign that a prompt, not a token, comes."""
+        return True
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        # Seem empty until the prompt has been seen. Told a length, generate() would cut off that
+        # many ids unseen, whether or not they are those whose K/V are held.
+        self._parked = True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never: masks would be built for the whole prompt before the hook has trimmed it."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns held; 0 between the start of `generate()` and its first forward."""
+        return 0 if self._parked else super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        """Forget the tokens held. The store keeps what it has."""
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._sequence.transcript.take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        transcript = self._sequence.transcript
+        transcript.take_rows(torch.arange(len(transcript.pads)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows given."""
+        super().batch_select_indices(indices)
+        self._sequence.transcript.take_rows(indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is held; model and store stay shared."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self._setup)] = self._setup
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    # ------------------------------------------------------------------ what the hook calls
+
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
+        """Find out what is known of the prompt, fill the layers, and say how much to leave out."""
+        if self._in_flight:
+            self._forget()  # the last forward failed half-way: some layers are ahead of others
+        self._in_flight = True
+        held = past = self._sequence.length
+        starts, self._parked = self._parked, False
+        if starts and not self._continues(call, held):
+            held, past = self._keep(self._sequence.common_columns(call)), 0
+        self._sequence.transcript.crop(held)
+        total = past + call.new
+        computed = total - held
+        self._step = Step(
+            past=past,
+            held=held,
+            total=total,
+            certain=total - max(call.keep - 1, 0),
+            is_prompt=starts or not held or computed > max(call.keep, 1),
+        )
+        if self._step.is_prompt:
+            if starts or not past or past != self._reported:
+                self.report = Report()
+            self._reported = total
+        return self._sequence.begin(module, call, self._step, self.report)
+
+    def end_forward(self, module: nn.Module) -> None:
+        """Keep the chunks that this forward has completed."""
+        self._in_flight = False
+        self._sequence.end(self._step, self.report)
+
+    def _continues(self, call: ForwardCall, held: int) -> bool:
+        """Whether the ids given to `generate()` are only those behind what is held.
+
+        Then the mask covers more than the ids, or, an all-ones mask being dropped, the positions
+        do not start at 0.
+        """
+        if call.mask is not None and call.ids is not None:
+            columns = call.mask.shape[-1]
+            if columns not in (call.new, held + call.new):
+                raise UnsupportedCallError(
+                    f"attention_mask covers {columns} tokens, but the cache holds {held} and "
+                    f"input_ids bring {call.new}: pass the whole prompt, or a mask over both"
+                )
+            return columns != call.new
+        return bool(held) and call.first_position() == held
+
+    def _keep(self, columns: int) -> int:
+        """Drop all that is held but the first columns."""
+        if not columns:
+            self._forget()
+            self._in_flight = True
+        elif columns < self._sequence.length:
+            self.crop(columns - self._sequence.length)
+        return columns
+
+    def _forget(self) -> None:
+        """Become empty, as new."""
+        self._parked = self._in_flight = False
+        self._sequence = Sequence(self._setup)
+        self.layers = self._sequence.layers
+
+    # ------------------------------------------------------------------ what users call
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all chunks are written. False if `timeout` seconds passed before."""
+        return self.store.flush(timeout)
+
+    def close(self) -> None:
+        """Write what is pending and let go of the memory. The store stays open for other caches."""
+        self.flush(self.settings.read_timeout)
+        self._forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,118 @@
+"""The command line: `chunkcache demo`.
+
+Heavy imports wait inside the commands, so that `--version` and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from chunkcache.errors import ChunkCacheError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they may show local variables, and so a store's password
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chunkcache {version('chunkcache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def chunkcache(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Reuse the K/V cache of text met before, in HuggingFace Transformers, through Redis."""
+
+
+@app.command()
+def demo(
+    store: Annotated[
+        str | None,
+        typer.Option(help="URL of the store. Default: CHUNKCACHE_URL, else the embedded store."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A model's folder or hub id.")
+    ] = "SmolLM2-135M-Instruct",
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the document, in tokens.")] = 2000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Ask two questions over one document, without a cache, cold and warm.
+
+    Ends with 1 if the cache changed an answer, and with 2 if something is not set up right.
+    """
+    err = Console(file=sys.stderr)
+    with (
+        errors_in_one_line(),
+        Progress(
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        ) as progress,
+    ):
+        task = progress.add_task("starting", total=None)
+        from chunkcache import demo as work
+        from chunkcache.samples import quiet_transformers
+
+        progress.update(task, total=len(work.STEPS) + 1)
+
+        def step(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        url = work.ready_store(store)
+        with quiet_transformers():
+            outcome = work.run_demo(url, model, tokens, max_new_tokens, step)
+    if as_json:
+        typer.echo(json.dumps(outcome.to_dict(), indent=2))
+    else:
+        outcome.print(Console())
+    if not outcome.same:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn chunkcache's errors into one line on stderr and exit status 2.
+
+    Its warnings are held back meanwhile: what they say is in the error or in a report.
+    """
+    logger = logging.getLogger("chunkcache")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except ChunkCacheError as error:
+        typer.echo(f"chunkcache: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+    finally:
+        logger.setLevel(level)
+
+
+def main() -> None:
+    """The entry point of the `chunkcache` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

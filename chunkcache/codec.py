@@ -1,0 +1,211 @@
+"""A chunk's K/V to bytes and back: one safetensors file per chunk, self-describing and checked.
+
+The blob can be read by `safetensors.safe_open` alone. Tensors are `layers.<i>.keys` and
+`layers.<i>.values`, each `[kv_heads, tokens, head_dim]`, keys as the model cached them (rotated
+to their position). The header's metadata holds tokens, positions, layout, chunk hash and an
+xxh3-128 checksum of all tensor data.
+
+A chunk's blob can have one form only: whoever knows the chunk knows every byte of the header but
+the checksum. So a blob is checked by comparing bytes, nothing in it is parsed or believed, and its
+tensors can be read straight to where they belong. The format is
+https://github.com/huggingface/safetensors#format, written here to be built in one pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from chunkcache.errors import BlobError
+
+FORMAT = "safetensors"
+LAYOUT = "[kv_heads, tokens, head_dim]"
+# Tensor data begins on a cache line, whatever the header's length.
+_ALIGNMENT = 64
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer caches per token: heads and widths of keys and of values."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    def token_elements(self) -> int:
+        """Numbers cached per token."""
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What all layers of a model cache: the shapes every blob of that model must have.
+
+    `layers` has one entry per layer of the cache, `None` for layers that cache nothing.
+    """
+
+    dtype: torch.dtype
+    layers: tuple[LayerShape | None, ...]
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of K/V per token, all layers."""
+        elements = sum(layer.token_elements() for layer in self.layers if layer)
+        return elements * self.dtype.itemsize
+
+    def tensors(self, tokens: int) -> list[tuple[str, tuple[int, int, int], int, int]]:
+        """Name, shape, begin and end (bytes in the data) of each tensor of a chunk's blob."""
+        out = []
+        end = 0
+        for index, layer in enumerate(self.layers):
+            if layer is None:
+                continue
+            for name, heads, dim in (
+                ("keys", layer.key_heads, layer.key_dim),
+                ("values", layer.value_heads, layer.value_dim),
+            ):
+                begin, end = end, end + heads * tokens * dim * self.dtype.itemsize
+                out.append((f"layers.{index}.{name}", (heads, tokens, dim), begin, end))
+        return out
+
+    def to_json(self) -> str:
+        """Text form, as kept in a store."""
+        layers = [
+            layer and [layer.key_heads, layer.key_dim, layer.value_heads, layer.value_dim]
+            for layer in self.layers
+        ]
+        return json.dumps({"dtype": _DTYPE_NAMES[self.dtype], "layers": layers})
+
+    @classmethod
+    def from_json(cls, text: str) -> KVLayout:
+        """Read `to_json` back.
+
+        Raises:
+            BlobError: Not such a text.
+        """
+        try:
+            fields = json.loads(text)
+            dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+            layers = tuple(layer and LayerShape(*map(int, layer)) for layer in fields["layers"])
+            return cls(dtypes[fields["dtype"]], layers)
+        except (ValueError, TypeError, KeyError) as error:
+            raise BlobError(f"not a K/V layout: {text[:80]!r}") from error
+
+
+LayerKV = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each `[kv_heads, tokens, head_dim]`."""
+
+_NO_CHECKSUM = b"0" * 32
+_CHECKSUM_MARK = b'"checksum":"xxh3_128:'
+
+
+@dataclass(frozen=True, slots=True)
+class BlobForm:
+    """The form of one chunk's blob.
+
+    Attributes:
+        layout: What the model's layers cache.
+        tokens: Number of tokens in the chunk.
+        header: All bytes before the tensor data, zeros standing where the checksum goes.
+        size: Bytes of the whole blob.
+    """
+
+    layout: KVLayout
+    tokens: int
+    header: bytes
+    size: int
+
+    @classmethod
+    def of(cls, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobForm:
+        """The form of the chunk with these token ids, whose first one stands at `start`."""
+        metadata = {
+            "format": "pt",
+            "chunk_hash": chunk_hash,
+            "tokens": json.dumps(list(tokens), separators=(",", ":")),
+            "positions": f"{start}-{start + len(tokens)}",
+            "layout": LAYOUT,
+            "checksum": f"xxh3_128:{_NO_CHECKSUM.decode()}",
+        }
+        described = json.dumps(metadata, separators=(",", ":"))
+        text = f'{{"__metadata__":{described},{_tensor_table(layout, len(tokens))}'.encode()
+        offset = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT
+        header = (offset - 8).to_bytes(8, "little") + text.ljust(offset - 8)
+        return cls(layout, len(tokens), header, offset + len(tokens) * layout.token_bytes)
+
+    def with_checksum(self, data: Iterable[memoryview]) -> bytes:
+        """The header for these tensor data, given in order in any number of pieces."""
+        checksum = xxhash.xxh3_128()
+        for piece in data:
+            checksum.update(piece)
+        mark = _CHECKSUM_MARK + checksum.hexdigest().encode()
+        return self.header.replace(_CHECKSUM_MARK + _NO_CHECKSUM, mark, 1)
+
+    def check(self, header: bytes | bytearray | memoryview, data: Iterable[memoryview]) -> None:
+        """Check a blob that was read.
+
+        Raises:
+            BlobError: It is not this chunk's, or it is damaged.
+        """
+        expected = self.with_checksum(data)
+        if header == expected:
+            return
+        at = self.header.index(_CHECKSUM_MARK) + len(_CHECKSUM_MARK)
+        end = at + len(_NO_CHECKSUM)
+        if header[:at] == expected[:at] and header[end:] == expected[end:]:
+            raise BlobError("the blob is damaged: its checksum differs")
+        raise BlobError("the blob is not of this chunk: its header differs")
+
+    def views(self, blob: memoryview) -> list[LayerKV | None]:
+        """The tensors of a whole blob in writable memory, as views of it."""
+        data = torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
+        dtype = self.layout.dtype
+        parts = iter(
+            data[begin:end].view(dtype).view(shape)
+            for _, shape, begin, end in self.layout.tensors(self.tokens)
+        )
+        return [(next(parts), next(parts)) if layer else None for layer in self.layout.layers]
+
+
+@lru_cache(maxsize=64)
+def _tensor_table(layout: KVLayout, tokens: int) -> str:
+    """The header's entries for the tensors, with the closing brace. Alike for all whole chunks."""
+    table = {
+        name: {
+            "dtype": _DTYPE_NAMES[layout.dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+        for name, shape, begin, end in layout.tensors(tokens)
+    }
+    return json.dumps(table, separators=(",", ":"))[1:]
+
+
+def encode(form: BlobForm, layers: Iterable[LayerKV | None]) -> memoryview:
+    """Build a blob in memory of its own.
+
+    Args:
+        form: The chunk's form.
+        layers: Keys and values per layer, `None` for layers that cache nothing; on any device.
+    """
+    blob = np.empty(form.size, dtype=np.uint8).data
+    for target, source in zip(form.views(blob), layers, strict=True):
+        if target and source:
+            for part, tensor in zip(target, source, strict=True):
+                part.copy_(tensor.detach())
+    offset = len(form.header)
+    blob[:offset] = form.with_checksum([blob[offset:]])
+    return blob

@@ -1,0 +1,25 @@
+"""The exceptions a user can meet. Each message names the setting or call at fault and its mend."""
+
+
+class ChunkCacheError(Exception):
+    """Base of all errors raised by chunkcache."""
+
+
+class SettingError(ChunkCacheError, ValueError):
+    """A setting, URL or argument has a value that cannot work."""
+
+
+class UnsupportedModelError(ChunkCacheError, TypeError):
+    """The model has no K/V cache that could be filled (encoder-decoder, a cache of its own)."""
+
+
+class UnsupportedCallError(ChunkCacheError, ValueError):
+    """The call contradicts the use of a cache (for instance `use_cache=False`)."""
+
+
+class StoreError(ChunkCacheError):
+    """A store could not be reached or answered with an error. Raised to users only on request."""
+
+
+class BlobError(ChunkCacheError):
+    """A blob is damaged, or is not the chunk it should be. Treated as a miss."""

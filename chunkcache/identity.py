@@ -1,0 +1,185 @@
+"""ModelIdentity: what the K/V of a token depend on besides the tokens; ChunkKey: a chunk's name.
+
+Two models that differ in anything that shapes their K/V must never share a chunk, and the same
+checkpoint in two processes must. So the identity is a digest of content, never of names alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+import transformers
+from torch import nn
+
+from chunkcache.errors import SettingError
+from chunkcache.weights import digest_adapters, digest_weights
+
+# Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
+# it, since a release may change what a layer caches (rotated or not, latent or expanded).
+KV_LAYOUT = f"1+transformers-{'.'.join(transformers.__version__.split('.')[:2])}"
+
+# Parts of a configuration that say where a model came from or how outputs are returned, not what
+# its K/V are.
+_INERT = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",  # each tensor's own counts, with the weights
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What stored K/V belong to.
+
+    Attributes:
+        name: Readable name of the model, the `model` part of a key. Not trusted: `digest` decides.
+        revision: Commit on the Hub, or `""`.
+        dtype: Data type of the weights, as `"float32"`.
+        digest: SHA-256 over configuration, weights, adapters, numerics and K/V layout (64 hex).
+        parts: The digests that went into `digest`, by name, to tell what differs.
+        world_size: Processes that share one model (tensor parallel).
+        worker: This process among them.
+    """
+
+    name: str
+    revision: str
+    dtype: str
+    digest: str
+    parts: tuple[tuple[str, str], ...]
+    world_size: int = 1
+    worker: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, edited: Collection[str] = ()) -> ModelIdentity:
+        """The identity of a model as it stands: weights, adapters and settings of this moment.
+
+        `edited` names tensors that changed while they were watched (see `weights.digest_weights`).
+        """
+        config: Any = model.config
+        revision = getattr(config, "_commit_hash", None) or ""
+        parts = (
+            ("layout", KV_LAYOUT),
+            ("class", type(model).__name__),
+            ("config", _digest_config(config)),
+            ("revision", revision),
+            ("weights", digest_weights(model, edited)),
+            ("adapters", digest_adapters(model)),
+            ("numerics", numerics(model)),
+        )
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return cls(model_name(model), revision, dtype, digest, parts)
+
+    def salt(self, namespace: str) -> bytes:
+        """What every chunk hash of this model starts from. A namespace is a world of its own."""
+        text = json.dumps([self.digest, namespace, self.world_size, self.worker])
+        return hashlib.sha256(text.encode()).digest()
+
+    def key(self, chunk_hash: str, format: str) -> ChunkKey:
+        """The key of a chunk of this model."""
+        return ChunkKey(format, self.name, self.world_size, self.worker, chunk_hash)
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's name on the Hub, the last part of a local folder, or its class name."""
+    config: Any = model.config
+    name = getattr(config, "_name_or_path", "") or ""
+    if not name:
+        return type(model).__name__
+    path = Path(name)
+    # A folder's path says where one machine keeps it; others would miss, and it tells too much.
+    if path.is_absolute() or name.startswith(".") or path.exists():
+        return path.resolve().name or type(model).__name__
+    return name
+
+
+def _digest_config(config: Any) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items() if k not in _INERT}
+        return value
+
+    settings = plain(config.to_dict())
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def numerics(model: nn.Module) -> str:
+    """Switches that change what the same weights compute, as text; cheap enough for each prompt."""
+    config: Any = model.config
+    device = next(model.parameters()).device.type
+    if device == "meta":  # weights are elsewhere and come when they are needed
+        device = "cpu"
+    autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
+    attention = getattr(config, "_attn_implementation", None)
+    experts = getattr(config, "_experts_implementation", None)
+    precision = torch.get_float32_matmul_precision()
+    return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"
+
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_FORMAT = re.compile(r"[a-z0-9+.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKey:
+    """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
+
+    `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
+    a store adds `@metadata` and `@kv_bytes`.
+    """
+
+    format: str
+    model: str
+    world_size: int
+    worker: int
+    chunk_hash: str
+
+    def __str__(self) -> str:
+        name = quote(self.model, safe="/:+=,", errors="surrogatepass")
+        return f"{self.format}@{name}@{self.world_size}@{self.worker}@{self.chunk_hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> ChunkKey:
+        """Read a key back, with or without `@metadata` or `@kv_bytes` behind it.
+
+        Raises:
+            SettingError: The text is not a key of ours.
+        """
+        fields = text.split("@")
+        if len(fields) == 6 and fields[5] in ("metadata", "kv_bytes"):
+            fields.pop()
+        if (
+            len(fields) != 5
+            or not _FORMAT.fullmatch(fields[0])
+            or not (fields[2].isascii() and fields[2].isdigit() and len(fields[2]) < 10)
+            or not (fields[3].isascii() and fields[3].isdigit() and len(fields[3]) < 10)
+            or not _HASH.fullmatch(fields[4])
+        ):
+            raise SettingError(
+                f"{text[:200]!r} is not a chunk key: expected "
+                "format@model@world_size@worker@chunk_hash"
+            )
+        model = unquote(fields[1], errors="surrogatepass")
+        return cls(fields[0], model, int(fields[2]), int(fields[3]), fields[4])

@@ -1,0 +1,212 @@
+"""Cache layers that can be filled from outside and grow without copying.
+
+`DynamicLayer` concatenates the whole cache with each new token: 100 ms a token for 200 MB. These
+layers keep room behind what they hold, write new tokens into it and hand out views. All else
+(crop, reorder, repeat, select, reset) is inherited: whatever replaces `keys` with a tensor of its
+own is noticed at the next update, which then moves house.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from chunkcache.codec import KVLayout, LayerKV
+
+# Room for new tokens: at least this many, and this share of what is held.
+SLACK_TOKENS = 128
+SLACK_SHARE = 0.25
+
+
+def with_room(tokens: int) -> int:
+    """Tokens to allocate for a layer that is about to hold `tokens`."""
+    return tokens + max(SLACK_TOKENS, math.ceil(tokens * SLACK_SHARE))
+
+
+def allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised flat memory for `size` numbers.
+
+    On the CPU numpy asks the kernel for huge pages, which makes first writes several times faster
+    than into memory from `torch.empty`.
+    """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    flat = torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8))
+    return flat.view(dtype)
+
+
+class GrowingLayer(DynamicLayer):
+    """A full-length cache layer with room to grow.
+
+    `keys` and `values` are `[batch, kv_heads, tokens, head_dim]` views of larger memory.
+    """
+
+    keys: Any  # a Tensor once initialised, which the parent class cannot say
+    values: Any
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
+
+    def runs(self, row: int, column: int, tokens: int) -> list[memoryview]:
+        """The memory of one row's room behind `column`: where a blob's bytes belong, in its order.
+
+        Keys of each head, then values of each head. Only on the CPU.
+        """
+        views = []
+        for room in (self._key_room, self._value_room):
+            assert room is not None
+            flat = room.view(torch.uint8).numpy().reshape(-1).data
+            _, heads, capacity, width = room.shape
+            width *= room.element_size()
+            for head in range(row * heads, (row + 1) * heads):
+                at = (head * capacity + column) * width
+                views.append(flat[at : at + tokens * width])
+        return views
+
+    def settle(self, key_room: Tensor, value_room: Tensor) -> None:
+        """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each."""
+        self.dtype, self.device = key_room.dtype, key_room.device
+        self._key_room, self._value_room = key_room, value_room
+        self.is_initialized = True
+        self.hold(0)
+
+    def hold(self, tokens: int) -> None:
+        """Declare that the first `tokens` of the room are filled."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        self.keys = self._key_room[:, :, :tokens]
+        self.values = self._value_room[:, :, :tokens]
+
+    def place(self, row: int, column: int, keys: Tensor, values: Tensor) -> None:
+        """Copy `[kv_heads, tokens, head_dim]` into one row's room, not yet held (see `hold`)."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        end = column + keys.shape[1]
+        self._key_room[row, :, column:end].copy_(keys)
+        self._value_room[row, :, column:end].copy_(values)
+
+    def peek(self, row: int, column: int, tokens: int) -> LayerKV:
+        """Views `[kv_heads, tokens, head_dim]` of one row's room, held or not."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        end = column + tokens
+        return self._key_room[row, :, column:end], self._value_room[row, :, column:end]
+
+    def blank(self, row: int, columns: int) -> None:
+        """Zero one row's first columns: padding, which attention masks but multiplies by zero."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        self._key_room[row, :, :columns].zero_()
+        self._value_room[row, :, :columns].zero_()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[batch, kv_heads, tokens, head_dim]` and return views of all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.requires_grad or self.keys.requires_grad:
+            # Autograd needs every version of its inputs: no writing in place.
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = self.get_seq_length()
+        total = held + key_states.shape[-2]
+        if not self._fits(key_states, held, total):
+            self._move(key_states, value_states, held, total)
+        assert self._key_room is not None
+        assert self._value_room is not None
+        self._key_room[:, :, held:total].copy_(key_states)
+        self._value_room[:, :, held:total].copy_(value_states)
+        self.hold(total)
+        return self.keys, self.values
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all, keeping what is held."""
+        held = self.get_seq_length()
+        if held and not self._fits(self.keys, held, tokens):
+            self._move(self.keys, self.values, held, tokens)
+            self.hold(held)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._key_room = self._value_room = None
+
+    def _fits(self, new: Tensor, held: int, total: int) -> bool:
+        """Whether what is held is where we left it, and the new tokens may be written behind it."""
+        room = self._key_room
+        return (
+            room is not None
+            and room.shape[2] >= total
+            and room.shape[:2] == new.shape[:2]
+            and room.device == new.device
+            and room.dtype == new.dtype
+            # Memory made under torch.inference_mode may be written under it alone.
+            and room.is_inference() <= torch.is_inference_mode_enabled()
+            and (not held or self._at_home(self.keys, room))
+            and (not held or self._at_home(self.values, self._value_room))
+        )
+
+    @staticmethod
+    def _at_home(view: Tensor, room: Tensor | None) -> bool:
+        return (
+            room is not None
+            and view.data_ptr() == room.data_ptr()
+            and view.stride() == room.stride()
+        )
+
+    def _move(self, key_states: Tensor, value_states: Tensor, held: int, total: int) -> None:
+        """Take larger memory, on the device of the new tokens, and copy what is held there."""
+        rooms = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            batch, heads, _, dim = new.shape
+            shape = (batch, heads, with_room(total), dim)
+            room = allocate(math.prod(shape), new.dtype, new.device).view(shape)
+            if held:
+                room[:, :, :held].copy_(old)
+            rooms.append(room)
+        self._key_room, self._value_room = rooms
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+
+def settle_all(
+    layers: Sequence[Any], layout: KVLayout, batch: int, tokens: int, device: torch.device
+) -> None:
+    """Give all layers room for `tokens` and some more, cut from one piece of memory.
+
+    One large piece instead of two per layer: few large pages instead of many small ones.
+    """
+    room = with_room(tokens)
+    arena = allocate(
+        batch * room * layout.token_bytes // layout.dtype.itemsize, layout.dtype, device
+    )
+    at = 0
+
+    def take(heads: int, dim: int) -> Tensor:
+        nonlocal at
+        shape = (batch, heads, room, dim)
+        begin, at = at, at + math.prod(shape)
+        return arena[begin:at].view(shape)
+
+    for layer, shape in zip(layers, layout.layers, strict=True):
+        if shape is not None:
+            layer.settle(
+                take(shape.key_heads, shape.key_dim), take(shape.value_heads, shape.value_dim)
+            )
+
+
+def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[LayerKV | None]:
+    """Views of one row's K/V in columns `start` to `stop`, each `[kv_heads, tokens, head_dim]`."""
+    return [
+        (layer.keys[row, :, start:stop], layer.values[row, :, start:stop])
+        if isinstance(layer, GrowingLayer)
+        else None
+        for layer in layers
+    ]

@@ -1,0 +1,209 @@
+"""One measured answer: how long the first token takes, and what it was reused from.
+
+`in_fresh_process` measures in a process that knows nothing but the store. It is started as
+`python -m chunkcache.measure`, with a `Job` as JSON on stdin and a `Run` as JSON on stdout (a
+command line could show the store's password to others).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from chunkcache.cache import RedisChunkCache
+from chunkcache.errors import ChunkCacheError, SettingError
+from chunkcache.samples import document, load_smollm2, quiet_transformers
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+QUESTIONS = (
+    "What is the text above about? Answer in one sentence.",
+    "Name one function that the text above describes, and say what it does.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run is given: `use_cache` says whether through the store, `question` which one."""
+
+    model: str
+    store: str
+    namespace: str
+    tokens: int
+    max_new_tokens: int
+    question: int
+    use_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of it. `measure` tells what the times are of."""
+
+    first_token_ms: float
+    setup_ms: float
+    prompt_tokens: int
+    reused: int
+    bytes_written: int
+    answer_ids: list[int]
+    answer: str
+    report: str
+
+
+class FirstToken(BaseStreamer):
+    """Notes when `generate()` hands out its first new token."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.seconds = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        """The first call brings the prompt, the second the first new token."""
+        self.calls += 1
+        if self.calls == 2:
+            self.seconds = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+class Measurer:
+    """A loaded model that can do jobs.
+
+    Raises:
+        SettingError: The model cannot be had, or the prompt is too long for it.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model, self.tokenizer = _load(model)
+        # Threads and buffers that the process makes once are nobody's time to first token.
+        self.model.generate(
+            torch.ones(1, 16, dtype=torch.long, device=self.model.device),
+            attention_mask=torch.ones(1, 16, dtype=torch.long, device=self.model.device),
+            max_new_tokens=2,
+            do_sample=False,
+        )
+
+    def measure(self, job: Job) -> Run:
+        """Answer greedily. The time to the first token runs from the call of `generate()` to its
+        first new token: lookup in the store, reading, and prefill of the rest. Loading the model
+        and tokenizing come before, and making the cache object (connecting to the store, and once
+        per model hashing and probing its weights), which `setup_ms` tells.
+        """
+        inputs = self._prompt(job)
+        started = time.perf_counter()
+        if not job.use_cache:
+            return self._generate(job, inputs, started, None)
+        with RedisChunkCache(self.model, job.store, namespace=job.namespace) as cache:
+            return self._generate(job, inputs, started, cache)
+
+    def _prompt(self, job: Job) -> dict[str, torch.Tensor]:
+        # The document stands first: whatever is asked about it, its tokens are the same.
+        text = f"{document(job.tokens, self.tokenizer)}\n\n{QUESTIONS[job.question]}"
+        if self.tokenizer.chat_template:
+            inputs = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        else:
+            inputs = self.tokenizer(f"{text}\n\nAnswer:", return_tensors="pt")
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        needed = inputs["input_ids"].shape[1] + job.max_new_tokens
+        if longest is not None and needed > longest:
+            raise SettingError(
+                f"--tokens {job.tokens} makes {needed:,} tokens with question and answer; "
+                f"this model takes {longest:,}: ask for a shorter document"
+            )
+        return {
+            name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")
+        }
+
+    def _generate(
+        self,
+        job: Job,
+        inputs: dict[str, torch.Tensor],
+        setup_started: float,
+        cache: RedisChunkCache | None,
+    ) -> Run:
+        streamer = FirstToken()
+        started = time.perf_counter()
+        ids = self.model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=job.max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+        prompt_tokens = inputs["input_ids"].shape[1]
+        answer = ids[0, prompt_tokens:]
+        if cache is not None:
+            cache.flush()
+        return Run(
+            first_token_ms=1e3 * (streamer.seconds - started),
+            setup_ms=1e3 * (started - setup_started),
+            prompt_tokens=prompt_tokens,
+            reused=cache.report.reused if cache is not None else 0,
+            bytes_written=cache.report.bytes_written if cache is not None else 0,
+            answer_ids=answer.tolist(),
+            answer=str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip(),
+            report=str(cache.report) if cache is not None else "",
+        )
+
+
+def in_fresh_process(job: Job) -> Run:
+    """Measure in a new process of the same Python.
+
+    Raises:
+        ChunkCacheError: The process failed; its last line says why.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "chunkcache.measure"],
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ChunkCacheError(f"the new process failed: {last}")
+    return Run(**json.loads(done.stdout))
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    loaded: Any
+    if model == SMOLLM2:
+        loaded, tokenizer = load_smollm2()
+    else:
+        local = Path(model).is_dir()  # then no hub is asked
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto", local_files_only=local
+            )
+            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
+        except (OSError, ValueError) as error:
+            raise SettingError(f"--model {model!r} cannot be loaded: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device).eval(), tokenizer
+
+
+def _worker() -> None:
+    job = Job(**json.load(sys.stdin))
+    # Whatever a library prints must not get between the lines of JSON.
+    with redirect_stdout(sys.stderr), quiet_transformers():
+        run = Measurer(job.model).measure(job)
+    json.dump(dataclasses.asdict(run), sys.stdout)
+
+
+if __name__ == "__main__":
+    _worker()

@@ -1,0 +1,52 @@
+"""Which models a cache can be made for: wrappers are looked through, the rest is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
+
+
+def check_model(model: Any) -> nn.Module:
+    """The model whose forward `generate()` calls, inside PEFT and `torch.compile` wrappers.
+
+    Raises:
+        UnsupportedModelError: Not a decoder that takes a `DynamicCache`.
+        UnsupportedCallError: The model's generation settings exclude a cache of the user's.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    config = getattr(inner, "config", None)
+    if not isinstance(inner, nn.Module) or config is None:
+        raise UnsupportedModelError(
+            f"RedisChunkCache needs a Transformers model as its first argument, not a "
+            f"{type(model).__name__}"
+        )
+    name = type(inner).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: its cache depends on the encoder's input, not on the "
+            "prompt's tokens alone. Use a decoder-only model, or generate without chunkcache"
+        )
+    can_generate = getattr(inner, "can_generate", None)
+    if can_generate is None or not can_generate():
+        raise UnsupportedModelError(
+            f"{name} cannot generate: load it with AutoModelForCausalLM to use RedisChunkCache"
+        )
+    takes_dynamic_cache: Any = inner._supports_default_dynamic_cache
+    if not takes_dynamic_cache():
+        raise UnsupportedModelError(
+            f"{name} has a cache class of its own and takes no DynamicCache: "
+            "generate without chunkcache"
+        )
+    generation_config = getattr(inner, "generation_config", None)
+    implementation = getattr(generation_config, "cache_implementation", None)
+    if implementation is not None:
+        raise UnsupportedCallError(
+            f"model.generation_config.cache_implementation={implementation!r} excludes "
+            "past_key_values=RedisChunkCache(...): set it to None"
+        )
+    return inner

@@ -1,0 +1,219 @@
+"""The hook on a model's forward: sees the prompt, asks the cache what is known, trims the call.
+
+All that depends on how Transformers calls a model is here. The hook sits on the top-level model
+(which sees `input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache,
+is installed once per model and can be removed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkcache.errors import UnsupportedCallError
+
+# Tensors with one entry per new token along their last dimension: trimmed together.
+_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
+_UNDERSTOOD = frozenset(
+    (*_PER_TOKEN, "attention_mask", "past_key_values", "use_cache", "logits_to_keep", "labels")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCall:
+    """What one forward was asked to do.
+
+    Attributes:
+        ids: `[batch, new]` token ids, or `None` when the prompt came as embeddings.
+        mask: `[batch, past + new]` attention mask, or `None` when nothing is masked.
+        positions: `[..., batch, new]` positions, or `None` for the model's default.
+        keep: How many tokens at the end have outputs that the caller wants; 0 means all.
+        whole: Why outputs of all tokens are wanted, or `""`.
+        opaque: Why the K/V of this call cannot be named by its tokens, or `""`.
+    """
+
+    ids: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    keep: int
+    whole: str
+    opaque: str
+
+    @property
+    def new(self) -> int:
+        """Columns of ids given."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def pads(self) -> list[int]:
+        """Columns of left padding in each row: the leading zeros of the mask."""
+        assert self.ids is not None
+        if self.mask is None:
+            return [0] * self.ids.shape[0]
+        unseen = self.mask == 0
+        pads: list[int] = unseen.long().cumprod(dim=1).sum(dim=1).tolist()
+        return pads
+
+    def follows(self, past: int, pads: list[int]) -> Tensor | bool:
+        """Whether mask and positions are those of rows of text with that much left padding.
+
+        No holes, nothing masked on the right, and each row's positions count its tokens from 0. The
+        answer stays on the device, so that asking does not wait for a GPU.
+
+        Args:
+            past: Columns that come before the ids of this call.
+            pads: Columns of left padding of each row.
+        """
+        assert self.ids is not None
+        batch, total = len(pads), past + self.new
+        if self.mask is None and self.positions is None:
+            return not any(pads)
+        begin = torch.tensor(pads, device=self.ids.device)[:, None]
+        column = torch.arange(total, device=self.ids.device)
+        sound: Tensor | bool = True
+        if self.mask is None:
+            if any(pads):
+                return False
+        elif tuple(self.mask.shape) != (batch, total):
+            return False
+        else:
+            sound = ((self.mask != 0) == (column >= begin)).all()
+        if self.positions is None:
+            # The default counts columns, padding included.
+            return sound if not any(pads) else False
+        if self.positions.shape[-1] != self.new:
+            return False
+        column = column[past:]
+        return sound & ((self.positions == column - begin) | (column < begin)).all()
+
+    def first_position(self) -> int | None:
+        """The first position given, `None` when there are none."""
+        return None if self.positions is None else int(self.positions.reshape(-1)[0])
+
+
+class PrefillAware(ABC):
+    """A cache that the hook talks to."""
+
+    @abstractmethod
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
+        """Prepare for a forward. Returns how many columns of ids the model need not compute."""
+
+    @abstractmethod
+    def end_forward(self, module: nn.Module) -> None:
+        """Take note that the forward has come back."""
+
+
+def install(model: nn.Module) -> None:
+    """Put the hook on a model that has none yet."""
+    if _before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take the hook off again; the model is as it was before its first cache."""
+    for hooks, ours, flags in (
+        (model._forward_pre_hooks, _before, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, _after, model._forward_hooks_with_kwargs),
+    ):
+        for number in [number for number, hook in hooks.items() if hook is ours]:
+            del hooks[number]
+            flags.pop(number, None)
+
+
+def _before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if args:
+        kwargs = _by_name(module, args, kwargs)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, PrefillAware):
+        return None
+    if kwargs.get("use_cache") is False:
+        raise UnsupportedCallError(
+            "use_cache=False contradicts past_key_values=RedisChunkCache(...): leave one out"
+        )
+    skip = cache.begin_forward(module, read_call(module, kwargs))
+    return (), trim(kwargs, skip)
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PrefillAware):
+        cache.end_forward(module)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by keyword, as `generate` passes them."""
+    signature = inspect.signature(module.forward)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
+def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
+    """Read a forward's keyword arguments. Never waits for a GPU: it runs at each decoding step."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    keep = kwargs.get("logits_to_keep")
+    return ForwardCall(
+        ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+        mask=mask if isinstance(mask, Tensor) else None,
+        positions=kwargs.get("position_ids"),
+        keep=keep if isinstance(keep, int) and keep > 0 else 0,
+        whole=_why_whole(module, kwargs, keep),
+        opaque=_why_opaque(module, kwargs, ids, mask),
+    )
+
+
+def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: Any) -> str:
+    if kwargs.get("labels") is not None:
+        return "labels were given: the loss needs the outputs of every token"
+    config: Any = module.config
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = kwargs.get(name)
+        if wanted or (wanted is None and getattr(config, name, False)):
+            return f"{name} was asked for: it covers every token"
+    for name, value in kwargs.items():
+        if name.startswith("output_") and name not in _UNDERSTOOD and value is True:
+            return f"{name} was asked for: it covers every token"
+    if not isinstance(keep, int) or keep <= 0:
+        return "logits of every token are wanted (logits_to_keep is not set)"
+    return ""
+
+
+def _why_opaque(module: nn.Module, kwargs: dict[str, Any], ids: Any, mask: Any) -> str:
+    if module.training:
+        return "the model is in training mode: call model.eval()"
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
+        return "the prompt has no input_ids (embeddings have no tokens to look up)"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        return "the attention mask is not two-dimensional"
+    for name, value in kwargs.items():
+        if name not in _UNDERSTOOD and _carries_data(value):
+            return f"{name} changes what the tokens mean (an image, for instance)"
+    return ""
+
+
+def _carries_data(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, (dict, list, tuple)) and len(value) > 0
+
+
+def trim(kwargs: dict[str, Any], skip: int) -> dict[str, Any]:
+    """The arguments without the first `skip` columns of what counts by new token."""
+    if not skip:
+        return kwargs
+    new = kwargs["input_ids"].shape[1]
+    trimmed = {
+        name: kwargs[name][..., skip:]
+        for name in _PER_TOKEN
+        if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
+    }
+    return {**kwargs, **trimmed}

@@ -1,0 +1,203 @@
+"""Proof: may this model's K/V be taken out, put back, and continued from? It is tried, not assumed.
+
+A name or a class says little: models differ in what they cache, and some give other results when
+a prompt is computed in two parts, with any cache. So each model is tested once: 32 tokens in one
+pass against the same tokens continued from K/V that went through a blob. The verdict is kept in
+the store under the model's identity, so that the next process does not repeat the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from chunkcache.codec import BlobForm, KVLayout, LayerShape, encode
+from chunkcache.errors import BlobError, ChunkCacheError
+from chunkcache.layers import GrowingLayer, row_slice, settle_all
+
+# Largest difference of logits, relative to the largest logit, that rounding explains. Wrong K/V
+# are off by 10 % and more.
+_TOLERANCE = {
+    torch.float64: 1e-5,  # parts of many models compute in float32 all the same
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+_TOKENS = 32
+# Frequencies that change with the length of the prompt: stored keys would depend on more than
+# the tokens before them.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The verdict on one model.
+
+    `obstacle` is empty when the model is proven; otherwise it says why the cache stands aside.
+    `layout` is what its layers cache, when they could be tapped.
+    """
+
+    obstacle: str = ""
+    layout: KVLayout | None = None
+
+    def to_metadata(self) -> dict[str, str]:
+        """Text form, as kept in a store."""
+        return {"obstacle": self.obstacle, "layout": self.layout.to_json() if self.layout else ""}
+
+    @classmethod
+    def from_metadata(cls, fields: dict[str, str] | None, model: nn.Module) -> Proof | None:
+        """Read `to_metadata` back; `None` when it is not one, or is of a model to test again.
+
+        The layout decides how much memory is asked for, so one that the model could not have is
+        not believed.
+        """
+        if not fields or fields.get("obstacle", "?") or not fields.get("layout"):
+            return None
+        try:
+            layout = KVLayout.from_json(fields["layout"])
+        except BlobError:
+            return None
+        layers = growing_layers(model) or []
+        widest = 64 * int(model.config.get_text_config(decoder=True).hidden_size)  # type: ignore[union-attr, operator]
+        plausible = len(layers) == len(layout.layers) and all(
+            (shape is not None) == isinstance(layer, GrowingLayer)
+            and (shape is None or 0 < shape.token_elements() <= widest)
+            for layer, shape in zip(layers, layout.layers, strict=True)
+        )
+        return cls("", layout) if plausible else None
+
+
+def growing_layers(model: nn.Module) -> list[Any] | None:
+    """A growing layer for each layer of the model that caches K/V, a dummy for the others.
+
+    `None` when some layer is of a kind that is not understood (recurrent or compressed state).
+    Sliding layers become full-length ones: their masks still apply, and a whole prompt's K/V can
+    be taken out.
+    """
+    layers: list[Any] = []
+    config: Any = model.config
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(GrowingLayer())
+        elif type(layer) is DummyLayer:
+            layers.append(layer)
+        else:
+            return None
+    return layers or None
+
+
+def prove(model: nn.Module) -> Proof:
+    """Test a model in evaluation mode. Draws no random numbers and leaves no trace in the model."""
+    if obstacle := _known_obstacle(model):
+        return Proof(obstacle)
+    try:
+        with torch.no_grad():
+            return _split_test(model)
+    except ChunkCacheError as error:
+        return Proof(f"the self-test failed: {error}")
+    except Exception as error:  # a model may fail in any way on a prompt that is not its own
+        return Proof(f"the self-test could not run: {type(error).__name__}: {error}"[:300])
+
+
+def _known_obstacle(model: nn.Module) -> str:
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    if growing_layers(model) is None:
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        return f"cache layers of a kind that is not supported: {', '.join(sorted(kinds)) or 'none'}"
+    for part in _rope_parts(getattr(text_config, "rope_parameters", None)):
+        if part.get("rope_type", "default") in _LENGTH_DEPENDENT_ROPE:
+            return f"RoPE type {part['rope_type']!r} depends on the prompt's length"
+    return ""
+
+
+def _rope_parts(parameters: Any) -> list[dict[str, Any]]:
+    """RoPE settings are one mapping, or one per layer type."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return nested or [parameters]
+
+
+def _split_test(model: nn.Module) -> Proof:
+    config: Any = model.config
+    ids = _test_ids(config).to(next(model.get_input_embeddings().parameters()).device)  # type: ignore[operator]
+    whole = model(input_ids=ids, past_key_values=DynamicCache(config=config), use_cache=True).logits
+
+    first = DynamicCache()
+    first.layers, first.layer_class_to_replicate = _test_layers(model), None
+    model(input_ids=ids, past_key_values=first, use_cache=True)
+    layout = _layout_of(first.layers)
+    if layout.dtype not in _TOLERANCE:
+        return Proof(f"K/V of type {layout.dtype} are not supported")
+
+    for cut in (ids.shape[1] // 2 - 1, ids.shape[1] - 1):
+        # As a hit would: through a blob, into fresh layers.
+        form = BlobForm.of(layout, ids[0, :cut].tolist(), 0, "")
+        parts = form.views(encode(form, row_slice(first.layers, 0, 0, cut)))
+        second, layers = DynamicCache(), _test_layers(model)
+        second.layers, second.layer_class_to_replicate = layers, None
+        settle_all(layers, layout, 1, ids.shape[1], whole.device)
+        for layer, kv in zip(layers, parts, strict=True):
+            if kv is not None:
+                layer.place(0, 0, *kv)
+                layer.hold(cut)
+        rest = model(input_ids=ids[:, cut:], past_key_values=second, use_cache=True).logits
+        error = float((rest - whole[:, cut:]).abs().max() / whole.abs().max())
+        if not error <= _TOLERANCE[layout.dtype]:
+            return Proof(
+                "continuing from stored K/V changes this model's logits by "
+                f"{error:.1e} of the largest"
+            )
+    return Proof("", layout)
+
+
+def _test_layers(model: nn.Module) -> list[Any]:
+    layers = growing_layers(model)
+    assert layers is not None
+    return layers
+
+
+def _layout_of(layers: Sequence[Any]) -> KVLayout:
+    shapes: list[LayerShape | None] = []
+    dtypes = set()
+    for layer in layers:
+        if not isinstance(layer, GrowingLayer):
+            shapes.append(None)
+            continue
+        if not layer.is_initialized:
+            raise ChunkCacheError("a layer that should cache K/V got none")
+        k, v = layer.keys, layer.values
+        shapes.append(LayerShape(k.shape[1], k.shape[3], v.shape[1], v.shape[3]))
+        dtypes |= {k.dtype, v.dtype}
+    if len(dtypes) != 1:
+        raise ChunkCacheError(f"layers cache K/V of several types: {sorted(map(str, dtypes))}")
+    return KVLayout(dtypes.pop(), tuple(shapes))
+
+
+def _test_ids(config: Any) -> Tensor:
+    """`[1, 32]` ids spread over the vocabulary, without those that mean something special."""
+    text_config = config.get_text_config(decoder=True)
+    special: set[int] = set()
+    for part in (config, text_config):
+        for name, value in part.to_dict().items():
+            if name.endswith(("token_id", "token_index")):
+                special |= {
+                    v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)
+                }
+    vocabulary = int(text_config.vocab_size)
+    ids = [i for i in range(vocabulary) if i not in special] if vocabulary < 4096 else []
+    if not ids:
+        ids = [i for i in range(10, vocabulary, vocabulary // 2048) if i not in special]
+    # A fixed pattern with a step prime to most lengths: no generator, so no effect on sampling.
+    return torch.tensor([[ids[(7 + 613 * i) % len(ids)] for i in range(_TOKENS)]])

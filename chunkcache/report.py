@@ -1,0 +1,226 @@
+"""Report: what the cache did with one prompt, in numbers, in words and in HTML."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from chunkcache.plan import Kind, Span
+
+if TYPE_CHECKING:
+    import pandas
+
+_COLOURS = {
+    Kind.REUSED: "#2e9e5b",
+    Kind.MOVED: "#3b7dd8",
+    Kind.RECOMPUTED: "#d99a1c",
+    Kind.COMPUTED: "#b9bec7",
+}
+
+
+@dataclass(slots=True)
+class RowReport:
+    """What happened to the tokens of one row of the batch: neighbouring tokens by their fate."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    def count(self, kind: Kind) -> int:
+        """Tokens of that kind."""
+        return sum(span.tokens for span in self.spans if span.kind is kind)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the row, padding not counted."""
+        return sum(span.tokens for span in self.spans)
+
+    @property
+    def reused(self) -> int:
+        """Tokens whose K/V were taken as they are."""
+        return self.count(Kind.REUSED)
+
+    @property
+    def moved(self) -> int:
+        """Tokens whose K/V were taken from another position."""
+        return self.count(Kind.MOVED)
+
+    @property
+    def recomputed(self) -> int:
+        """Tokens that were found but computed again to repair a move."""
+        return self.count(Kind.RECOMPUTED)
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computed."""
+        return self.count(Kind.COMPUTED)
+
+
+@dataclass(slots=True)
+class Report:
+    """What the cache did with the last prompt.
+
+    Token counts are sums over the rows of the batch; `reused + moved + recomputed + computed`
+    is `prompt_tokens`.
+
+    Attributes:
+        rows: One `RowReport` per row of the batch.
+        bytes_read: Bytes of blobs read from the store.
+        bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
+        bytes_dropped: Bytes not stored since the write queue was full.
+        lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
+        read_ms: Reading blobs, checking them and filling the layers.
+        move_ms: Rotating moved keys to their new position.
+        prefill_ms: Computing the rest of the prompt.
+        store_errors: Failed calls to the store.
+        errors: What went wrong, each cause once.
+        skipped: Why the cache stood aside, or `""`.
+    """
+
+    rows: list[RowReport] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_dropped: int = 0
+    lookup_ms: float = 0.0
+    read_ms: float = 0.0
+    move_ms: float = 0.0
+    prefill_ms: float = 0.0
+    store_errors: int = 0
+    errors: list[str] = field(default_factory=list)
+    skipped: str = ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return sum(row.prompt_tokens for row in self.rows)
+
+    @property
+    def reused(self) -> int:
+        """Tokens whose K/V were taken as they are."""
+        return sum(row.reused for row in self.rows)
+
+    @property
+    def moved(self) -> int:
+        """Tokens whose K/V were taken from another position."""
+        return sum(row.moved for row in self.rows)
+
+    @property
+    def recomputed(self) -> int:
+        """Tokens that were found but computed again to repair a move."""
+        return sum(row.recomputed for row in self.rows)
+
+    @property
+    def computed(self) -> int:
+        """Tokens that the model computed."""
+        return sum(row.computed for row in self.rows)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the outputs are those of a run without the cache."""
+        return self.moved == 0 and self.recomputed == 0
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        """One mapping per span: row, start, stop, kind, key, origin, reason."""
+        return [
+            {"row": index, **asdict(span), "kind": str(span.kind)}
+            for index, row in enumerate(self.rows)
+            for span in row.spans
+        ]
+
+    def note_error(self, error: Exception) -> None:
+        """Count a failed call to the store."""
+        self.store_errors += 1
+        if str(error) not in self.errors:
+            self.errors.append(str(error))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, the per-chunk rows and the rows of the batch, ready for JSON."""
+        counts = ("prompt_tokens", "reused", "moved", "recomputed", "computed")
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
+        return {
+            **{name: getattr(self, name) for name in counts},
+            **plain,
+            "errors": list(self.errors),
+            "exact": self.exact,
+            "rows": [{name: getattr(row, name) for name in counts} for row in self.rows],
+            "chunks": self.chunks,
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The per-chunk rows as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        columns = ["row", "start", "stop", "kind", "key", "origin", "reason"]
+        return pandas.DataFrame(self.chunks, columns=columns)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no prompt yet"
+        parts = [f"{self.reused:,} of {self.prompt_tokens:,} prompt tokens reused"]
+        parts += [
+            f"{count:,} {kind}"
+            for kind in (Kind.MOVED, Kind.RECOMPUTED, Kind.COMPUTED)
+            if (count := getattr(self, kind))
+        ]
+        if self.bytes_read:
+            parts.append(f"{self.bytes_read / 1e6:,.1f} MB read")
+        if self.bytes_written:
+            parts.append(f"{self.bytes_written / 1e6:,.1f} MB to the store")
+        parts.append(
+            f"lookup {self.lookup_ms:.1f} + read {self.read_ms:.1f} "
+            f"+ prefill {self.prefill_ms:.1f} ms"
+        )
+        if self.skipped:
+            parts.append(f"stood aside: {self.skipped}")
+        if self.bytes_dropped:
+            parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored: the write queue is full")
+        if self.errors:
+            parts.append(f"{self.store_errors} store errors: {'; '.join(self.errors)}")
+        return ", ".join(parts)
+
+    def _repr_html_(self) -> str:
+        """A bar per row of the batch: its tokens, coloured by what happened to them."""
+        bars = "".join(_bar(index, row) for index, row in enumerate(self.rows))
+        present = Counter(span.kind for row in self.rows for span in row.spans)
+        legend = "".join(
+            f'<span style="margin-right:1em"><span style="display:inline-block;width:.8em;'
+            f'height:.8em;border-radius:2px;background:{_COLOURS[kind]}"></span> '
+            f"{kind} {getattr(self, kind):,}</span>"
+            for kind in Kind
+            if present[kind]
+        )
+        return (
+            '<div style="font:13px/1.5 system-ui,sans-serif;max-width:60em">'
+            f"{bars}<div>{legend}</div><div>{escape(str(self))}</div></div>"
+        )
+
+
+def _bar(index: int, row: RowReport) -> str:
+    total = max(row.prompt_tokens, 1)
+    pieces = "".join(
+        f'<span title="{escape(_hover(span), quote=True)}" style="flex:{span.tokens} 0 0;'
+        f"background:{_COLOURS[span.kind]};border-right:1px solid rgba(255,255,255,.6);"
+        f'box-sizing:border-box"></span>'
+        for span in row.spans
+    )
+    label = f"row {index}: {row.prompt_tokens:,} tokens, {100 * row.reused / total:.0f} % reused"
+    return (
+        f'<div style="display:flex;height:18px;border-radius:4px;overflow:hidden;margin:4px 0" '
+        f'role="img" aria-label="{escape(label, quote=True)}">{pieces}</div>'
+    )
+
+
+def _hover(span: Span) -> str:
+    lines = [f"{span.kind}: tokens {span.start} to {span.stop}"]
+    if span.origin:
+        lines.append(f"from: {span.origin}")
+    if span.reason:
+        lines.append(f"why: {span.reason}")
+    if span.key:
+        lines.append(f"chunk {span.key[:12]}…")
+    return "\n".join(lines)

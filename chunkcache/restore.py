@@ -1,0 +1,194 @@
+"""From the store into the layers: which chunks of a prompt are known, and their K/V in place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from chunkcache.chunking import Chunk
+from chunkcache.codec import BlobForm, KVLayout
+from chunkcache.errors import BlobError, StoreError
+from chunkcache.layers import GrowingLayer
+from chunkcache.plan import RowPlan, plan_row
+from chunkcache.stores.base import ChunkStore
+
+KeyOf = Callable[[Chunk], str]
+
+
+def find(
+    store: ChunkStore,
+    rows: Sequence[list[Chunk]],
+    tokens: Sequence[int],
+    held: Sequence[int],
+    key_of: KeyOf,
+) -> tuple[list[RowPlan], set[str]]:
+    """Ask the store, in one round trip, which chunks it has, and plan each row.
+
+    Args:
+        store: Where to look.
+        rows: Chunks of each row, in order.
+        tokens: Tokens of each row.
+        held: Tokens from the start of each row that need not be looked up.
+        key_of: The store's key of a chunk.
+
+    Returns:
+        A plan per row, and the hashes that the store has.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    wanted = {
+        chunk.hash: key_of(chunk)
+        for chunks, h in zip(rows, held, strict=True)
+        for chunk in chunks
+        if chunk.stop > h
+    }
+    sizes = store.sizes(list(wanted.values())) if wanted else []
+    known = {hash for hash, size in zip(wanted, sizes, strict=True) if size}
+    plans = [
+        plan_row(chunks, n, h, known, "not in the store")
+        for chunks, n, h in zip(rows, tokens, held, strict=True)
+    ]
+    return plans, known
+
+
+@dataclass
+class Filling:
+    """The reading of planned chunks into the layers of one prompt.
+
+    Attributes:
+        store: Where to read.
+        key_of: The store's key of a chunk.
+        layers: Cache layers with room for the whole prompt.
+        layout: What they cache.
+        ids: `[batch, columns]` token ids, on the CPU.
+        pads: Columns of left padding of each row.
+        plans: One plan per row; replaced where a read fails.
+        columns: Up to which column K/V are wanted; after `run`, up to which they are there.
+        trouble: Told of a failing store and of damaged blobs.
+        bytes_read: Bytes of blobs read.
+        bad: Hashes of chunks whose blob is missing or damaged.
+    """
+
+    store: ChunkStore
+    key_of: KeyOf
+    layers: Sequence[Any]
+    layout: KVLayout
+    ids: Tensor
+    pads: Sequence[int]
+    plans: list[RowPlan]
+    columns: int
+    trouble: Callable[[Exception], None]
+    bytes_read: int = 0
+    bad: set[str] = field(default_factory=set)
+
+    def run(self) -> int:
+        """Read until all is there, or until something fails. Returns `columns`.
+
+        A blob that is missing or fails its check ends the run there: the plans are revised, and
+        what was copied behind it is room that will be written over.
+        """
+        # Equal chunks of several rows (beams, few-shot prompts) are read once.
+        users: defaultdict[str, list[int]] = defaultdict(list)
+        chunks: dict[str, Chunk] = {}
+        for row, plan in enumerate(self.plans):
+            for chunk in plan.reads(self.columns - self.pads[row]):
+                users[chunk.hash].append(row)
+                chunks[chunk.hash] = chunk
+        # Nearest the start first: what follows a failure need not be read.
+        reads = [_Read(self, chunk, users[chunk.hash]) for chunk in chunks.values()]
+        reads.sort(key=lambda read: read.first_column)
+        keys = [self.key_of(read.chunk) for read in reads]
+        done = 0
+        try:
+            answers = self.store.read_into(keys, [read.place for read in reads])
+            with closing(answers):
+                for read, arrived in zip(reads, answers, strict=True):
+                    if read.first_column >= self.columns:
+                        break
+                    self._take(read, arrived)
+                    done += 1
+        except StoreError as error:
+            for read in reads[done:]:
+                self._cut(read, str(error))
+            self.trouble(error)
+        return self.columns
+
+    def _take(self, read: _Read, arrived: bool) -> None:
+        try:
+            if not arrived:
+                raise BlobError("it went from the store before it was read")
+            self.bytes_read += read.form.size
+            read.form.check(read.place[0], read.place[1:])
+        except BlobError as error:
+            if arrived:
+                self.trouble(error)
+            self.bad.add(read.chunk.hash)
+            self._cut(read, str(error))
+            return
+        read.spread()
+
+    def _cut(self, read: _Read, why: str) -> None:
+        for row in read.rows:
+            position = max(read.chunk.start, self.plans[row].held)
+            self.plans[row] = self.plans[row].cut_at(position, why)
+            self.columns = min(self.columns, self.pads[row] + self.plans[row].reach)
+
+
+class _Read:
+    """One blob on its way into the layers.
+
+    `place` is its header's memory, and then either the very runs of the first row's layers that
+    it belongs to or, where that cannot be, a scratch buffer.
+    """
+
+    def __init__(self, filling: Filling, chunk: Chunk, rows: list[int]) -> None:
+        self.filling, self.chunk, self.rows = filling, chunk, rows
+        first = rows[0]
+        column = filling.pads[first] + chunk.start
+        self.first_column = min(filling.pads[row] for row in rows) + chunk.start
+        tokens = filling.ids[first, column : column + chunk.stop - chunk.start].tolist()
+        self.form = BlobForm.of(filling.layout, tokens, chunk.start, chunk.hash)
+        layers = [layer for layer in filling.layers if isinstance(layer, GrowingLayer)]
+        # What is held already must not be overwritten by bytes that are not checked yet.
+        self.direct = chunk.start >= filling.plans[first].held and layers[0].device.type == "cpu"
+        if self.direct:
+            header = np.empty(len(self.form.header), dtype=np.uint8).data
+            self.place = [header]
+            for layer in layers:
+                self.place += layer.runs(first, column, chunk.stop - chunk.start)
+        else:
+            self.blob = np.empty(self.form.size, dtype=np.uint8).data
+            cut = len(self.form.header)
+            self.place = [self.blob[:cut], self.blob[cut:]]
+
+    def spread(self) -> None:
+        """Copy the checked K/V to where they are wanted and not yet."""
+        filling, chunk = self.filling, self.chunk
+        rows = self.rows[1:] if self.direct else self.rows
+        if not rows:
+            return
+        if self.direct:
+            column = filling.pads[self.rows[0]] + chunk.start
+            parts = [
+                layer.peek(self.rows[0], column, chunk.stop - chunk.start)
+                if isinstance(layer, GrowingLayer)
+                else None
+                for layer in filling.layers
+            ]
+        else:
+            parts = self.form.views(self.blob)
+        for row in rows:
+            begin = max(chunk.start, filling.plans[row].held)
+            stop = min(chunk.stop, filling.columns - filling.pads[row])
+            inside = slice(begin - chunk.start, stop - chunk.start)
+            for layer, kv in zip(filling.layers, parts, strict=True):
+                if kv is not None and begin < stop:
+                    column = filling.pads[row] + begin
+                    layer.place(row, column, kv[0][:, inside], kv[1][:, inside])

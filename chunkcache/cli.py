@@ -1,7 +1,4 @@
-"""The command line: `chunkcache demo`.
-
-Heavy imports wait inside the commands, so that `--version` and `--help` answer at once.
-"""
+"""The command line: `chunkcache demo`. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -69,16 +66,18 @@ def demo(
             console=err,
             transient=True,
             disable=not err.is_terminal,
+            auto_refresh=False,  # a thread that draws would take time from what is measured
         ) as progress,
     ):
         task = progress.add_task("starting", total=None)
+        progress.refresh()
         from chunkcache import demo as work
         from chunkcache.samples import quiet_transformers
 
         progress.update(task, total=len(work.STEPS) + 1)
 
         def step(name: str) -> None:
-            progress.update(task, advance=1, description=name)
+            progress.update(task, advance=1, description=name, refresh=True)
 
         url = work.ready_store(store)
         with quiet_transformers():

@@ -26,6 +26,7 @@ from chunkcache.errors import ChunkCacheError, SettingError
 from chunkcache.samples import document, load_smollm2, quiet_transformers
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+WARM_UP_TOKENS = 256
 QUESTIONS = (
     "What is the text above about? Answer in one sentence.",
     "Name one function that the text above describes, and say what it does.",
@@ -80,24 +81,27 @@ class Measurer:
     """A loaded model that can do jobs.
 
     Raises:
-        SettingError: The model cannot be had, or the prompt is too long for it.
+        SettingError: The model cannot be loaded.
     """
 
     def __init__(self, model: str) -> None:
         self.model, self.tokenizer = _load(model)
-        # Threads and buffers that the process makes once are nobody's time to first token.
+        # Threads and buffers that a process makes once are nobody's time to first token.
+        ids = torch.ones(1, WARM_UP_TOKENS, dtype=torch.long, device=self.model.device)
         self.model.generate(
-            torch.ones(1, 16, dtype=torch.long, device=self.model.device),
-            attention_mask=torch.ones(1, 16, dtype=torch.long, device=self.model.device),
-            max_new_tokens=2,
-            do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False
         )
 
     def measure(self, job: Job) -> Run:
-        """Answer greedily. The time to the first token runs from the call of `generate()` to its
-        first new token: lookup in the store, reading, and prefill of the rest. Loading the model
-        and tokenizing come before, and making the cache object (connecting to the store, and once
-        per model hashing and probing its weights), which `setup_ms` tells.
+        """Answer a question greedily, and time it.
+
+        The time to the first token runs from the call of `generate()` to its first new token:
+        lookup in the store, reading, and prefill of the rest. Loading the model and tokenizing
+        come before, and making the cache object (connecting to the store, and once per model
+        hashing its weights and probing it), which `setup_ms` tells.
+
+        Raises:
+            SettingError: The prompt is too long for the model.
         """
         inputs = self._prompt(job)
         started = time.perf_counter()

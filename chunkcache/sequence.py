@@ -113,6 +113,8 @@ class Sequence:
         if step.is_prompt and not self.opaque:
             self.opaque = self._why_aside(module, call, step)
         if self.opaque:
+            if step.held > step.past:
+                self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
             if step.is_prompt:
                 self._report_aside(call, step, report)
             return 0

@@ -10,8 +10,6 @@ import weakref
 
 import pytest
 import torch
-from tests.models import tiny
-from tests.models import tokens as random_ids
 from transformers import DynamicCache
 
 from chunkcache import (
@@ -24,6 +22,8 @@ from chunkcache import (
 )
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny
+from tests.models import tokens as random_ids
 
 KINDS = [
     "llama",  # grouped queries, half-split RoPE
@@ -53,9 +53,7 @@ def llama():
 
 
 def generate(model, ids, cache=None, new=6, **kwargs):
-    return model.generate(
-        ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **kwargs
-    )
+    return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **kwargs)
 
 
 def last_logits(model, ids, cache=None):
@@ -237,7 +235,9 @@ def test_forward_in_pieces(llama, store):
         plain = llama(ids).logits
         for _ in range(2):
             cache = RedisChunkCache(llama, store)
-            parts = [llama(p, past_key_values=cache).logits for p in ids.split([140, 100, 59, 1], 1)]
+            parts = [
+                llama(p, past_key_values=cache).logits for p in ids.split([140, 100, 59, 1], 1)
+            ]
             assert torch.allclose(torch.cat(parts, 1), plain, atol=1e-4)
             assert cache.report.skipped.startswith("logits of every token")
 
@@ -389,6 +389,47 @@ def test_right_padding_stands_aside(llama, store):
     assert torch.equal(generate(llama, ids, cache, attention_mask=mask), plain)
     assert "padding" in cache.report.skipped
     assert cache.report.bytes_written == 0
+
+
+def test_a_new_prompt_with_holes_after_a_good_one(llama, store):
+    """What is held begins like the new prompt, but its mask is not that of a text."""
+    ids = random_ids(200)
+    mask = torch.ones(1, 200, dtype=torch.long)
+    mask[0, 20:30] = 0
+    cache = RedisChunkCache(llama, store)
+    generate(llama, ids, cache)
+    plain = generate(llama, ids, attention_mask=mask)
+    assert torch.equal(generate(llama, ids, cache, attention_mask=mask), plain)
+    assert "padding" in cache.report.skipped
+
+
+def test_embeddings_have_no_tokens(llama, store):
+    ids = random_ids(200)
+    embeds = llama.get_input_embeddings()(ids).detach()
+    plain = llama.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
+    cache = RedisChunkCache(llama, store)
+    generate(llama, ids, cache)
+    out = llama.generate(
+        inputs_embeds=embeds, past_key_values=cache, max_new_tokens=6, do_sample=False
+    )
+    assert torch.equal(out, plain)
+    assert "input_ids" in cache.report.skipped
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_grad_mode_and_from_one_to_the_next(llama, store, mode):
+    ids = random_ids(200)
+    plain = last_logits(llama, ids)
+    cache = RedisChunkCache(llama, store)
+    for _ in range(2):
+        with mode():
+            out = llama(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = llama(ids[:, :1], past_key_values=cache)
+        assert torch.allclose(out.logits[:, -1], plain, atol=1e-4)
+        again = llama(ids[:, :1], past_key_values=cache)
+        assert step.logits.shape == again.logits.shape
+        cache = RedisChunkCache(llama, store)
+    assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
 
 
 def test_prompt_lookup_and_assistant(llama, store):

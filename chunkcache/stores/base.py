@@ -35,6 +35,24 @@ class Entry:
         return self.blob.nbytes
 
 
+def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
+    """Copy a blob to the views of its place, if it is there and as long as they are together."""
+    if blob is None or blob.nbytes != sum(view.nbytes for view in place):
+        return False
+    at = 0
+    for view in place:
+        view[:] = blob[at : at + view.nbytes]
+        at += view.nbytes
+    return True
+
+
+def end_iteration(iterator: Iterator[object]) -> None:
+    """Close an iterator that may be a generator, so that it lets go of its connection now."""
+    close = getattr(iterator, "close", None)
+    if close is not None:
+        close()
+
+
 class ChunkStore(ABC):
     """A place that keeps chunks. All methods may be called from several threads.
 
@@ -50,8 +68,8 @@ class ChunkStore(ABC):
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         """Yield each key's blob in the order of `keys`, `None` where it is missing.
 
-        A yielded view is valid only until the next one is asked for: stores reuse its memory. The iterator
-        may be closed early.
+        A yielded view is valid only until the next one is asked for: stores reuse its memory. The
+        iterator may be closed early.
         """
 
     def read_into(
@@ -65,14 +83,7 @@ class ChunkStore(ABC):
         Stores that can let the kernel do the only copy.
         """
         for place, blob in zip(places, self.read(keys), strict=True):
-            if blob is None or blob.nbytes != sum(view.nbytes for view in place):
-                yield False
-                continue
-            at = 0
-            for view in place:
-                view[:] = blob[at : at + view.nbytes]
-                at += view.nbytes
-            yield True
+            yield copy_into(blob, place)
 
     @abstractmethod
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
@@ -80,7 +91,7 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def write(self, entries: Sequence[Entry]) -> int:
-        """Keep the entries, replacing what was there. Returns how many bytes of blobs were taken."""
+        """Keep the entries, replacing what was there. Returns the bytes of blobs that were taken."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:
@@ -90,7 +101,7 @@ class ChunkStore(ABC):
         """Wait until all that was written can be read by others. False if `timeout` s passed."""
         return True
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (some stores have nothing to let go of)
         """Let go of connections and memory. The store is not used afterwards."""
 
     def __enter__(self) -> Self:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, end_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +46,12 @@ class Guarded(ChunkStore):
         return self._call(self._reading, lambda: self._store.sizes(keys))
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        if not keys:
-            return
-        probe = self._enter(self._reading)
-        with self._watched(self._reading):
-            views = iter(self._store.read(keys))
-        while True:
-            with self._watched(self._reading):
-                view: Any = next(views, _END)
-            self._reading.succeeded(probe)
-            if view is _END:
-                return
-            yield view  # not watched: what a caller throws in here is not the store's error
+        return self._iterate(keys, lambda: self._store.read(keys))
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        return self._iterate(keys, lambda: self._store.read_into(keys, places))
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         if not keys:
@@ -88,6 +82,23 @@ class Guarded(ChunkStore):
             result = verb()
         circuit.succeeded(probe)
         return result
+
+    def _iterate(self, keys: Sequence[str], verb: Callable[[], Iterator[T]]) -> Generator[T]:
+        if not keys:
+            return
+        probe = self._enter(self._reading)
+        with self._watched(self._reading):
+            answers = iter(verb())
+        try:
+            while True:
+                with self._watched(self._reading):
+                    answer: Any = next(answers, _END)
+                self._reading.succeeded(probe)
+                if answer is _END:
+                    return
+                yield answer  # not watched: what a caller throws in here is not the store's error
+        finally:
+            end_iteration(answers)
 
     def _enter(self, circuit: _Circuit) -> bool:
         opened = circuit.enter()

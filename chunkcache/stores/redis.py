@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -120,6 +120,13 @@ class RedisStore(ChunkStore):
         names = [(key + KV_BYTES).encode(errors="surrogatepass") for key in keys]
         with self._store_errors():
             yield from self._reader.read(names)
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        names = [(key + KV_BYTES).encode(errors="surrogatepass") for key in keys]
+        with self._store_errors():
+            yield from self._reader.read_into(names, places)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         replies = self._pipelined(keys, lambda pipe, key: pipe.hgetall(key + METADATA))

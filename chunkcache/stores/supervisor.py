@@ -44,6 +44,7 @@ save 900 1
 rdbcompression no
 stop-writes-on-bgsave-error no
 shutdown-on-sigterm save force
+shutdown-on-sigint nosave force
 appendonly no
 daemonize no
 crash-memcheck-enabled no
@@ -128,6 +129,7 @@ class Supervisor:
         self.status: int | None = None
         self.told_to_end = False
         self.connections = 0
+        self.unsaved = True
         # A signal only wakes the wait below: no work is done inside a handler.
         self.wake, wake_writer = os.pipe()
         os.set_blocking(self.wake, False)
@@ -178,9 +180,10 @@ class Supervisor:
             os.read(self.wake, 512)
 
     def end(self) -> None:
-        """Let the server save its snapshot and leave; wait for it."""
+        """Let the server leave, with its content saved; wait for it."""
         if self.running():
-            os.kill(self.server, signal.SIGTERM)
+            # A snapshot of gigabytes is not written again if nothing has changed since.
+            os.kill(self.server, signal.SIGTERM if self.unsaved else signal.SIGINT)
         while self.running():
             self.wait(1.0)
 
@@ -218,12 +221,13 @@ class Supervisor:
     def in_use(self) -> bool:
         """Whether a client is connected, or was since the last look."""
         try:
-            reply = ask(self.socket_path, "INFO clients stats", timeout=10.0)
+            reply = ask(self.socket_path, "INFO clients stats persistence", timeout=10.0)
         except OSError:
-            return True  # busy beyond measure, or going: in both cases not idle
+            return True  # busy beyond measure, or going: not idle in either case
         fields = dict(line.split(":", 1) for line in reply.splitlines() if ":" in line)
         if "total_connections_received" not in fields:
             return True  # an error, such as too many clients
+        self.unsaved = fields.get("rdb_changes_since_last_save") != "0"
         connections = int(fields["total_connections_received"])
         came, self.connections = connections - self.connections, connections
         return int(fields["connected_clients"]) > 1 or came > 1  # one is this question's own
@@ -265,6 +269,7 @@ class Supervisor:
             if not self.told_to_end:
                 self.wait(pause)
             if self.told_to_end or self.lost():
+                self.unsaved = True  # not known for the moment
                 self.end()
             elif self.in_use():
                 last_use = time.monotonic()

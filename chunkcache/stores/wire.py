@@ -1,20 +1,24 @@
-"""Bulk replies read straight from the socket into memory that we own, and commands sent uncopied.
+"""Bulk replies read straight from the socket to where they belong, and commands sent uncopied.
 
 redis-py's parsers copy a reply three to five times. Here a reply's bytes are copied once, by the
-kernel, into a scratch buffer that is kept warm and used again.
+kernel: into the memory that the caller names, or into a scratch buffer that is kept warm and used
+again.
 """
 
 from __future__ import annotations
 
 import mmap
 import socket
+import ssl
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
+
+from chunkcache.stores.base import copy_into
 
 # Redis before 9 copies every pending reply before it sends it, so few bytes may be under way at
 # once; small blobs still need some replies in flight to hide the round trips.
@@ -29,6 +33,8 @@ LINE_LIMIT = 4096
 HUGE_PAGE = 2 << 20
 SPARE_BUFFERS = 4
 SPARE_BYTES = 64 << 20  # larger scratch buffers are given back to the system
+SKIP_BYTES = 64 << 10  # read at once of what nobody wants
+VIEWS_AT_ONCE = 64  # handed to the kernel in one call; it takes 1,024 at most
 
 
 class CommandPacker:
@@ -75,30 +81,58 @@ class BulkReader:
         """
         if not names:
             return
-        connection, stream = self._begin(names)
-        if stream is None:
-            self._client.connection_pool.release(connection)
-            yield from self._read_without_socket(names)
-            return
-        buffer = self._spare.pop() if self._spare else memoryview(b"")
-        try:
+        with self._stream(names) as stream:
+            if stream is None:
+                yield from self._read_without_socket(names)
+                return
+            buffer = self._spare.pop() if self._spare else memoryview(b"")
             for _ in names:
                 length = stream.next_length()
                 if length is None:
                     yield None
                     continue
-                if length + 2 > len(buffer):
-                    buffer = _warm_memory(length + 2)
-                stream.read_body(buffer[: length + 2])
-                if length == 0:
-                    yield None
-                    continue
+                if length > len(buffer):
+                    buffer = _warm_memory(length)
                 view = buffer[:length]
-                yield view
+                stream.read_body([view])
+                yield view if length else None
                 _expire(view)
             # Not after an early end: whoever took one view and left may still be reading it.
             if len(buffer) <= SPARE_BYTES:
                 self._spare.append(buffer)
+
+    def read_into(
+        self, names: Sequence[bytes], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        """Read each name's value into the views of its place; yield whether it was as long as they.
+
+        Raises redis.RedisError.
+        """
+        if not names:
+            return
+        with self._stream(names) as stream:
+            if stream is None:
+                for blob, place in zip(self._read_without_socket(names), places, strict=True):
+                    yield copy_into(blob, place)
+                return
+            for place in places:
+                length = stream.next_length()
+                fits = length == sum(view.nbytes for view in place)
+                if fits:
+                    stream.read_body(place)
+                elif length is not None:
+                    stream.skip_body(length)
+                yield fits
+
+    @contextmanager
+    def _stream(self, names: Sequence[bytes]) -> Iterator[_Stream | None]:
+        connection, stream = self._begin(names)
+        if stream is None:
+            self._client.connection_pool.release(connection)
+            yield None
+            return
+        try:
+            yield stream
         finally:
             if stream.unread:  # what still comes must not become the reply to another command
                 connection.disconnect()
@@ -160,6 +194,8 @@ class _Stream:
         self._guessed = True
         self._received = b""  # what was read beyond the last header
         self._deadline = 0.0
+        # TLS sockets have recvmsg_into, but refuse it.
+        self._scatters = hasattr(sock, "recvmsg_into") and not isinstance(sock, ssl.SSLSocket)
 
     @property
     def unread(self) -> int:
@@ -187,18 +223,39 @@ class _Stream:
         self._finish_reply()
         return None
 
-    def read_body(self, target: memoryview) -> None:
-        """Fill `target` with the body and the line end after it."""
-        early = min(len(self._received), len(target))
-        target[:early] = self._received[:early]
-        self._received = self._received[early:]
-        filled = early
-        while filled < len(target):
-            filled += self._receive_into(target[filled:])
-            self._send_ahead(len(target) - filled)
-        if bytes(target[-2:]) != b"\r\n":
+    def read_body(self, target: Sequence[memoryview]) -> None:
+        """Fill the views, one after the other, with the body; read the line end after it."""
+        end = memoryview(bytearray(2))
+        views = [view for view in (*target, end) if view.nbytes]
+        left = sum(view.nbytes for view in views)
+        at = 0
+        while left:
+            count = self._receive_early(views[at]) or self._receive_into(
+                views[at : at + VIEWS_AT_ONCE]
+            )
+            left -= count
+            self._send_ahead(left)
+            while at < len(views) and count >= views[at].nbytes:
+                count -= views[at].nbytes
+                at += 1
+            if count:
+                views[at] = views[at][count:]
+        if bytes(end) != b"\r\n":
             raise redis.InvalidResponse("a reply to GET is longer than the server announced")
         self._finish_reply()
+
+    def skip_body(self, length: int) -> None:
+        """Read a body that nobody wants."""
+        scratch = memoryview(bytearray(min(length, SKIP_BYTES)))
+        pieces = [scratch] * (length // SKIP_BYTES)
+        self.read_body([*pieces, scratch[: length % SKIP_BYTES]])
+
+    def _receive_early(self, target: memoryview) -> int:
+        """Take what came along with the header."""
+        count = min(len(self._received), target.nbytes)
+        target[:count] = self._received[:count]
+        self._received = self._received[count:]
+        return count
 
     def _announced(self, line: bytes) -> int:
         if not line[1:].isdigit():
@@ -241,14 +298,17 @@ class _Stream:
 
     def _receive_more(self) -> None:
         header = bytearray(HEADER_BYTES)
-        count = self._receive_into(memoryview(header))
+        count = self._receive_into([memoryview(header)])
         self._received += header[:count]
 
-    def _receive_into(self, target: memoryview) -> int:
+    def _receive_into(self, views: list[memoryview]) -> int:
         if time.monotonic() > self._deadline:
             raise redis.TimeoutError("the server sends too slowly")
         try:
-            count = self._sock.recv_into(target)
+            if self._scatters:
+                count = self._sock.recvmsg_into(views)[0]
+            else:
+                count = self._sock.recv_into(views[0])
         except TimeoutError:
             raise redis.TimeoutError(f"no reply within {self._timeout:g} s") from None
         except OSError as error:

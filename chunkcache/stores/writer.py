@@ -12,11 +12,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, copy_into, end_iteration
 
 EXIT_SECONDS = 5.0  # for all queues of the process together, at its end
 CLOSE_SECONDS = 5.0
@@ -28,6 +29,7 @@ PAUSE_SECONDS = 1.0
 MAX_CAUSES = 16
 
 log = logging.getLogger("chunkcache")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +77,20 @@ class WriteBehind(ChunkStore):
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         queued = self._queue.find(keys)  # now, not when the first blob is asked for
-        return self._read(keys, queued)
-
-    def _read(self, keys: Sequence[str], queued: dict[str, Entry]) -> Iterator[memoryview | None]:
         rest = [key for key in keys if key not in queued]
-        found = iter(self.store.read(rest) if rest else ())
-        try:
-            for key in keys:
-                if key in queued:
-                    yield queued[key].blob.toreadonly() if queued[key].nbytes else None
-                else:
-                    yield next(found)
-        finally:
-            close = getattr(found, "close", None)  # a generator's: lets go of its connection
-            if close is not None:
-                close()
+        waiting = {key: e.blob.toreadonly() if e.nbytes else None for key, e in queued.items()}
+        return _merge(keys, waiting, iter(self.store.read(rest) if rest else ()))
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        queued = self._queue.find(keys)
+        # Pairs, not a mapping: one key may have several places.
+        rest = [pair for pair in zip(keys, places, strict=True) if pair[0] not in queued]
+        found: Iterator[bool] = iter(())
+        if rest:
+            found = self.store.read_into([key for key, _ in rest], [place for _, place in rest])
+        return _fill(keys, places, queued, found)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         queued = self._queue.find(keys)
@@ -124,6 +125,29 @@ class WriteBehind(ChunkStore):
         self._queue.drain(CLOSE_SECONDS)
         self._queue.shut()
         self.store.close()
+
+
+def _merge(keys: Sequence[str], queued: Mapping[str, T], found: Iterator[T]) -> Generator[T]:
+    """What was queued, and for the other keys what the store gives, in the order of the keys."""
+    try:
+        for key in keys:
+            yield queued[key] if key in queued else next(found)
+    finally:
+        end_iteration(found)
+
+
+def _fill(
+    keys: Sequence[str],
+    places: Sequence[Sequence[memoryview]],
+    queued: Mapping[str, Entry],
+    found: Iterator[bool],
+) -> Generator[bool]:
+    """Copy what was queued; the store fills the other places, and its answers are passed on."""
+    try:
+        for key, place in zip(keys, places, strict=True):
+            yield copy_into(queued[key].blob, place) if key in queued else next(found)
+    finally:
+        end_iteration(found)
 
 
 class Queue:
@@ -228,7 +252,8 @@ class Queue:
                 if left is not None and left <= 0:
                     return False
                 self.work()
-                self.changed.wait(left)
+                if self.waiting or self.current is not None:  # not if no thread could be had
+                    self.changed.wait(left)
             return True
 
     def shut(self) -> None:

@@ -190,7 +190,7 @@ while True:
 
 def test_a_killed_writer_leaves_whole_blobs_and_only_temporary_files(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
-    for _ in range(3):
+    for _ in range(2):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
         )

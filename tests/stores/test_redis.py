@@ -302,11 +302,13 @@ def test_the_number_in_the_url_chooses_the_database(redis_server: Server) -> Non
 
 
 def test_connections_speak_the_protocol_without_push_messages(server: Server) -> None:
-    with RedisStore(server.tcp_url) as store, server.client() as client:
-        store.write([entry("a", b"x")])
-        read(store, ["a"])
-        own = [found for found in client.client_list() if not found["addr"].startswith("/")]
-    assert {found["resp"] for found in own} == {"2"}
+    with (
+        RedisStore(f"{server.tcp_url}?client_name=probe") as store,
+        server.client() as client,
+    ):
+        store.connect()
+        found = [each["resp"] for each in client.client_list() if each["name"] == "probe"]
+    assert found == ["2"]
 
 
 def test_a_password_opens_the_server_and_is_never_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -133,6 +133,21 @@ def test_queued_entries_are_read_first_and_the_rest_in_one_call(shelf: Shelf) ->
     ]
 
 
+def test_places_are_filled_from_the_queue_and_the_store(shelf: Shelf) -> None:
+    shelf.kept = {"old": entry("old", b"old")}
+    behind = WriteBehind(shelf)
+    shelf.gate.clear()
+    behind.write([entry("new", b"new!"), entry("bare")])
+    keys = ["old", "new", "none", "old", "new", "bare", "old", "new"]
+    lengths = [3, 4, 2, 3, 4, 1, 2, 5]
+    memory = [bytearray(length) for length in lengths]
+    places = [[memoryview(room)[:1], memoryview(room)[1:]] for room in memory]
+    there = [True, True, False, True, True, False, False, False]
+    assert list(behind.read_into(keys, places)) == there
+    filled = [bytes(room) for room, is_there in zip(memory, there, strict=True) if is_there]
+    assert filled == [b"old", b"new!", b"old", b"new!"]
+
+
 def test_a_dead_store_does_not_matter_while_all_is_queued(shelf: Shelf) -> None:
     behind = WriteBehind(shelf)
     shelf.gate.clear()
@@ -322,6 +337,24 @@ def test_flush_comes_back_even_if_the_thread_dies(shelf: Shelf, error: BaseExcep
     assert behind.flush(20)
     assert behind.stats().failed_entries == 2
     shelf.error = None
+    behind.write([entry("c", b"1")])
+    assert behind.flush(10)
+    assert list(shelf.kept) == ["c"]
+
+
+def test_without_a_thread_entries_are_lost_but_nothing_hangs(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    behind = WriteBehind(shelf)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        behind.write([entry("a", b"1")])
+        behind._queue.waiting["b"] = entry("b")  # as if its thread had just been ended
+        assert behind.flush()
+    assert behind.stats().failed_entries == 2
     behind.write([entry("c", b"1")])
     assert behind.flush(10)
     assert list(shelf.kept) == ["c"]

@@ -1,0 +1,179 @@
+"""KeyMover: turns keys computed at one position into keys at another.
+
+RoPE rotates pairs of dimensions by angles linear in the position, so `K(p') = R(p' - p) K(p)`,
+exactly, whatever the model around it. How a model pairs dimensions, which ones it rotates and with
+which frequencies is derived from the model by trying every known way on real keys of a lone token, whose
+keys depend on nothing but itself and its position. Angles are taken at the old and at the new
+position from the model's own frequencies and then composed: `delta * inv_freq` would be off by
+1e-2 at position 100,000, since the model rounds `position * inv_freq` to float32.
+
+Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkcache.codec import LayerKV
+
+# Largest error of a predicted key, relative to the largest key, that rounding explains. Wrong
+# rules are off by 20 % and more.
+TOLERANCE = {
+    torch.float64: 2e-4,
+    torch.float32: 2e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One way of rotating the last dimension of `[..., tokens, head_dim]`.
+
+    Attributes:
+        inv_freq: Radians per position of each pair, `[pairs]`, float32.
+        first: Where the rotated dimensions begin.
+        interleaved: Pairs are neighbours (GPT-J), not the two halves (GPT-NeoX).
+        sign: Direction, 1 or -1.
+    """
+
+    inv_freq: Tensor
+    first: int
+    interleaved: bool
+    sign: int
+
+    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """Rotate `[..., tokens, head_dim]` from positions `old` to `new`, each `[tokens]`.
+
+        Computed in float32 (float64 for float64) and rounded once.
+        """
+        pairs = self.inv_freq.shape[0]
+        cos, sin = self._between(old, new)
+        part = x[..., self.first : self.first + 2 * pairs].to(cos.dtype)
+        moved = x.clone()
+        target = moved[..., self.first : self.first + 2 * pairs]
+        if self.interleaved:
+            a, b = part[..., 0::2], part[..., 1::2]
+            target[..., 0::2] = a * cos - b * sin
+            target[..., 1::2] = b * cos + a * sin
+        else:
+            a, b = part[..., :pairs], part[..., pairs:]
+            target[..., :pairs] = a * cos - b * sin
+            target[..., pairs:] = b * cos + a * sin
+        return moved
+
+    def _between(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, `[tokens, pairs]`, of the angles from `old` to `new`."""
+        freq = self.inv_freq.to(old.device)
+        a, b = (p.float()[:, None] * freq * self.sign for p in (old, new))
+        a, b = a.double(), b.double()
+        cos = b.cos() * a.cos() + b.sin() * a.sin()
+        sin = b.sin() * a.cos() - b.cos() * a.sin()
+        return cos.float(), sin.float()
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one layer's keys and values turn with position; `None` where they do not."""
+
+    keys: Rotation | None
+    values: Rotation | None
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing turns (no position in the layer, or in its mask only)."""
+        return self.keys is None and self.values is None
+
+
+@dataclass(frozen=True)
+class KeyMover:
+    """The rules of all layers of a model. Found by `find_rules`, proven in `proof.py`."""
+
+    layers: tuple[LayerRule | None, ...]
+
+    def move(self, kv: LayerKV, layer: int, old: Tensor, new: Tensor) -> LayerKV:
+        """One layer's `[..., tokens, head_dim]` keys and values at other positions, `[tokens]`."""
+        rule = self.layers[layer]
+        if rule is None or rule.still:
+            return kv
+        keys = rule.keys.move(kv[0], old, new) if rule.keys else kv[0]
+        values = rule.values.move(kv[1], old, new) if rule.values else kv[1]
+        return keys, values
+
+
+LoneToken = Sequence[LayerKV | None]
+"""Keys and values of every layer for single tokens: `[batch, kv_heads, 1, head_dim]` each."""
+
+
+def find_rules(model: nn.Module, at_zero: LoneToken, moved: dict[int, LoneToken]) -> KeyMover | str:
+    """Find each layer's rule.
+
+    Args:
+        model: Its buffers give the frequencies.
+        at_zero: What a few lone tokens cache at position 0.
+        moved: The same tokens at other positions.
+
+    Returns:
+        The rules, or why there are none for some layer.
+    """
+    frequencies = _frequencies(model)
+    rules: list[LayerRule | None] = []
+    for index, start in enumerate(at_zero):
+        if start is None:
+            rules.append(None)
+            continue
+        found: list[Rotation | None] = []
+        for part, what in enumerate(("keys", "values")):
+            samples = {p: layers[index][part] for p, layers in moved.items()}  # type: ignore[index]
+            rule = _fit(start[part], samples, frequencies)
+            if isinstance(rule, str):
+                return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
+            found.append(rule)
+        rules.append(LayerRule(found[0], found[1]))
+    return KeyMover(tuple(rules))
+
+
+def _frequencies(model: nn.Module) -> list[Tensor]:
+    """All frequency tables that the model has, without duplicates."""
+    tables: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2].endswith("inv_freq") and "original" not in name:
+            table = buffer.detach().float().cpu()
+            if not any(torch.equal(table, other) for other in tables):
+                tables.append(table)
+    return tables
+
+
+def _fit(start: Tensor, samples: dict[int, Tensor], tables: list[Tensor]) -> Rotation | None | str:
+    """The rotation that turns `start` into every sample; `None` for no turn; else the best error."""
+    tolerance = TOLERANCE[start.dtype]
+    if _error(None, start, samples) <= tolerance:
+        return None
+    best, smallest = None, float("inf")
+    for table, interleaved, sign in product(tables, (False, True), (1, -1)):
+        width = 2 * table.shape[0]
+        spare = start.shape[-1] - width
+        for first in sorted({0, spare}) if spare >= 0 else ():
+            rotation = Rotation(table, first, interleaved, sign)
+            error = _error(rotation, start, samples)
+            if error < smallest:
+                best, smallest = rotation, error
+    return best if best and smallest <= tolerance else f"the best is off by {smallest:.0e}"
+
+
+def _error(rotation: Rotation | None, start: Tensor, samples: dict[int, Tensor]) -> float:
+    worst = 0.0
+    for position, sample in samples.items():
+        expected: Any = start
+        if rotation is not None:
+            new = torch.tensor([position], device=start.device)
+            expected = rotation.move(start, torch.zeros_like(new), new)
+        difference = (sample.double() - expected.double()).abs().max() / sample.abs().max()
+        worst = max(worst, float(difference))
+    return worst

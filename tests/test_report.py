@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkcache.plan import Kind, Span
+from chunkcache.report import Report, RowReport
+
+COUNTS = ("reused", "moved", "recomputed", "computed")
+HOSTILE = '</div><script>alert(\'x\')</script>"&<b onmouseover="x">\n'
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> RowReport:
+    """A row of neighbouring spans with any texts in them."""
+    position, spans = 0, []
+    for _ in range(draw(st.integers(0, 6))):
+        stop = position + draw(st.integers(1, 2000))
+        texts = draw(st.tuples(*[st.sampled_from(["", "plain", HOSTILE]) | st.text()] * 3))
+        spans.append(Span(position, stop, draw(st.sampled_from(Kind)), *texts))
+        position = stop
+    return RowReport(spans)
+
+
+reports = st.builds(
+    Report,
+    rows=st.lists(rows(), max_size=3),
+    bytes_read=st.integers(0, 10**12),
+    bytes_written=st.integers(0, 10**12),
+    bytes_dropped=st.integers(0, 10**12),
+    lookup_ms=st.floats(0, 1e6),
+    prefill_ms=st.floats(0, 1e6),
+    store_errors=st.integers(0, 5),
+    errors=st.lists(st.text() | st.just(HOSTILE), max_size=2),
+    skipped=st.text() | st.just(HOSTILE),
+)
+
+
+class WellFormed(HTMLParser):
+    """Follows the tags, and collects what a browser would show and the hover texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.titles: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(report: Report) -> WellFormed:
+    parser = WellFormed()
+    parser.feed(report._repr_html_())
+    parser.close()
+    return parser
+
+
+@given(reports)
+def test_counts_add_up(report: Report) -> None:
+    assert sum(getattr(report, name) for name in COUNTS) == report.prompt_tokens
+    for row in report.rows:
+        assert sum(getattr(row, name) for name in COUNTS) == row.prompt_tokens
+        assert row.prompt_tokens == (row.spans[-1].stop if row.spans else 0)
+    for name in (*COUNTS, "prompt_tokens"):
+        assert sum(getattr(row, name) for row in report.rows) == getattr(report, name)
+    assert report.exact == (not report.moved and not report.recomputed)
+
+
+@given(reports)
+def test_html_is_well_formed_and_hostile_texts_stay_texts(report: Report) -> None:
+    html = parsed(report)
+    assert html.open == []
+    assert html.tags <= {"div", "span"}
+    assert html.attributes <= {"style", "title", "role", "aria-label"}
+
+
+def test_html_shows_each_span_and_its_reason() -> None:
+    spans = [
+        Span(0, 128, Kind.REUSED, "ab" * 32, "store"),
+        Span(128, 130, Kind.COMPUTED, "cd" * 32, reason=HOSTILE.strip()),
+    ]
+    report = Report([RowReport(spans)], skipped=HOSTILE.strip())
+    html = parsed(report)
+    assert html.titles[0].splitlines() == [
+        "reused: tokens 0 to 128",
+        "from: store",
+        "chunk abababababab…",
+    ]
+    assert HOSTILE.strip() in html.titles[1]
+    assert HOSTILE.strip() in html.text
+    assert "reused 128" in html.text
+    assert "moved" not in html.text
+
+
+@given(reports)
+def test_to_dict_is_json_and_complete(report: Report) -> None:
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    for name in (*COUNTS, "prompt_tokens", "exact", "bytes_read", "bytes_written", "bytes_dropped"):
+        assert found[name] == getattr(report, name)
+    for name in ("lookup_ms", "read_ms", "move_ms", "prefill_ms", "store_errors", "skipped"):
+        assert found[name] == getattr(report, name)
+    assert found["errors"] == report.errors
+    assert [row["reused"] for row in found["rows"]] == [row.reused for row in report.rows]
+    spans = [(i, span) for i, row in enumerate(report.rows) for span in row.spans]
+    for chunk, (index, span) in zip(found["chunks"], spans, strict=True):
+        assert chunk["row"] == index
+        for name in ("start", "stop", "kind", "key", "origin", "reason"):
+            assert chunk[name] == getattr(span, name)
+
+
+def test_to_dict_is_a_copy() -> None:
+    report = Report(errors=["first"])
+    report.to_dict()["errors"].append("second")
+    assert report.errors == ["first"]
+
+
+def test_to_dataframe() -> None:
+    pytest.importorskip("pandas")
+    columns = ["row", "start", "stop", "kind", "key", "origin", "reason"]
+    assert list(Report().to_dataframe().columns) == columns
+    report = Report(
+        [RowReport([Span(0, 4, Kind.REUSED, "k", "store")]), RowReport([Span(0, 9, Kind.COMPUTED)])]
+    )
+    frame = report.to_dataframe()
+    assert list(frame.columns) == columns
+    assert frame.to_dict("records") == report.chunks
+    assert frame.groupby("kind")["stop"].sum().to_dict() == {"computed": 9, "reused": 4}
+
+
+def test_in_words() -> None:
+    assert str(Report()) == "no prompt yet"
+    spans = [Span(0, 1500, Kind.REUSED), Span(1500, 2000, Kind.COMPUTED)]
+    report = Report([RowReport(spans)], bytes_read=2_500_000, skipped="no reason")
+    assert str(report) == (
+        "1,500 of 2,000 prompt tokens reused, 500 computed, 2.5 MB read, "
+        "lookup 0.0 + read 0.0 + prefill 0.0 ms, stood aside: no reason"
+    )
+
+
+@given(reports)
+def test_words_never_fail(report: Report) -> None:
+    assert str(report)
+
+
+def test_each_cause_is_listed_once_and_each_failure_counted() -> None:
+    report = Report()
+    for text in ("down", "down", "slow"):
+        report.note_error(ConnectionError(text))
+    assert report.errors == ["down", "slow"]
+    assert report.store_errors == 3
+    report.rows = [RowReport([Span(0, 1, Kind.COMPUTED)])]
+    assert "3 store errors: down; slow" in str(report)

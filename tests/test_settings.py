@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkcache.errors import ChunkCacheError, SettingError
+from chunkcache.settings import Settings
+
+NAMES = [field.name for field in dataclasses.fields(Settings)]
+
+# One value other than the default for each setting, as Python and as text.
+OTHER: dict[str, tuple[Any, str]] = {
+    "reuse": ("off", "off"),
+    "chunk_size": (64, "64"),
+    "chunk_overlap": (16, "16"),
+    "store_tail": (False, "no"),
+    "namespace": ("team-a", "team-a"),
+    "tags": ("run=1", "run=1"),
+    "on_error": ("raise", "raise"),
+    "connect_timeout": (1.5, "1.5"),
+    "read_timeout": (9.0, "9"),
+    "write_queue_bytes": (4096, "4096"),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("CHUNKCACHE_"):
+            monkeypatch.delenv(name)
+
+
+def test_every_setting_is_tested_here() -> None:
+    assert set(OTHER) == set(NAMES)
+    for name, (value, _) in OTHER.items():
+        assert value != getattr(Settings(), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_everywhere_in_order(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    value, text = OTHER[name]
+    default = getattr(Settings(), name)
+    assert getattr(Settings.load(), name) == default
+    assert getattr(Settings.load(**{name: value}), name) == value
+
+    file = tmp_path / "settings.toml"
+    quoted = str(value).lower() if isinstance(value, bool) else repr(value)
+    file.write_text(f"{name} = {quoted}\n")
+    monkeypatch.setenv("CHUNKCACHE_CONFIG", str(file))
+    assert getattr(Settings.load(), name) == value
+
+    # The environment wins over the file, a keyword over both.
+    file.write_text(
+        f"{name} = {str(default).lower() if default in (True, False) else repr(default)}\n"
+    )
+    monkeypatch.setenv(f"CHUNKCACHE_{name.upper()}", text)
+    assert getattr(Settings.load(), name) == value
+    assert getattr(Settings.load(**{name: default}), name) == default
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reuse", "anywhere"),
+        ("reuse", ""),
+        ("reuse", None),
+        ("reuse", ["prefix"]),
+        ("on_error", "ignore"),
+        ("chunk_size", 0),
+        ("chunk_size", -1),
+        ("chunk_size", 1.5),
+        ("chunk_size", "128"),
+        ("chunk_size", True),
+        ("chunk_size", None),
+        ("chunk_overlap", -1),
+        ("chunk_overlap", 128),
+        ("chunk_overlap", 1000),
+        ("chunk_overlap", False),
+        ("write_queue_bytes", -1),
+        ("write_queue_bytes", 1e9),
+        ("connect_timeout", 0),
+        ("connect_timeout", -0.1),
+        ("connect_timeout", None),
+        ("connect_timeout", "1"),
+        ("connect_timeout", True),
+        ("connect_timeout", float("nan")),
+        ("connect_timeout", float("inf")),
+        ("read_timeout", 0),
+        ("read_timeout", float("nan")),
+        ("read_timeout", float("inf")),
+        ("namespace", None),
+        ("namespace", b"bytes"),
+        ("namespace", "half a \ud800 character"),
+        ("tags", {"a": 1}),
+        ("tags", "half a \ud800 character"),
+        ("store_tail", 1),
+        ("store_tail", "yes"),
+        ("store_tail", None),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, value: object) -> None:
+    with pytest.raises(SettingError, match=name):
+        Settings.load(**{name: value})
+
+
+def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(SettingError, match=r"'chunksize'.*chunk_size"):
+        Settings.load(chunksize=128)
+
+
+def test_a_size_that_fits_the_overlap_only_together() -> None:
+    assert Settings.load(chunk_size=4, chunk_overlap=3).chunk_overlap == 3
+    with pytest.raises(SettingError, match="chunk_overlap=4.*chunk_size=4"):
+        Settings.load(chunk_size=4, chunk_overlap=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chunk_size", "many"),
+        ("chunk_size", ""),
+        ("chunk_size", "1.5"),
+        ("chunk_size", "0"),
+        ("store_tail", "maybe"),
+        ("store_tail", ""),
+        ("read_timeout", "soon"),
+        ("read_timeout", "nan"),
+        ("read_timeout", "inf"),
+        ("reuse", "sometimes"),
+    ],
+)
+def test_a_wrong_variable_is_named(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"CHUNKCACHE_{name.upper()}", text)
+    with pytest.raises(SettingError, match=f"(?i){name}"):
+        Settings.load()
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", "On"])
+def test_ways_to_say_yes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKCACHE_STORE_TAIL", text)
+    assert Settings.load().store_tail is True
+
+
+@pytest.mark.parametrize("text", ["0", "false", "NO", "Off"])
+def test_ways_to_say_no(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKCACHE_STORE_TAIL", text)
+    assert Settings.load().store_tail is False
+
+
+@pytest.mark.parametrize("content", [b"chunk_size = ", b"\xff\xfe", b"[]", None])
+def test_a_file_that_cannot_be_read_is_named(
+    content: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setenv("CHUNKCACHE_CONFIG", str(file))
+    with pytest.raises(SettingError, match=r"CHUNKCACHE_CONFIG.*settings\.toml"):
+        Settings.load()
+
+
+def test_a_file_in_utf_8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_bytes('namespace = "équipe"'.encode())
+    monkeypatch.setenv("CHUNKCACHE_CONFIG", str(file))
+    assert Settings.load().namespace == "équipe"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("chunk_sise = 3", "chunk_sise"), ('chunk_size = "3"', "chunk_size"), ("[a]\nb = 1", "'a'")],
+)
+def test_a_wrong_setting_in_a_file_is_named(
+    content: str, named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(content)
+    monkeypatch.setenv("CHUNKCACHE_CONFIG", str(file))
+    with pytest.raises(SettingError, match=named):
+        Settings.load()
+
+
+def test_settings_cannot_be_changed_behind_the_checks() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().chunk_size = 0  # type: ignore[misc]
+
+
+def test_a_setting_error_is_a_value_error_of_ours() -> None:
+    assert issubclass(SettingError, ValueError)
+    assert issubclass(SettingError, ChunkCacheError)

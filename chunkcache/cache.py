@@ -113,6 +113,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Forget the tokens held. The store keeps what it has."""
         self._forget()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the number is negative, as in `DynamicCache`."""
+        super().crop(tokens_to_remove)
+        self._sequence.transcript.crop(self._sequence.length)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -141,11 +146,16 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
         """Find out what is known of the prompt, fill the layers, and say how much to leave out."""
-        if self._in_flight:
-            self._forget()  # the last forward failed half-way: some layers are ahead of others
+        starts, self._parked = self._parked, False
+        if self._in_flight:  # the last forward failed half-way: some layers are ahead of others
+            if self._sequence.length and not starts:
+                raise UnsupportedCallError(
+                    "the last forward with this cache failed half-way, so what it holds is of no "
+                    "use: call cache.reset() and pass the whole prompt"
+                )
+            self._forget()
         self._in_flight = True
         held = past = self._sequence.length
-        starts, self._parked = self._parked, False
         if starts and not self._continues(call, held):
             held, past = self._keep(self._sequence.common_columns(call)), 0
         self._sequence.transcript.crop(held)
@@ -164,10 +174,17 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self._reported = total
         return self._sequence.begin(module, call, self._step, self.report)
 
-    def end_forward(self, module: nn.Module) -> None:
-        """Keep the chunks that this forward has completed."""
+    def end_forward(self, module: nn.Module) -> bool:
+        """Keep the chunks that this forward has completed. True if it must be done again."""
         self._in_flight = False
-        self._sequence.end(self._step, self.report)
+        again = self._sequence.end(self._step, self.report)
+        if again:
+            self._forget()
+        return again
+
+    def fail_forward(self) -> None:
+        """Leave the model's own hooks as they were; what is held is of no use now."""
+        self._setup.state.hooks.end()
 
     def _continues(self, call: ForwardCall, held: int) -> bool:
         """Whether the ids given to `generate()` are only those behind what is held.
@@ -183,7 +200,14 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     f"input_ids bring {call.new}: pass the whole prompt, or a mask over both"
                 )
             return columns != call.new
-        return bool(held) and call.first_position() == held
+        first = call.first_position()
+        if held and first is None and call.ids is not None and not self._sequence.begins_like(call):
+            raise UnsupportedCallError(
+                "this model takes no position_ids, so it cannot be told whether input_ids are a "
+                "new prompt or continue what the cache holds: call cache.reset() before a new "
+                "prompt, pass the whole text to continue"
+            )
+        return bool(held) and first == held
 
     def _keep(self, columns: int) -> int:
         """Drop all that is held but the first columns."""

@@ -82,29 +82,6 @@ class KVLayout:
                 out.append((f"layers.{index}.{name}", (heads, tokens, dim), begin, end))
         return out
 
-    def to_json(self) -> str:
-        """Text form, as kept in a store."""
-        layers = [
-            layer and [layer.key_heads, layer.key_dim, layer.value_heads, layer.value_dim]
-            for layer in self.layers
-        ]
-        return json.dumps({"dtype": _DTYPE_NAMES[self.dtype], "layers": layers})
-
-    @classmethod
-    def from_json(cls, text: str) -> KVLayout:
-        """Read `to_json` back.
-
-        Raises:
-            BlobError: Not such a text.
-        """
-        try:
-            fields = json.loads(text)
-            dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-            layers = tuple(layer and LayerShape(*map(int, layer)) for layer in fields["layers"])
-            return cls(dtypes[fields["dtype"]], layers)
-        except (ValueError, TypeError, KeyError) as error:
-            raise BlobError(f"not a K/V layout: {text[:80]!r}") from error
-
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys and values of one layer, each `[kv_heads, tokens, head_dim]`."""

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 from chunkcache.errors import SettingError
+from chunkcache.foreign import patches
 from chunkcache.weights import digest_adapters, digest_weights
 
 # Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
@@ -80,12 +81,13 @@ class ModelIdentity:
         revision = getattr(config, "_commit_hash", None) or ""
         parts = (
             ("layout", KV_LAYOUT),
-            ("class", type(model).__name__),
-            ("config", _digest_config(config)),
+            ("class", f"{type(model).__module__}.{type(model).__qualname__}"),
+            ("config", digest_config(model)),
             ("revision", revision),
             ("weights", digest_weights(model, edited)),
             ("adapters", digest_adapters(model)),
             ("numerics", numerics(model)),
+            ("patches", json.dumps(patches(model))),
         )
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -114,7 +116,10 @@ def model_name(model: nn.Module) -> str:
     return name
 
 
-def _digest_config(config: Any) -> str:
+def digest_config(model: nn.Module) -> str:
+    """SHA-256 over all settings of a model that can shape its K/V (64 hex digits)."""
+    config: Any = model.config
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items() if k not in _INERT}
@@ -138,8 +143,7 @@ def numerics(model: nn.Module) -> str:
     return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"
 
 
-_HASH = re.compile(r"[0-9a-f]{64}")
-_FORMAT = re.compile(r"[a-z0-9+.-]+")
+_KEY = re.compile(r"([a-z0-9+.-]+)@([^@]*)@(\d{1,9})@(\d{1,9})@([0-9a-f]{64})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,19 +171,16 @@ class ChunkKey:
         Raises:
             SettingError: The text is not a key of ours.
         """
-        fields = text.split("@")
-        if len(fields) == 6 and fields[5] in ("metadata", "kv_bytes"):
-            fields.pop()
-        if (
-            len(fields) != 5
-            or not _FORMAT.fullmatch(fields[0])
-            or not (fields[2].isascii() and fields[2].isdigit() and len(fields[2]) < 10)
-            or not (fields[3].isascii() and fields[3].isdigit() and len(fields[3]) < 10)
-            or not _HASH.fullmatch(fields[4])
-        ):
-            raise SettingError(
-                f"{text[:200]!r} is not a chunk key: expected "
-                "format@model@world_size@worker@chunk_hash"
-            )
-        model = unquote(fields[1], errors="surrogatepass")
-        return cls(fields[0], model, int(fields[2]), int(fields[3]), fields[4])
+        name = text.removesuffix("@metadata").removesuffix("@kv_bytes")
+        if match := _KEY.fullmatch(name):
+            format, model, world_size, worker, chunk_hash = match.groups()
+            try:
+                model = unquote(model, errors="surrogatepass")
+                key = cls(format, model, int(world_size), int(worker), chunk_hash)
+            except UnicodeDecodeError:
+                key = None
+            if key is not None and str(key) == name:  # written as we write it, no other way
+                return key
+        raise SettingError(
+            f"{text[:200]!r} is not a chunk key: expected format@model@world_size@worker@chunk_hash"
+        )

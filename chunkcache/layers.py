@@ -54,22 +54,15 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._key_room: Tensor | None = None
         self._value_room: Tensor | None = None
+        # Where the next update writes, `[tokens]`, instead of behind what is held (see scatter.py).
+        self.columns: Tensor | None = None
 
-    def runs(self, row: int, column: int, tokens: int) -> list[memoryview]:
-        """The memory of one row's room behind `column`: where a blob's bytes belong, in its order.
-
-        Keys of each head, then values of each head. Only on the CPU.
-        """
-        views = []
-        for room in (self._key_room, self._value_room):
-            assert room is not None
-            flat = room.view(torch.uint8).numpy().reshape(-1).data
-            _, heads, capacity, width = room.shape
-            width *= room.element_size()
-            for head in range(row * heads, (row + 1) * heads):
-                at = (head * capacity + column) * width
-                views.append(flat[at : at + tokens * width])
-        return views
+    @property
+    def _rooms(self) -> tuple[Tensor, Tensor]:
+        """Memory of keys and of values, `[batch, kv_heads, capacity, head_dim]` each."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        return self._key_room, self._value_room
 
     def settle(self, key_room: Tensor, value_room: Tensor) -> None:
         """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each."""
@@ -80,32 +73,37 @@ class GrowingLayer(DynamicLayer):
 
     def hold(self, tokens: int) -> None:
         """Declare that the first `tokens` of the room are filled."""
-        assert self._key_room is not None
-        assert self._value_room is not None
-        self.keys = self._key_room[:, :, :tokens]
-        self.values = self._value_room[:, :, :tokens]
+        self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
 
     def place(self, row: int, column: int, keys: Tensor, values: Tensor) -> None:
-        """Copy `[kv_heads, tokens, head_dim]` into one row's room, not yet held (see `hold`)."""
-        assert self._key_room is not None
-        assert self._value_room is not None
-        end = column + keys.shape[1]
-        self._key_room[row, :, column:end].copy_(keys)
-        self._value_room[row, :, column:end].copy_(values)
+        """Copy `[kv_heads, tokens, head_dim]` into one row's room, held or not (see `hold`)."""
+        for room, new in zip(self._rooms, (keys, values), strict=True):
+            room[row, :, column : column + new.shape[1]].copy_(new)
 
     def peek(self, row: int, column: int, tokens: int) -> LayerKV:
         """Views `[kv_heads, tokens, head_dim]` of one row's room, held or not."""
-        assert self._key_room is not None
-        assert self._value_room is not None
-        end = column + tokens
-        return self._key_room[row, :, column:end], self._value_room[row, :, column:end]
+        keys, values = (room[row, :, column : column + tokens] for room in self._rooms)
+        return keys, values
 
     def blank(self, row: int, columns: int) -> None:
         """Zero one row's first columns: padding, which attention masks but multiplies by zero."""
-        assert self._key_room is not None
-        assert self._value_room is not None
-        self._key_room[row, :, :columns].zero_()
-        self._value_room[row, :, :columns].zero_()
+        for room in self._rooms:
+            room[row, :, :columns].zero_()
+
+    def runs(self, row: int, column: int, tokens: int) -> list[memoryview]:
+        """The memory of one row's room behind `column`: where a blob's bytes belong, in its order.
+
+        Keys of each head, then values of each head. Only on the CPU.
+        """
+        views = []
+        for room in self._rooms:
+            flat = room.view(torch.uint8).numpy().reshape(-1).data
+            _, heads, capacity, width = room.shape
+            width *= room.element_size()
+            for head in range(row * heads, (row + 1) * heads):
+                at = (head * capacity + column) * width
+                views.append(flat[at : at + tokens * width])
+        return views
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -113,67 +111,81 @@ class GrowingLayer(DynamicLayer):
         """Append `[batch, kv_heads, tokens, head_dim]` and return views of all that is held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.requires_grad or self.keys.requires_grad:
-            # Autograd needs every version of its inputs: no writing in place.
+        if self.columns is not None:
+            return self._write_in_the_middle(key_states, value_states, self.columns)
+        if torch.is_grad_enabled():
+            # Autograd needs what it was given as it was: no writing in place.
             return super().update(key_states, value_states, *args, **kwargs)
         held = self.get_seq_length()
         total = held + key_states.shape[-2]
-        if not self._fits(key_states, held, total):
+        if not self._fits(key_states, value_states, held, total):
             self._move(key_states, value_states, held, total)
-        assert self._key_room is not None
-        assert self._value_room is not None
-        self._key_room[:, :, held:total].copy_(key_states)
-        self._value_room[:, :, held:total].copy_(value_states)
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, held:total].copy_(new)
         self.hold(total)
+        return self.keys, self.values
+
+    def _write_in_the_middle(
+        self, key_states: Tensor, value_states: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        held = self.get_seq_length()
+        if not self._fits(key_states, value_states, held, held):
+            self._move(key_states, value_states, held, held)
+            self.hold(held)
+        columns = columns.to(key_states.device)
+        self.keys.index_copy_(2, columns, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, columns, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all, keeping what is held."""
         held = self.get_seq_length()
-        if held and not self._fits(self.keys, held, tokens):
+        tokens = max(held, tokens)
+        if held and not self._fits(self.keys, self.values, held, tokens):
             self._move(self.keys, self.values, held, tokens)
             self.hold(held)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._key_room = self._value_room = None
+        self._key_room = self._value_room = self.columns = None
 
-    def _fits(self, new: Tensor, held: int, total: int) -> bool:
+    def _fits(self, keys: Tensor, values: Tensor, held: int, total: int) -> bool:
         """Whether what is held is where we left it, and the new tokens may be written behind it."""
-        room = self._key_room
-        return (
-            room is not None
-            and room.shape[2] >= total
+        if self._key_room is None or self._value_room is None:
+            return False
+        return all(
+            room.shape[2] >= total
             and room.shape[:2] == new.shape[:2]
+            and room.shape[3] == new.shape[3]
             and room.device == new.device
-            and room.dtype == new.dtype
+            and room.dtype == torch.promote_types(room.dtype, new.dtype)
             # Memory made under torch.inference_mode may be written under it alone.
             and room.is_inference() <= torch.is_inference_mode_enabled()
-            and (not held or self._at_home(self.keys, room))
-            and (not held or self._at_home(self.values, self._value_room))
+            and (not held or _at_home(view, room))
+            for room, new, view in (
+                (self._key_room, keys, self.keys),
+                (self._value_room, values, self.values),
+            )
         )
 
-    @staticmethod
-    def _at_home(view: Tensor, room: Tensor | None) -> bool:
-        return (
-            room is not None
-            and view.data_ptr() == room.data_ptr()
-            and view.stride() == room.stride()
-        )
-
-    def _move(self, key_states: Tensor, value_states: Tensor, held: int, total: int) -> None:
+    def _move(self, keys: Tensor, values: Tensor, held: int, total: int) -> None:
         """Take larger memory, on the device of the new tokens, and copy what is held there."""
         rooms = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
+        for old, new in ((self.keys, keys), (self.values, values)):
             batch, heads, _, dim = new.shape
             shape = (batch, heads, with_room(total), dim)
-            room = allocate(math.prod(shape), new.dtype, new.device).view(shape)
+            dtype = torch.promote_types(old.dtype, new.dtype) if held else new.dtype
+            room = allocate(math.prod(shape), dtype, new.device).view(shape)
             if held:
                 room[:, :, :held].copy_(old)
             rooms.append(room)
         self._key_room, self._value_room = rooms
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = rooms[0].dtype, rooms[0].device
+
+
+def _at_home(view: Tensor, room: Tensor) -> bool:
+    return view.data_ptr() == room.data_ptr() and view.stride() == room.stride()
 
 
 def settle_all(

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from chunkcache.errors import StoreError
-from chunkcache.identity import ModelIdentity, numerics
-from chunkcache.proof import Proof, prove
+from chunkcache.foreign import HookWatch, patches
+from chunkcache.identity import ModelIdentity, digest_config, numerics
+from chunkcache.proof import Proof, measure_layout, prove
 from chunkcache.stores import open_store
 from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.weights import watch
+from chunkcache.weights import Watched, watch
 
 PROOF_FORMAT = "proof"
 
@@ -29,9 +30,10 @@ class ModelState:
 
     _model: weakref.ref[nn.Module]
     _lock: RLock = field(default_factory=RLock)
-    _watched: dict[str, object] = field(default_factory=dict)
+    hooks: HookWatch = field(default_factory=HookWatch)
+    _watched: Watched | None = None
     _edited: set[str] = field(default_factory=set)
-    _numerics: str = ""
+    _rest: tuple[object, ...] = ()
     _identity: ModelIdentity | None = None
     _proofs: dict[str, Proof] = field(default_factory=dict)
     _stores: dict[tuple[object, ...], ChunkStore] = field(default_factory=dict)
@@ -55,16 +57,14 @@ class ModelState:
     def identity(self) -> ModelIdentity:
         """The model's identity now: computed again only when the watch says that it may differ."""
         with self._lock:
-            watched, switches = watch(self.model), numerics(self.model)
-            if self._identity is None or watched != self._watched or switches != self._numerics:
-                if self._identity is not None:
-                    self._edited |= {
-                        name
-                        for name, seen in watched.items()
-                        if self._watched.get(name, seen) != seen
-                    }
-                self._watched, self._numerics = watched, switches
-                self._identity = ModelIdentity.of(self.model, self._edited)
+            model = self.model
+            watched = watch(model)
+            rest = (numerics(model), digest_config(model), patches(model))
+            if self._identity is None or watched != self._watched or rest != self._rest:
+                if self._watched is not None:
+                    self._edited |= watched.edited_since(self._watched)
+                self._watched, self._rest = watched, rest
+                self._identity = ModelIdentity.of(model, self._edited)
             return self._identity
 
     def proof(self, store: ChunkStore) -> Proof:
@@ -72,9 +72,7 @@ class ModelState:
         with self._lock:
             identity = self.identity()
             if identity.digest not in self._proofs:
-                self._proofs[identity.digest] = self._stored_proof(store, identity) or self._prove(
-                    store, identity
-                )
+                self._proofs[identity.digest] = self._prove(store, identity)
             return self._proofs[identity.digest]
 
     def open(self, url: str | None, **settings: Any) -> ChunkStore:
@@ -85,18 +83,24 @@ class ModelState:
                 self._stores[key] = open_store(url, **settings)
             return self._stores[key]
 
-    def _stored_proof(self, store: ChunkStore, identity: ModelIdentity) -> Proof | None:
+    def _was_proven(self, store: ChunkStore, identity: ModelIdentity) -> bool:
+        """Whether another process has proven this very model. Only that is taken on trust."""
         key = str(identity.key(identity.digest, PROOF_FORMAT))
         try:
-            return Proof.from_metadata(store.read_metadata([key])[0], self.model)
+            fields = store.read_metadata([key])[0] or {}
         except StoreError:
-            return None
+            return False
+        return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
 
     def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
+        if self._was_proven(store, identity):
+            proof = measure_layout(self.model)
+            if not proof.obstacle:
+                return proof
         proof = prove(self.model)
         if not proof.obstacle:
             key = str(identity.key(identity.digest, PROOF_FORMAT))
-            fields = {"model": identity.name, "identity": identity.digest, **proof.to_metadata()}
+            fields = {"model": identity.name, "identity": identity.digest, "proven": "yes"}
             with suppress(StoreError):  # the next process tests again
                 store.write([Entry(key, fields, memoryview(b""))])
         return proof

@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from chunkcache.errors import UnsupportedCallError
 
 # Tensors with one entry per new token along their last dimension: trimmed together.
-_PER_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
+_PER_TOKEN = ("input_ids", "position_ids", "cache_position")
 _UNDERSTOOD = frozenset(
-    (*_PER_TOKEN, "attention_mask", "past_key_values", "use_cache", "logits_to_keep", "labels")
+    (
+        *_PER_TOKEN,
+        "attention_mask",
+        "labels",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "return_dict",
+        "use_cache",
+    )
 )
 
 
@@ -98,20 +109,27 @@ class ForwardCall:
 class PrefillAware(ABC):
     """A cache that the hook talks to."""
 
+    untrimmed: dict[str, Any] | None = None
+    """The arguments of a forward that may have to be done again."""
+
     @abstractmethod
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
         """Prepare for a forward. Returns how many columns of ids the model need not compute."""
 
     @abstractmethod
-    def end_forward(self, module: nn.Module) -> None:
-        """Take note that the forward has come back."""
+    def end_forward(self, module: nn.Module) -> bool:
+        """Take note that the forward has come back. True if it must be done again, untrimmed."""
+
+    @abstractmethod
+    def fail_forward(self) -> None:
+        """Take note that the forward raised an exception."""
 
 
 def install(model: nn.Module) -> None:
     """Put the hook on a model that has none yet."""
     if _before not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before, with_kwargs=True)
-        model.register_forward_hook(_after, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -123,6 +141,7 @@ def uninstall(model: nn.Module) -> None:
         for number in [number for number, hook in hooks.items() if hook is ours]:
             del hooks[number]
             flags.pop(number, None)
+            model._forward_hooks_always_called.pop(number, None)
 
 
 def _before(
@@ -138,13 +157,20 @@ def _before(
             "use_cache=False contradicts past_key_values=RedisChunkCache(...): leave one out"
         )
     skip = cache.begin_forward(module, read_call(module, kwargs))
+    cache.untrimmed = kwargs
     return (), trim(kwargs, skip)
 
 
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, PrefillAware):
-        cache.end_forward(module)
+    if not isinstance(cache, PrefillAware):
+        return None
+    arguments, cache.untrimmed = cache.untrimmed, None
+    if output is None:
+        cache.fail_forward()
+    elif cache.end_forward(module):
+        return module(**arguments or {})
+    return None
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -175,12 +201,9 @@ def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: Any) -> str:
     if kwargs.get("labels") is not None:
         return "labels were given: the loss needs the outputs of every token"
     config: Any = module.config
-    for name in ("output_hidden_states", "output_attentions"):
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         wanted = kwargs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
-            return f"{name} was asked for: it covers every token"
-    for name, value in kwargs.items():
-        if name.startswith("output_") and name not in _UNDERSTOOD and value is True:
             return f"{name} was asked for: it covers every token"
     if not isinstance(keep, int) or keep <= 0:
         return "logits of every token are wanted (logits_to_keep is not set)"
@@ -195,15 +218,13 @@ def _why_opaque(module: nn.Module, kwargs: dict[str, Any], ids: Any, mask: Any) 
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return "the attention mask is not two-dimensional"
     for name, value in kwargs.items():
-        if name not in _UNDERSTOOD and _carries_data(value):
-            return f"{name} changes what the tokens mean (an image, for instance)"
+        if name not in _UNDERSTOOD and not _is_nothing(value):
+            return f"{name} may change what the tokens mean (as an image does)"
     return ""
 
 
-def _carries_data(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    return isinstance(value, (dict, list, tuple)) and len(value) > 0
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (dict, list)) and not value)
 
 
 def trim(kwargs: dict[str, Any], skip: int) -> dict[str, Any]:

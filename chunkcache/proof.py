@@ -8,7 +8,7 @@ the store under the model's identity, so that the next process does not repeat t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ from transformers.cache_utils import (
 )
 
 from chunkcache.codec import BlobForm, KVLayout, LayerShape, encode
-from chunkcache.errors import BlobError, ChunkCacheError
+from chunkcache.errors import ChunkCacheError
 from chunkcache.layers import GrowingLayer, row_slice, settle_all
 
 # Largest difference of logits, relative to the largest logit, that rounding explains. Wrong K/V
 # are off by 10 % and more.
-_TOLERANCE = {
+ROUNDING = {
     torch.float64: 1e-5,  # parts of many models compute in float32 all the same
     torch.float32: 1e-3,
     torch.float16: 2e-2,
@@ -49,32 +49,6 @@ class Proof:
 
     obstacle: str = ""
     layout: KVLayout | None = None
-
-    def to_metadata(self) -> dict[str, str]:
-        """Text form, as kept in a store."""
-        return {"obstacle": self.obstacle, "layout": self.layout.to_json() if self.layout else ""}
-
-    @classmethod
-    def from_metadata(cls, fields: dict[str, str] | None, model: nn.Module) -> Proof | None:
-        """Read `to_metadata` back; `None` when it is not one, or is of a model to test again.
-
-        The layout decides how much memory is asked for, so one that the model could not have is
-        not believed.
-        """
-        if not fields or fields.get("obstacle", "?") or not fields.get("layout"):
-            return None
-        try:
-            layout = KVLayout.from_json(fields["layout"])
-        except BlobError:
-            return None
-        layers = growing_layers(model) or []
-        widest = 64 * int(model.config.get_text_config(decoder=True).hidden_size)  # type: ignore[union-attr, operator]
-        plausible = len(layers) == len(layout.layers) and all(
-            (shape is not None) == isinstance(layer, GrowingLayer)
-            and (shape is None or 0 < shape.token_elements() <= widest)
-            for layer, shape in zip(layers, layout.layers, strict=True)
-        )
-        return cls("", layout) if plausible else None
 
 
 def growing_layers(model: nn.Module) -> list[Any] | None:
@@ -98,15 +72,27 @@ def growing_layers(model: nn.Module) -> list[Any] | None:
 
 def prove(model: nn.Module) -> Proof:
     """Test a model in evaluation mode. Draws no random numbers and leaves no trace in the model."""
+    return _try(model, _split_test)
+
+
+def measure_layout(model: nn.Module) -> Proof:
+    """For a model that is proven: what its layers cache, seen on one token."""
+    return _try(model, lambda m: Proof("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
+
+
+def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
     if obstacle := _known_obstacle(model):
         return Proof(obstacle)
     try:
         with torch.no_grad():
-            return _split_test(model)
+            proof = test(model)
     except ChunkCacheError as error:
         return Proof(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
         return Proof(f"the self-test could not run: {type(error).__name__}: {error}"[:300])
+    if proof.layout and proof.layout.dtype not in ROUNDING:
+        return Proof(f"K/V of type {proof.layout.dtype} are not supported")
+    return proof
 
 
 def _known_obstacle(model: nn.Module) -> str:
@@ -130,36 +116,54 @@ def _rope_parts(parameters: Any) -> list[dict[str, Any]]:
 
 
 def _split_test(model: nn.Module) -> Proof:
+    ids = probe_ids(model)
     config: Any = model.config
-    ids = _test_ids(config).to(next(model.get_input_embeddings().parameters()).device)  # type: ignore[operator]
-    whole = model(input_ids=ids, past_key_values=DynamicCache(config=config), use_cache=True).logits
-
-    first = DynamicCache()
-    first.layers, first.layer_class_to_replicate = _test_layers(model), None
-    model(input_ids=ids, past_key_values=first, use_cache=True)
-    layout = _layout_of(first.layers)
-    if layout.dtype not in _TOLERANCE:
-        return Proof(f"K/V of type {layout.dtype} are not supported")
-
+    whole = _forward(model, ids, DynamicCache(config=config))
     for cut in (ids.shape[1] // 2 - 1, ids.shape[1] - 1):
+        # From a prompt that goes on otherwise, and for longer: what is stored must not depend on
+        # what came behind it.
+        other = torch.cat([ids[:, :cut], ids.flip(1), ids[:, cut:]], dim=1)
+        stored, _ = _prefill(model, other)
+        layout = _layout_of(stored)
         # As a hit would: through a blob, into fresh layers.
-        form = BlobForm.of(layout, ids[0, :cut].tolist(), 0, "")
-        parts = form.views(encode(form, row_slice(first.layers, 0, 0, cut)))
-        second, layers = DynamicCache(), _test_layers(model)
-        second.layers, second.layer_class_to_replicate = layers, None
+        tokens = ids[0, :cut].tolist()
+        form = BlobForm.of(layout, tokens, 0, "")
+        parts = form.views(encode(form, row_slice(stored, 0, 0, cut)))
+        layers = _test_layers(model)
         settle_all(layers, layout, 1, ids.shape[1], whole.device)
         for layer, kv in zip(layers, parts, strict=True):
             if kv is not None:
                 layer.place(0, 0, *kv)
                 layer.hold(cut)
-        rest = model(input_ids=ids[:, cut:], past_key_values=second, use_cache=True).logits
+        rest = _forward(model, ids[:, cut:], cache_of(layers))
         error = float((rest - whole[:, cut:]).abs().max() / whole.abs().max())
-        if not error <= _TOLERANCE[layout.dtype]:
+        if not error <= ROUNDING.get(layout.dtype, 0.0):
             return Proof(
                 "continuing from stored K/V changes this model's logits by "
                 f"{error:.1e} of the largest"
             )
     return Proof("", layout)
+
+
+def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
+    """Layers filled with the K/V of a prompt, and its logits."""
+    layers = _test_layers(model)
+    return layers, _forward(model, ids, cache_of(layers))
+
+
+def _forward(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = next(embedding.parameters()).device
+    out: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+    logits: Tensor = out.logits
+    return logits
+
+
+def cache_of(layers: list[Any]) -> DynamicCache:
+    """A plain cache, which our hook ignores, around layers of ours."""
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = layers, None
+    return cache
 
 
 def _test_layers(model: nn.Module) -> list[Any]:
@@ -185,8 +189,9 @@ def _layout_of(layers: Sequence[Any]) -> KVLayout:
     return KVLayout(dtypes.pop(), tuple(shapes))
 
 
-def _test_ids(config: Any) -> Tensor:
+def probe_ids(model: nn.Module) -> Tensor:
     """`[1, 32]` ids spread over the vocabulary, without those that mean something special."""
+    config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     special: set[int] = set()
     for part in (config, text_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -20,20 +21,22 @@ _COLOURS = {
 }
 
 
-@dataclass(slots=True)
-class RowReport:
-    """What happened to the tokens of one row of the batch: neighbouring tokens by their fate."""
+class _Counts:
+    """Token counts by kind, from `spans`."""
 
-    spans: list[Span] = field(default_factory=list)
+    __slots__ = ()
+
+    def _spans(self) -> Iterable[Span]:
+        raise NotImplementedError
 
     def count(self, kind: Kind) -> int:
         """Tokens of that kind."""
-        return sum(span.tokens for span in self.spans if span.kind is kind)
+        return sum(span.tokens for span in self._spans() if span.kind is kind)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the row, padding not counted."""
-        return sum(span.tokens for span in self.spans)
+        """Tokens of the prompt, padding not counted."""
+        return sum(span.tokens for span in self._spans())
 
     @property
     def reused(self) -> int:
@@ -57,7 +60,17 @@ class RowReport:
 
 
 @dataclass(slots=True)
-class Report:
+class RowReport(_Counts):
+    """What happened to the tokens of one row of the batch: neighbouring tokens by their fate."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    def _spans(self) -> Iterable[Span]:
+        return self.spans
+
+
+@dataclass(slots=True)
+class Report(_Counts):
     """What the cache did with the last prompt.
 
     Token counts are sums over the rows of the batch; `reused + moved + recomputed + computed`
@@ -89,30 +102,8 @@ class Report:
     errors: list[str] = field(default_factory=list)
     skipped: str = ""
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return sum(row.prompt_tokens for row in self.rows)
-
-    @property
-    def reused(self) -> int:
-        """Tokens whose K/V were taken as they are."""
-        return sum(row.reused for row in self.rows)
-
-    @property
-    def moved(self) -> int:
-        """Tokens whose K/V were taken from another position."""
-        return sum(row.moved for row in self.rows)
-
-    @property
-    def recomputed(self) -> int:
-        """Tokens that were found but computed again to repair a move."""
-        return sum(row.recomputed for row in self.rows)
-
-    @property
-    def computed(self) -> int:
-        """Tokens that the model computed."""
-        return sum(row.computed for row in self.rows)
+    def _spans(self) -> Iterable[Span]:
+        return (span for row in self.rows for span in row.spans)
 
     @property
     def exact(self) -> bool:

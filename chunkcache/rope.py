@@ -2,8 +2,8 @@
 
 RoPE rotates pairs of dimensions by angles linear in the position, so `K(p') = R(p' - p) K(p)`,
 exactly, whatever the model around it. How a model pairs dimensions, which ones it rotates and with
-which frequencies is derived from the model by trying every known way on real keys of a lone token, whose
-keys depend on nothing but itself and its position. Angles are taken at the old and at the new
+which frequencies is derived from the model by trying every known way on real keys of a lone token,
+which depend on nothing but itself and its position. Angles are taken at the old and at the new
 position from the model's own frequencies and then composed: `delta * inv_freq` would be off by
 1e-2 at position 100,000, since the model rounds `position * inv_freq` to float32.
 
@@ -12,6 +12,7 @@ Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -32,7 +33,7 @@ TOLERANCE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """One way of rotating the last dimension of `[..., tokens, head_dim]`.
 
@@ -85,11 +86,6 @@ class LayerRule:
     keys: Rotation | None
     values: Rotation | None
 
-    @property
-    def still(self) -> bool:
-        """Whether nothing turns (no position in the layer, or in its mask only)."""
-        return self.keys is None and self.values is None
-
 
 @dataclass(frozen=True)
 class KeyMover:
@@ -100,11 +96,27 @@ class KeyMover:
     def move(self, kv: LayerKV, layer: int, old: Tensor, new: Tensor) -> LayerKV:
         """One layer's `[..., tokens, head_dim]` keys and values at other positions, `[tokens]`."""
         rule = self.layers[layer]
-        if rule is None or rule.still:
+        if rule is None:
             return kv
         keys = rule.keys.move(kv[0], old, new) if rule.keys else kv[0]
         values = rule.values.move(kv[1], old, new) if rule.values else kv[1]
         return keys, values
+
+    def move_all(
+        self, layers: Sequence[LayerKV | None], old: Tensor, new: Tensor
+    ) -> list[LayerKV | None]:
+        """All layers' `[kv_heads, tokens, head_dim]` at once: layers that turn alike, together."""
+        parts = [list(kv) if kv else [] for kv in layers]
+        groups: defaultdict[tuple[Rotation, int, torch.Size], list[int]] = defaultdict(list)
+        for index, (rule, kv) in enumerate(zip(self.layers, parts, strict=True)):
+            for part, rotation in enumerate((rule.keys, rule.values) if rule and kv else ()):
+                if rotation is not None:
+                    groups[rotation, part, kv[part].shape].append(index)
+        for (rotation, part, _), alike in groups.items():
+            stacked = torch.stack([parts[index][part] for index in alike])
+            for index, turned in zip(alike, rotation.move(stacked, old, new), strict=True):
+                parts[index][part] = turned
+        return [(kv[0], kv[1]) if kv else None for kv in parts]
 
 
 LoneToken = Sequence[LayerKV | None]
@@ -122,21 +134,38 @@ def find_rules(model: nn.Module, at_zero: LoneToken, moved: dict[int, LoneToken]
     Returns:
         The rules, or why there are none for some layer.
     """
-    frequencies = _frequencies(model)
+    widths = {part.shape[-1] for kv in at_zero if kv for part in kv}
+    known = _candidates(model, widths)
     rules: list[LayerRule | None] = []
     for index, start in enumerate(at_zero):
         if start is None:
             rules.append(None)
             continue
-        found: list[Rotation | None] = []
+        found = []
         for part, what in enumerate(("keys", "values")):
             samples = {p: layers[index][part] for p, layers in moved.items()}  # type: ignore[index]
-            rule = _fit(start[part], samples, frequencies)
+            rule = _fit(start[part], samples, known)
             if isinstance(rule, str):
                 return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
             found.append(rule)
         rules.append(LayerRule(found[0], found[1]))
     return KeyMover(tuple(rules))
+
+
+_Fit = Rotation | str | None
+
+
+def _candidates(model: nn.Module, widths: set[int]) -> list[Rotation]:
+    """Every known way of rotating vectors of these widths with the model's frequencies."""
+    found = []
+    for table, interleaved, sign in product(_frequencies(model), (False, True), (1, -1)):
+        spares = {width - 2 * table.shape[0] for width in widths}
+        found += [
+            Rotation(table, first, interleaved, sign)
+            for first in sorted({0, *spares})
+            if first >= 0
+        ]
+    return found
 
 
 def _frequencies(model: nn.Module) -> list[Tensor]:
@@ -150,17 +179,14 @@ def _frequencies(model: nn.Module) -> list[Tensor]:
     return tables
 
 
-def _fit(start: Tensor, samples: dict[int, Tensor], tables: list[Tensor]) -> Rotation | None | str:
-    """The rotation that turns `start` into every sample; `None` for no turn; else the best error."""
+def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation]) -> _Fit:
+    """The rotation that turns `start` into every sample, `None` for no turn, or what is wrong."""
     tolerance = TOLERANCE[start.dtype]
     if _error(None, start, samples) <= tolerance:
         return None
     best, smallest = None, float("inf")
-    for table, interleaved, sign in product(tables, (False, True), (1, -1)):
-        width = 2 * table.shape[0]
-        spare = start.shape[-1] - width
-        for first in sorted({0, spare}) if spare >= 0 else ():
-            rotation = Rotation(table, first, interleaved, sign)
+    for rotation in known:
+        if rotation.first + 2 * rotation.inv_freq.shape[0] <= start.shape[-1]:
             error = _error(rotation, start, samples)
             if error < smallest:
                 best, smallest = rotation, error

@@ -16,8 +16,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from chunkcache.chunking import Chunk, Grid, cut
 from chunkcache.codec import FORMAT, KVLayout
 from chunkcache.errors import StoreError
+from chunkcache.foreign import Hooks, foreign_hooks
 from chunkcache.harvest import harvest
-from chunkcache.identity import ModelIdentity
+from chunkcache.identity import ModelIdentity, numerics
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.model_state import ModelState
 from chunkcache.plan import Kind, RowPlan, Span, plan_row
@@ -55,6 +56,7 @@ class Step:
     total: int
     certain: int
     is_prompt: bool
+    trimmed: bool = False
     prefill_from: float = 0.0
 
 
@@ -77,6 +79,8 @@ class Sequence:
         self._known: set[str] = set()
         self._complete: list[int] = []
         self._checks: list[Tensor | bool] = []
+        self._hooks: list[tuple[str, Hooks, int]] = []
+        self._numerics = ""
 
     @property
     def length(self) -> int:
@@ -93,9 +97,15 @@ class Sequence:
             return False
         changed = self.identity is not None
         self.identity = identity
+        self._numerics = numerics(self.setup.model)
         self.proof = self.setup.state.proof(self.setup.store)
         self._salt = identity.salt(self.setup.settings.namespace)
         return changed
+
+    def begins_like(self, call: ForwardCall) -> bool:
+        """Whether the ids given and those held have a beginning in common."""
+        assert call.ids is not None
+        return self.transcript.common_columns(call.ids, self.transcript.pads) > 0
 
     def common_columns(self, call: ForwardCall) -> int:
         """Columns of a whole prompt that are held, the last ones that must be computed left out."""
@@ -109,6 +119,11 @@ class Sequence:
 
     def begin(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> int:
         """Fill the layers with what is known. Returns how many columns of ids to leave out."""
+        skip = self._prepare(module, call, step, report)
+        self.setup.state.hooks.begin([] if self.opaque else self._hooks)
+        return skip
+
+    def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> int:
         self.opaque = self.opaque or call.opaque
         if step.is_prompt and not self.opaque:
             self.opaque = self._why_aside(module, call, step)
@@ -124,6 +139,7 @@ class Sequence:
             self._checks.append(call.follows(step.past, self.transcript.pads))
             return step.held - step.past
         known = self._restore(call, step, report)
+        step.trimmed = known > step.past
         step.prefill_from = perf_counter()
         return known - step.past
 
@@ -139,6 +155,9 @@ class Sequence:
             self.layers[:] = self._empty_layers()
         if self.proof.obstacle:
             return self.proof.obstacle
+        self._hooks = foreign_hooks(module)
+        if reason := self.setup.state.hooks.reason(self._hooks):
+            return reason
         if not step.held:
             self.transcript.start(call.pads())
         if self.transcript.columns != step.held:
@@ -160,6 +179,8 @@ class Sequence:
         rows = [self._cut(ids[row, pad:], tail=True) for row, pad in enumerate(pads)]
         report.skipped = call.whole
         limit = step.held if call.whole else step.total - max(call.keep, 1)
+        if step.past and not self.setup.state.hooks.is_known(self._hooks):
+            limit = step.held  # should a hook change something, this part could not be done again
         plans = self._plan(rows, step, limit, report)
         report.lookup_ms += 1e3 * (perf_counter() - started)
         started = perf_counter()
@@ -213,14 +234,25 @@ class Sequence:
 
     # ------------------------------------------------------------------ a forward has come back
 
-    def end(self, step: Step, report: Report) -> None:
-        """Hand over chunks that are complete, certain and not in the store."""
+    def end(self, step: Step, report: Report) -> bool:
+        """Hand over what is new. True if the forward must be done again, with nothing left out."""
+        changed = self.setup.state.hooks.end()
+        if changed:
+            self.opaque = self.setup.state.hooks.reason(self._hooks)
+        if changed and step.trimmed:
+            return True
         if step.is_prompt:
             report.prefill_ms += 1e3 * (perf_counter() - step.prefill_from)
+            report.skipped = self.opaque or report.skipped
         self._fed = step.total
-        if not self.opaque and self.length != step.total:
+        if not self.opaque:
+            self._store_new(step, report)
+        return False
+
+    def _store_new(self, step: Step, report: Report) -> None:
+        """Hand over chunks that are complete, certain and not in the store."""
+        if self.length != step.total:
             self.opaque = "the model cached another number of tokens than it was given"
-        if self.opaque:
             return
         pads = self.transcript.pads
         lengths = [max(step.certain - pad, 0) for pad in pads]
@@ -231,6 +263,9 @@ class Sequence:
         self._complete = complete
         if not all(bool(check) for check in self._checks):
             self.opaque = _NOT_TEXT
+            return
+        if numerics(self.setup.model) != self._numerics:
+            self.opaque = "autocast, attention or matrix precision changed in the course of it"
             return
         self._checks.clear()
         ids = self.transcript.ids()
@@ -276,7 +311,7 @@ class Sequence:
 
     def _report(self, spans: list[list[Span]], past: list[int], report: Report) -> None:
         """Add this forward's spans, behind those of earlier parts of the same prompt if any."""
-        if not report.rows:
+        if len(report.rows) != len(spans):
             report.rows = [RowReport(row) for row in spans]
         else:
             for row, new, begin in zip(report.rows, spans, past, strict=True):

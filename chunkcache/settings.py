@@ -6,6 +6,7 @@ file that `CHUNKCACHE_CONFIG` names, then the default.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -68,11 +69,11 @@ class Settings:
             )
         for name in ("connect_timeout", "read_timeout"):
             seconds = getattr(self, name)
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds <= 0:
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not number or not 0 < seconds < math.inf:
                 raise SettingError(f"{name}={seconds!r} must be a positive number of seconds")
         for name in ("namespace", "tags"):
-            if not isinstance(getattr(self, name), str):
-                raise SettingError(f"{name}={getattr(self, name)!r} must be a string")
+            _text(name, getattr(self, name))
         if not isinstance(self.store_tail, bool):
             raise SettingError(f"store_tail={self.store_tail!r} must be True or False")
 
@@ -100,6 +101,15 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise SettingError(f"{name}={value!r} is not known: use {choices}")
 
 
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise SettingError(f"{name}={value!r} must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(f"{name}={value!r} must be text that UTF-8 can express") from error
+
+
 def _integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"{name}={value!r} must be a whole number of at least {least}")
@@ -113,7 +123,7 @@ def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, str], what: st
 
 def _from_file(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingError(
             f"CHUNKCACHE_CONFIG={str(path)!r} cannot be read as a TOML file: {error}"

@@ -33,7 +33,7 @@ class Transcript:
     def append(self, ids: Tensor) -> None:
         """Record `[batch, new]` ids."""
         if ids.shape[1]:
-            self._pieces.append(ids.detach())
+            self._pieces.append(ids.detach().clone())  # callers write the next token into theirs
 
     def ids(self) -> Tensor:
         """All ids, `[batch, columns]`, on the CPU."""
@@ -51,6 +51,8 @@ class Transcript:
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken more than once."""
+        if not self.pads:
+            return  # nothing is recorded of tokens that nobody may name
         rows = rows.cpu()
         self._pieces = [self.ids()[rows]]
         self.pads = [self.pads[int(row)] for row in torch.arange(len(self.pads))[rows]]

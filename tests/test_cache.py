@@ -217,8 +217,8 @@ def test_only_the_new_ids_with_a_mask_over_all(llama, store):
 def test_a_mask_that_fits_nothing_is_refused(llama, store):
     cache = RedisChunkCache(llama, store)
     generate(llama, random_ids(50), cache)
+    cache._is_user_defined = True
     with pytest.raises(UnsupportedCallError, match="attention_mask covers 30"):
-        cache._is_user_defined = True
         llama(
             random_ids(10),
             past_key_values=cache,
@@ -691,7 +691,7 @@ def test_the_pairs_in_redis(llama, redis_server):
         key, _, half = blob_name.rpartition("@")
         assert half == "kv_bytes"
         assert metadata_name == f"{key}@metadata"
-        format, model, world_size, worker, chunk_hash = key.split("@")
+        format, _, world_size, worker, chunk_hash = key.split("@")
         assert (format, world_size, worker, len(chunk_hash)) == ("safetensors", "1", "0", 64)
         fields = {k.decode(): v.decode() for k, v in client.hgetall(metadata_name).items()}
         assert fields["namespace"] == "team"

@@ -182,54 +182,9 @@ def test_the_message_tells_damage_from_a_wrong_chunk() -> None:
 # ------------------------------------------------------------------------ layout
 
 
-@given(layouts)
-def test_layout_as_text(layout: KVLayout) -> None:
-    assert KVLayout.from_json(layout.to_json()) == layout
-
-
 @given(layouts, st.integers(1, 9))
 def test_layout_counts_bytes(layout: KVLayout, tokens: int) -> None:
     tensors = layout.tensors(tokens)
     assert tensors[0][2] == 0
     assert [begin for _, _, begin, _ in tensors[1:]] == [end for _, _, _, end in tensors[:-1]]
     assert tensors[-1][3] == tokens * layout.token_bytes
-
-
-WHOLE = '{"dtype": "F32", "layers": [%s]}'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no json",
-        "[]",
-        "null",
-        "1",
-        "{}",
-        '{"layers": []}',
-        '{"dtype": "F32"}',
-        '{"dtype": "I8", "layers": []}',
-        '{"dtype": ["F32"], "layers": []}',
-        '{"dtype": "F32", "layers": 3}',
-        '{"dtype": "F32", "layers": "1234"}',
-        WHOLE % "[1, 2, 3]",
-        WHOLE % "[1, 2, 3, 4, 5]",
-        WHOLE % '["a", 2, 3, 4]',
-        WHOLE % "[NaN, 2, 3, 4]",
-        WHOLE % "[Infinity, 2, 3, 4]",
-        WHOLE % "[]",
-        WHOLE % "0",
-        WHOLE % '""',
-        WHOLE % "false",
-        WHOLE % "{}",
-        WHOLE % "[-2, -16, 2, 16]",
-        WHOLE % "[0, 16, 2, 16]",
-        WHOLE % "[2.5, 16, 2, 16]",
-        "[" * 100_000,
-    ],
-    ids=lambda text: text[:40],
-)
-def test_what_is_no_layout_is_refused(text: str) -> None:
-    with pytest.raises(BlobError):
-        KVLayout.from_json(text)

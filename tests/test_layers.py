@@ -71,9 +71,9 @@ class AgainstDynamicLayer(RuleBasedStateMachine):
         with torch.inference_mode():
             self.update(tokens)
 
-    @rule(tokens=st.integers(0, 300))
-    def reserve(self, tokens: int) -> None:
-        self.ours.reserve(tokens)
+    @rule(more=st.integers(0, 300))
+    def reserve(self, more: int) -> None:
+        self.ours.reserve(self.theirs.get_seq_length() + more)
 
     @rule(tokens=st.integers(0, 6))
     def crop(self, tokens: int) -> None:
@@ -134,6 +134,7 @@ TestAgainstDynamicLayer.settings = settings(max_examples=80, stateful_step_count
 # ------------------------------------------------------------------------ memory
 
 
+@torch.no_grad()
 def test_nothing_is_copied_from_token_to_token() -> None:
     layer = GrowingLayer()
     layer.update(*states(1, 10))
@@ -144,6 +145,7 @@ def test_nothing_is_copied_from_token_to_token() -> None:
     assert len(places) == 1
 
 
+@torch.no_grad()
 def test_growing_to_n_tokens_moves_about_log_n_times() -> None:
     layer = GrowingLayer()
     moves, place = 0, None
@@ -154,6 +156,7 @@ def test_growing_to_n_tokens_moves_about_log_n_times() -> None:
     assert moves < 20
 
 
+@torch.no_grad()
 def test_cropped_room_is_used_again() -> None:
     layer = GrowingLayer()
     place = layer.update(*states(1, 10))[0].data_ptr()
@@ -161,6 +164,7 @@ def test_cropped_room_is_used_again() -> None:
     assert layer.update(*states(1, 4, 1))[0].data_ptr() == place
 
 
+@torch.no_grad()
 def test_reserve_makes_room_once() -> None:
     layer = GrowingLayer()
     before, _ = (t.clone() for t in layer.update(*states(1, 3)))
@@ -169,6 +173,15 @@ def test_reserve_makes_room_once() -> None:
     assert torch.equal(layer.keys, before)
     layer.update(*states(1, 4997))
     assert layer.keys.data_ptr() == place
+
+
+def test_reserve_for_fewer_than_are_held_changes_nothing() -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()  # type: ignore[no-untyped-call]
+    for layer in (ours, theirs):
+        layer.update(*states(2, SLACK_TOKENS + 1))
+        layer.reorder_cache(torch.tensor([1, 0]))  # type: ignore[arg-type]
+    ours.reserve(0)
+    assert same(ours, theirs)
 
 
 @given(st.integers(0, 10**6))
@@ -279,6 +292,29 @@ def settled(batch: int = 2, tokens: int = 6) -> list[Any]:
     return layers
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 4, 3), (3, 2, 4, 3), (2, 4, 4, 3), (2, 2, 4, 7)],
+    ids=["as settled", "other batch", "other heads", "other width"],
+)
+@torch.no_grad()
+def test_room_that_does_not_fit_is_left_for_other_room(shape: tuple[int, ...]) -> None:
+    layer = settled()[0]
+    keys, values = torch.rand(shape), torch.rand(*shape[:3], 5)
+    for seen, right in zip(layer.update(keys, values), (keys, values), strict=True):
+        assert torch.equal(seen, right)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_tensor_put_in_place_of_a_view_is_kept(part: str) -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()  # type: ignore[no-untyped-call]
+    for layer in (ours, theirs):
+        layer.update(*states(2, 3))
+        setattr(layer, part, getattr(layer, part) + 1)
+        layer.update(*states(2, 1, 1))
+    assert same(ours, theirs)
+
+
 def kv(heads: int, key_dim: int, value_dim: int, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.rand(heads, tokens, key_dim), torch.rand(heads, tokens, value_dim)
 
@@ -318,6 +354,7 @@ def test_place_hold_peek_and_slice() -> None:
     assert torch.equal(sliced[0][1], parts[1, 0][1][:, 1:])
 
 
+@torch.no_grad()
 def test_tokens_go_behind_what_was_placed() -> None:
     layers = settled(batch=1)
     keys, values = kv(2, 3, 5, 4)

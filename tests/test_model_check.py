@@ -105,11 +105,15 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [lora, compiled, lambda m: compiled(lora(m)), lambda m: lora(compiled(m))],
-    ids=["peft", "compile", "compiled peft", "peft of compiled"],
-)
+WRAPPERS = {
+    "peft": lora,
+    "compile": compiled,
+    "compiled peft": lambda model: compiled(lora(model)),
+    "peft of compiled": lambda model: lora(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_wrappers_are_looked_through(wrap: Any) -> None:
     model = tiny("llama")
     assert check_model(wrap(model)) is model

@@ -246,8 +246,11 @@ def test_a_model_is_tested_once(proven: Counter) -> None:
 def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> None:
     store = MemoryStore()
     for _ in range(2):
-        assert proof_of(tiny("mamba"), store).obstacle
+        model = tiny("mamba")
+        assert proof_of(model, store).obstacle
     assert proven.calls == 2
+    found = ModelState.of(model).identity()
+    assert store.read_metadata([str(found.key(found.digest, PROOF_FORMAT))]) == [None]
 
 
 def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:

@@ -98,6 +98,11 @@ def test_a_gap_ends_the_run() -> None:
     ]
 
 
+def test_chunks_that_leave_a_gap_are_not_joined() -> None:
+    plan = plan_row([CHUNKS[0], CHUNKS[2]], 15, 0, {"a", "c"}, "not in the store")
+    assert plan.reach == 4
+
+
 def test_tokens_that_are_known_but_wanted_say_so() -> None:
     plan = plan_row(CHUNKS, 14, 0, {"a", "b", "c", "d"}, "not in the store")
     assert plan.spans(13)[-2:] == [

@@ -30,8 +30,12 @@ class Recorder(DynamicCache, PrefillAware):
         self.begun.append(call)
         return 0
 
-    def end_forward(self, module: nn.Module) -> None:
+    def end_forward(self, module: nn.Module) -> bool:
         self.ended += 1
+        return False
+
+    def fail_forward(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +339,6 @@ def test_trim(skip: int) -> None:
     given_arguments = {
         "input_ids": tokens(6),
         "position_ids": torch.arange(6).expand(3, 1, 6),
-        "token_type_ids": torch.zeros(1, 6),
         "cache_position": torch.arange(6),
         "attention_mask": torch.ones(1, 6),
         "past_key_values": cache,
@@ -343,7 +346,7 @@ def test_trim(skip: int) -> None:
     }
     trimmed = trim(given_arguments, skip)
     assert trimmed.keys() == given_arguments.keys()
-    for name in ("input_ids", "position_ids", "token_type_ids", "cache_position"):
+    for name in ("input_ids", "position_ids", "cache_position"):
         assert torch.equal(trimmed[name], given_arguments[name][..., skip:])  # type: ignore[index]
     for name in ("attention_mask", "past_key_values", "logits_to_keep"):
         assert trimmed[name] is given_arguments[name]
@@ -406,7 +409,20 @@ def test_several_continuations_of_one_prompt(shared: PreTrainedModel) -> None:
     assert close(last(shared, more, cache), last(shared, whole))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "bloom", "opt", "gpt2"])
+def test_a_model_without_positions_cannot_be_told_that_more_comes() -> None:
+    """generate() drops a mask of ones, and nothing is left to tell a new prompt by."""
+    model = tiny("bloom")
+    cache = cache_for(model)
+    last(model, tokens(10), cache)
+    mask = torch.ones(1, 16, dtype=torch.long)
+    with pytest.raises(UnsupportedCallError, match=r"reset\(\)"):
+        model.generate(tokens(6, seed=1), attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    ours = model.generate(tokens(10), past_key_values=cache, max_new_tokens=5)
+    assert torch.equal(ours, model.generate(tokens(10), max_new_tokens=5))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2"])
 def test_only_the_new_ids_of_a_conversation(model_type: str) -> None:
     model = tiny(model_type)
     first, second = tokens(10), tokens(6, seed=1)

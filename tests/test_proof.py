@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from chunkcache.codec import KVLayout, LayerShape
 from chunkcache.layers import GrowingLayer
-from chunkcache.proof import Proof, growing_layers, prove
+from chunkcache.proof import growing_layers, measure_layout, prove
 from tests.models import VOCABULARY, tiny, tokens
 
 ACCEPTED = [
@@ -257,26 +257,14 @@ def test_vocabularies_of_any_size(size: int) -> None:
     assert prove(tiny("llama", vocab_size=size)).obstacle == ""
 
 
-# ------------------------------------------------------------------------ as text
-
-LAYOUT = KVLayout(torch.float32, (LayerShape(2, 16, 2, 16),) * 4)
+# ------------------------------------------------------------------------ what is cached
 
 
-def test_text_round_trip() -> None:
-    proof = Proof("", LAYOUT)
-    assert Proof.from_metadata(proof.to_metadata(), tiny("llama")) == proof
-
-
-def test_text_of_a_model_that_failed_means_to_test_again() -> None:
-    assert Proof.from_metadata(Proof("why").to_metadata(), tiny("llama")) is None
-
-
-@pytest.mark.parametrize("fields", [None, {}, {"obstacle": ""}, {"layout": LAYOUT.to_json()}])
-def test_text_that_is_no_verdict(fields: dict[str, str] | None) -> None:
-    assert Proof.from_metadata(fields, tiny("llama")) is None
-
-
-def test_a_configuration_without_a_width() -> None:
-    model = tiny("llama")
-    del model.config.__dict__["hidden_size"]  # not every configuration has one
-    Proof.from_metadata(Proof("", LAYOUT).to_metadata(), model)
+def test_the_layout_is_measured() -> None:
+    assert measure_layout(tiny("llama")).layout == KVLayout(
+        torch.float32, (LayerShape(2, 16, 2, 16),) * 4
+    )
+    assert measure_layout(tiny("mamba")).layout is None
+    for kind in ("gemma3_text", "deepseek_v3", "gpt2"):
+        model = tiny(kind)
+        assert measure_layout(model).layout == prove(model).layout

@@ -40,6 +40,10 @@ def test_every_setting_is_tested_here() -> None:
         assert value != getattr(Settings(), name)
 
 
+def toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_from_everywhere_in_order(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -50,15 +54,12 @@ def test_from_everywhere_in_order(
     assert getattr(Settings.load(**{name: value}), name) == value
 
     file = tmp_path / "settings.toml"
-    quoted = str(value).lower() if isinstance(value, bool) else repr(value)
-    file.write_text(f"{name} = {quoted}\n")
+    file.write_text(f"{name} = {toml(value)}\n")
     monkeypatch.setenv("CHUNKCACHE_CONFIG", str(file))
     assert getattr(Settings.load(), name) == value
 
     # The environment wins over the file, a keyword over both.
-    file.write_text(
-        f"{name} = {str(default).lower() if default in (True, False) else repr(default)}\n"
-    )
+    file.write_text(f"{name} = {toml(default)}\n")
     monkeypatch.setenv(f"CHUNKCACHE_{name.upper()}", text)
     assert getattr(Settings.load(), name) == value
     assert getattr(Settings.load(**{name: default}), name) == default
@@ -116,7 +117,7 @@ def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:
 
 def test_a_size_that_fits_the_overlap_only_together() -> None:
     assert Settings.load(chunk_size=4, chunk_overlap=3).chunk_overlap == 3
-    with pytest.raises(SettingError, match="chunk_overlap=4.*chunk_size=4"):
+    with pytest.raises(SettingError, match=r"chunk_overlap=4.*chunk_size=4"):
         Settings.load(chunk_size=4, chunk_overlap=4)
 
 

@@ -176,7 +176,7 @@ def test_the_watch_names_what_changed() -> None:
     with torch.no_grad():
         module[1].bias.add_(1)
     after = watch(module)
-    assert [name for name in after if after[name] != before[name]] == ["1.bias"]
+    assert after.edited_since(before) == {"1.bias"}
     assert "1.bias" in dict(module.named_parameters())
 
 

@@ -22,12 +22,13 @@ class Entry:
 
     `key` is the text of a `ChunkKey`, without `@metadata` or `@kv_bytes`. `blob` is the whole
     blob as one contiguous view of bytes that nobody changes any more; it is empty for entries that
-    are metadata only.
+    are metadata only. With `merge` the fields are added to those that are there.
     """
 
     key: str
     metadata: Mapping[str, str]
     blob: memoryview
+    merge: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +92,7 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def write(self, entries: Sequence[Entry]) -> int:
-        """Keep the entries, replacing what was there. Returns the bytes of blobs that were taken."""
+        """Keep the entries, replacing what was there. Returns the bytes of blobs taken."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:

@@ -1,0 +1,49 @@
+"""Anchors: the few windows of a text by which it is found again at any offset.
+
+A window of 16 tokens is an anchor when a hash of its own tokens says so, one in six on average:
+the same in every text, wherever it stands (Schleimer et al., Winnowing, 2003). So a text that
+begins off every chunk border still shares anchors with its earlier copy. An anchor's entry in the
+store names the chunks that hold it; the matches are then grown token by token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from chunkcache.chunking import Tokens
+
+WINDOW = 16
+ONE_IN = 6
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, bits well mixed: 2^64 over the golden ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A window that begins at `start`; `hash` is SHA-256 over salt and tokens, 64 hex digits."""
+
+    start: int
+    hash: str
+
+
+def anchors(tokens: Tokens, salt: bytes) -> list[Anchor]:
+    """The anchors of a text, in order. `salt` keeps models and namespaces apart."""
+    ids = np.ascontiguousarray(tokens, dtype="<i8")
+    count = len(ids) - WINDOW + 1
+    if count <= 0:
+        return []
+    mixed = np.zeros(count, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for offset in range(WINDOW):
+            mixed = mixed * _FACTOR + ids[offset : offset + count].astype(np.uint64)
+        # The high bits depend on all tokens of the window, the low ones on the last few only.
+        chosen = np.flatnonzero((mixed * _FACTOR >> np.uint64(40)) % np.uint64(ONE_IN) == 0)
+    prefix = hashlib.sha256(b"chunkcache/anchor/1" + salt)
+    found = []
+    for start in chosen.tolist():
+        digest = prefix.copy()
+        digest.update(ids[start : start + WINDOW].tobytes())
+        found.append(Anchor(start, digest.hexdigest()))
+    return found

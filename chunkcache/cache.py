@@ -14,7 +14,7 @@ from chunkcache.chunking import Grid
 from chunkcache.errors import UnsupportedCallError
 from chunkcache.model_check import check_model
 from chunkcache.model_state import ModelState
-from chunkcache.prefill import ForwardCall, PrefillAware, install
+from chunkcache.prefill import ForwardCall, PrefillAware, Rest, install
 from chunkcache.report import Report
 from chunkcache.sequence import Sequence, Setup, Step
 from chunkcache.settings import Settings
@@ -75,6 +75,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._forget()
         if not inner.training:
             self._sequence.identify()  # now, rather than within the time to the first token
+            if chosen.reuse == "anywhere":
+                self._sequence.mover()
         install(inner)
 
     @property
@@ -144,8 +146,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     # ------------------------------------------------------------------ what the hook calls
 
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
-        """Find out what is known of the prompt, fill the layers, and say how much to leave out."""
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
+        """Find out what is known of the prompt, fill the layers, and say what is left."""
         starts, self._parked = self._parked, False
         if self._in_flight:  # the last forward failed half-way: some layers are ahead of others
             if self._sequence.length and not starts:

@@ -23,3 +23,7 @@ class StoreError(ChunkCacheError):
 
 class BlobError(ChunkCacheError):
     """A blob is damaged, or is not the chunk it should be. Treated as a miss."""
+
+
+class RepairError(ChunkCacheError):
+    """A repair strategy could not look at this model. Reported; a simpler one is used."""

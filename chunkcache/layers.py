@@ -9,7 +9,7 @@ own is noticed at the next update, which then moves house.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ class GrowingLayer(DynamicLayer):
         self._value_room: Tensor | None = None
         # Where the next update writes, `[tokens]`, instead of behind what is held (see scatter.py).
         self.columns: Tensor | None = None
+        # Called with keys and values before they are cached; may end the forward (see probes.py).
+        self.intercept: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def _rooms(self) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,8 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append `[batch, kv_heads, tokens, head_dim]` and return views of all that is held."""
+        if self.intercept is not None:
+            self.intercept(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.columns is not None:

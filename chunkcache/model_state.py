@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from chunkcache.codec import KVLayout
 from chunkcache.errors import StoreError
 from chunkcache.foreign import HookWatch, patches
 from chunkcache.identity import ModelIdentity, digest_config, numerics
+from chunkcache.moving import prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
+from chunkcache.rope import KeyMover
 from chunkcache.stores import open_store
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.weights import Watched, watch
@@ -36,6 +39,7 @@ class ModelState:
     _rest: tuple[object, ...] = ()
     _identity: ModelIdentity | None = None
     _proofs: dict[str, Proof] = field(default_factory=dict)
+    _movers: dict[str, KeyMover | str] = field(default_factory=dict)
     _stores: dict[tuple[object, ...], ChunkStore] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +78,14 @@ class ModelState:
             if identity.digest not in self._proofs:
                 self._proofs[identity.digest] = self._prove(store, identity)
             return self._proofs[identity.digest]
+
+    def mover(self, layout: KVLayout) -> KeyMover | str:
+        """The model's proven rotation, or why its K/V may not be moved."""
+        with self._lock:
+            digest = self.identity().digest
+            if digest not in self._movers:
+                self._movers[digest] = prove_moving(self.model, layout)
+            return self._movers[digest]
 
     def open(self, url: str | None, **settings: Any) -> ChunkStore:
         """The store at a URL, opened once for all caches of this model."""

@@ -106,6 +106,22 @@ class ForwardCall:
         return None if self.positions is None else int(self.positions.reshape(-1)[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What is left to compute of the ids given.
+
+    Attributes:
+        skip: Leave out this many columns of ids on the left.
+        columns: Or compute these columns of the ids only, `[queries]`, at the positions that are
+            their numbers, with `mask`.
+        mask: What to pass as attention mask then.
+    """
+
+    skip: int = 0
+    columns: Tensor | None = None
+    mask: Any = None
+
+
 class PrefillAware(ABC):
     """A cache that the hook talks to."""
 
@@ -113,8 +129,8 @@ class PrefillAware(ABC):
     """The arguments of a forward that may have to be done again."""
 
     @abstractmethod
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
-        """Prepare for a forward. Returns how many columns of ids the model need not compute."""
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
+        """Prepare for a forward. Returns what the model has to compute."""
 
     @abstractmethod
     def end_forward(self, module: nn.Module) -> bool:
@@ -156,9 +172,9 @@ def _before(
         raise UnsupportedCallError(
             "use_cache=False contradicts past_key_values=RedisChunkCache(...): leave one out"
         )
-    skip = cache.begin_forward(module, read_call(module, kwargs))
+    rest = cache.begin_forward(module, read_call(module, kwargs))
     cache.untrimmed = kwargs
-    return (), trim(kwargs, skip)
+    return (), trim(kwargs, rest)
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -227,13 +243,22 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (dict, list)) and not value)
 
 
-def trim(kwargs: dict[str, Any], skip: int) -> dict[str, Any]:
-    """The arguments without the first `skip` columns of what counts by new token."""
-    if not skip:
+def trim(kwargs: dict[str, Any], rest: Rest) -> dict[str, Any]:
+    """The arguments for what is left to compute."""
+    if rest.columns is not None:
+        ids = kwargs["input_ids"]
+        columns = rest.columns.to(ids.device)
+        return {
+            **kwargs,
+            "input_ids": ids[:, columns],
+            "position_ids": columns.expand(ids.shape[0], -1),
+            "attention_mask": rest.mask,
+        }
+    if not rest.skip:
         return kwargs
     new = kwargs["input_ids"].shape[1]
     trimmed = {
-        name: kwargs[name][..., skip:]
+        name: kwargs[name][..., rest.skip :]
         for name in _PER_TOKEN
         if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
     }

@@ -30,8 +30,11 @@ class Situation(Protocol):
         runs: Start and stop of each moved run, in order.
     """
 
-    tokens: int
     runs: list[tuple[int, int]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
 
     def deviation(self) -> Scores:
         """For each token, how far its values at layer 1 are from fresh ones. Charged once."""

@@ -85,6 +85,8 @@ class Report(_Counts):
         read_ms: Reading blobs, checking them and filling the layers.
         move_ms: Rotating moved keys to their new position.
         prefill_ms: Computing the rest of the prompt.
+        charged: Cost of repairing moved tokens, probe passes included, in tokens computed.
+        approximate: K/V of moved tokens are held, from this prompt or from one before it.
         store_errors: Failed calls to the store.
         errors: What went wrong, each cause once.
         skipped: Why the cache stood aside, or `""`.
@@ -98,6 +100,8 @@ class Report(_Counts):
     read_ms: float = 0.0
     move_ms: float = 0.0
     prefill_ms: float = 0.0
+    charged: float = 0.0
+    approximate: bool = False
     store_errors: int = 0
     errors: list[str] = field(default_factory=list)
     skipped: str = ""
@@ -108,7 +112,7 @@ class Report(_Counts):
     @property
     def exact(self) -> bool:
         """Whether the outputs are those of a run without the cache."""
-        return self.moved == 0 and self.recomputed == 0
+        return not self.approximate
 
     @property
     def chunks(self) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from chunkcache.layers import GrowingLayer
 from chunkcache.plan import RowPlan, plan_row
 from chunkcache.stores.base import ChunkStore
 
-KeyOf = Callable[[Chunk], str]
+KeyOf = Callable[[str], str]
 
 
 def find(
@@ -35,7 +35,7 @@ def find(
         rows: Chunks of each row, in order.
         tokens: Tokens of each row.
         held: Tokens from the start of each row that need not be looked up.
-        key_of: The store's key of a chunk.
+        key_of: The store's key of a chunk's hash.
 
     Returns:
         A plan per row, and the hashes that the store has.
@@ -44,7 +44,7 @@ def find(
         StoreError: The store failed.
     """
     wanted = {
-        chunk.hash: key_of(chunk)
+        chunk.hash: key_of(chunk.hash)
         for chunks, h in zip(rows, held, strict=True)
         for chunk in chunks
         if chunk.stop > h
@@ -64,7 +64,7 @@ class Filling:
 
     Attributes:
         store: Where to read.
-        key_of: The store's key of a chunk.
+        key_of: The store's key of a chunk's hash.
         layers: Cache layers with room for the whole prompt.
         layout: What they cache.
         ids: `[batch, columns]` token ids, on the CPU.
@@ -104,7 +104,7 @@ class Filling:
         # Nearest the start first: what follows a failure need not be read.
         reads = [_Read(self, chunk, users[chunk.hash]) for chunk in chunks.values()]
         reads.sort(key=lambda read: read.first_column)
-        keys = [self.key_of(read.chunk) for read in reads]
+        keys = [self.key_of(read.chunk.hash) for read in reads]
         done = 0
         try:
             answers = self.store.read_into(keys, [read.place for read in reads])

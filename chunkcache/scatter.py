@@ -74,4 +74,4 @@ def close_layers(layers: Sequence[Any]) -> None:
     """Go back to appending."""
     for layer in layers:
         if isinstance(layer, GrowingLayer):
-            layer.columns = None
+            layer.columns = layer.intercept = None

@@ -13,19 +13,23 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from chunkcache.anywhere import Moved, relocate
 from chunkcache.chunking import Chunk, Grid, cut
 from chunkcache.codec import FORMAT, KVLayout
-from chunkcache.errors import StoreError
+from chunkcache.errors import StoreError, UnsupportedModelError
 from chunkcache.foreign import Hooks, foreign_hooks
 from chunkcache.harvest import harvest
 from chunkcache.identity import ModelIdentity, numerics
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.model_state import ModelState
 from chunkcache.plan import Kind, RowPlan, Span, plan_row
-from chunkcache.prefill import ForwardCall
+from chunkcache.prefill import ForwardCall, Rest
 from chunkcache.proof import Proof, growing_layers
+from chunkcache.relocate import Origin, approximate_chunks
 from chunkcache.report import Report, RowReport
 from chunkcache.restore import Filling, find
+from chunkcache.rope import KeyMover
+from chunkcache.scatter import close_layers, open_layers, scatter_mask
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore
 from chunkcache.transcript import Transcript
@@ -81,6 +85,8 @@ class Sequence:
         self._checks: list[Tensor | bool] = []
         self._hooks: list[tuple[str, Hooks, int]] = []
         self._numerics = ""
+        self._moved: Moved | None = None
+        self._exact_until: int | None = None  # from there on, K/V are only nearly those of a run
 
     @property
     def length(self) -> int:
@@ -117,13 +123,13 @@ class Sequence:
 
     # ------------------------------------------------------------------ a forward begins
 
-    def begin(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> int:
-        """Fill the layers with what is known. Returns how many columns of ids to leave out."""
-        skip = self._prepare(module, call, step, report)
+    def begin(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
+        """Fill the layers with what is known. Returns what is left to compute."""
+        rest = self._prepare(module, call, step, report)
         self.setup.state.hooks.begin([] if self.opaque else self._hooks)
-        return skip
+        return rest
 
-    def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> int:
+    def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
         self.opaque = self.opaque or call.opaque
         if step.is_prompt and not self.opaque:
             self.opaque = self._why_aside(module, call, step)
@@ -132,16 +138,16 @@ class Sequence:
                 self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
             if step.is_prompt:
                 self._report_aside(call, step, report)
-            return 0
+            return Rest()
         assert call.ids is not None
         self.transcript.append(call.ids[:, step.held - step.past :])
         if not step.is_prompt:
             self._checks.append(call.follows(step.past, self.transcript.pads))
-            return step.held - step.past
-        known = self._restore(call, step, report)
-        step.trimmed = known > step.past
+            return Rest(step.held - step.past)
+        rest = self._restore(call, step, report)
+        step.trimmed = rest != Rest()
         step.prefill_from = perf_counter()
-        return known - step.past
+        return rest
 
     def _why_aside(self, module: nn.Module, call: ForwardCall, step: Step) -> str:
         if module is not self.setup.model:
@@ -170,8 +176,8 @@ class Sequence:
         config: Any = self.setup.model.config
         return ours or DynamicCache(config=config).layers
 
-    def _restore(self, call: ForwardCall, step: Step, report: Report) -> int:
-        """Columns that are known once the store has been asked and its chunks are in place."""
+    def _restore(self, call: ForwardCall, step: Step, report: Report) -> Rest:
+        """Ask the store, put what it knows in place, and say what is left."""
         assert call.ids is not None
         pads, started = self.transcript.pads, perf_counter()
         ids = self.transcript.ids()
@@ -188,8 +194,8 @@ class Sequence:
         reach = min(limit, *(pad + plan.reach for pad, plan in zip(pads, plans, strict=True)))
         if reach > step.held and any(pad < reach for pad in pads):
             filling = Filling(
-                self.setup.store, self._key, self.layers, self._layout, ids, pads, plans, reach,
-                lambda error: self._trouble(error, report),
+                self.setup.store, self._origin.key, self.layers, self._layout, ids, pads, plans,
+                reach, lambda error: self._trouble(error, report),
             )  # fmt: skip
             known = filling.run()
             report.bytes_read += filling.bytes_read
@@ -197,8 +203,54 @@ class Sequence:
             self._hold(known, step.held)
         report.read_ms += 1e3 * (perf_counter() - started)
         spans = [plan.spans(max(known - pad, 0)) for plan, pad in zip(plans, pads, strict=True)]
+        rest = Rest(known - step.past)
+        if moved := self._relocate(ids, step, known, limit, report):
+            self._moved = moved
+            self._exact_until = moved.start
+            spans = [[*(span for span in row if span.stop <= known), *moved.spans] for row in spans]
+            columns = moved.columns
+            open_layers(self.layers, columns.to(call.ids.device), step.total)
+            mask = scatter_mask(
+                self.setup.model, columns.to(call.ids.device), step.total, len(pads)
+            )
+            rest = Rest(columns=columns, mask=mask)
+        report.approximate = self._exact_until is not None
         self._report(spans, [max(step.past - pad, 0) for pad in pads], report)
-        return known
+        return rest
+
+    def _relocate(
+        self, ids: Tensor, step: Step, known: int, limit: int, report: Report
+    ) -> Moved | None:
+        """What is found elsewhere, for whole prompts whose rows are alike."""
+        if self.setup.settings.reuse != "anywhere" or step.past or limit <= known:
+            return None
+        if any(self.transcript.pads) or not bool((ids == ids[:1]).all()):
+            return None
+        mover = self.mover()
+        try:
+            return relocate(
+                self.setup.model, self._origin, self.layers, self._layout, mover, ids, known, limit,
+                self.setup.settings.strategy, report, lambda error: self._trouble(error, report),
+            )  # fmt: skip
+        except StoreError as error:
+            self._trouble(error, report)
+            return None
+
+    def mover(self) -> KeyMover:
+        """The model's proven rotation.
+
+        Raises:
+            UnsupportedModelError: Its K/V may not be moved.
+        """
+        mover: KeyMover | str = self.proof.obstacle
+        if not mover:
+            mover = self.setup.state.mover(self._layout)
+        if isinstance(mover, str):
+            raise UnsupportedModelError(
+                f"reuse='anywhere' is not possible with {self.setup.model.__class__.__name__}: "
+                f"{mover}. Use reuse='prefix'"
+            )
+        return mover
 
     def _make_room(self, step: Step, ids: Tensor) -> None:
         if not step.held:
@@ -217,7 +269,7 @@ class Sequence:
         why = report.skipped or "reuse is off"
         if self.setup.settings.reuse != "off" and limit > step.held:
             try:
-                plans, self._known = find(self.setup.store, rows, tokens, held, self._key)
+                plans, self._known = find(self.setup.store, rows, tokens, held, self._origin.key)
                 return plans
             except StoreError as error:
                 self._trouble(error, report)
@@ -245,8 +297,10 @@ class Sequence:
             report.prefill_ms += 1e3 * (perf_counter() - step.prefill_from)
             report.skipped = self.opaque or report.skipped
         self._fed = step.total
+        close_layers(self.layers)
         if not self.opaque:
             self._store_new(step, report)
+        self._moved = None
         return False
 
     def _store_new(self, step: Step, report: Report) -> None:
@@ -255,9 +309,11 @@ class Sequence:
             self.opaque = "the model cached another number of tokens than it was given"
             return
         pads = self.transcript.pads
-        lengths = [max(step.certain - pad, 0) for pad in pads]
+        certain = step.certain if self._exact_until is None else self._exact_until
+        lengths = [max(min(certain, step.certain) - pad, 0) for pad in pads]
         complete = [self.setup.grid.complete(length) for length in lengths]
         whole_prompt = step.is_prompt and step.certain == step.total
+        exact = self._exact_until is None
         if complete == self._complete and not whole_prompt:
             return  # no chunk ends here: nearly every step of decoding
         self._complete = complete
@@ -269,16 +325,22 @@ class Sequence:
             return
         self._checks.clear()
         ids = self.transcript.ids()
-        tail = whole_prompt and self.setup.settings.store_tail
+        tail = whole_prompt and exact and self.setup.settings.store_tail
         rows = [
             self._cut(ids[row, pad : pad + length], tail)
             for row, (pad, length) in enumerate(zip(pads, lengths, strict=True))
         ]
-        assert self.identity is not None
         entries = harvest(
-            self.layers, self._layout, ids, pads, rows, self._known, self.identity,
+            self.layers, self._layout, ids, pads, rows, self._known, self._origin,
             self.setup.settings,
         )  # fmt: skip
+        if self._moved:
+            size, salt = self.setup.grid.size, self._salt
+            behind = approximate_chunks(ids[0].numpy(), self._moved.holes, size, salt)
+            entries += harvest(
+                self.layers, self._layout, ids[:1], [0], [behind], self._known, self._origin,
+                self.setup.settings, "approximate",
+            )  # fmt: skip
         size = sum(entry.nbytes for entry in entries)
         taken = 0
         try:
@@ -298,9 +360,10 @@ class Sequence:
     def _cut(self, tokens: Tensor, tail: bool) -> list[Chunk]:
         return cut(tokens.numpy(), self.setup.grid, self._salt, tail)
 
-    def _key(self, chunk: Chunk) -> str:
+    @property
+    def _origin(self) -> Origin:
         assert self.identity is not None
-        return str(self.identity.key(chunk.hash, FORMAT))
+        return Origin(self.setup.store, self.identity, self._salt, FORMAT)
 
     def _report_aside(self, call: ForwardCall, step: Step, report: Report) -> None:
         report.skipped = self.opaque

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from chunkcache.errors import SettingError
+from chunkcache.repair import KNOWN, Repair, parse_repair
 
-REUSE_MODES = ("prefix", "off")
+REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -27,7 +28,10 @@ class Settings:
 
     Attributes:
         reuse: `"prefix"` reads the longest run of known chunks from the start of the prompt
-            (exact); `"off"` only writes.
+            (exact); `"anywhere"` also finds text that stands elsewhere now, moves and repairs it
+            (approximate, and reported); `"off"` only writes.
+        repair: which moved tokens are computed again: a name as `parse_repair` reads it, or a
+            `Repair`.
         chunk_size: tokens per chunk.
         chunk_overlap: tokens that a chunk shares with the one before it.
         store_tail: also keep the last, shorter chunk of a prompt, so that the very same prompt is
@@ -46,6 +50,7 @@ class Settings:
     """
 
     reuse: str = "prefix"
+    repair: str | Repair = "head:4"
     chunk_size: int = 128
     chunk_overlap: int = 0
     store_tail: bool = True
@@ -74,8 +79,17 @@ class Settings:
                 raise SettingError(f"{name}={seconds!r} must be a positive number of seconds")
         for name in ("namespace", "tags"):
             _text(name, getattr(self, name))
+        if isinstance(self.repair, str):
+            parse_repair(self.repair)
+        elif not isinstance(self.repair, Repair):
+            raise SettingError(f"repair={self.repair!r} must be a name or a Repair: {KNOWN}")
         if not isinstance(self.store_tail, bool):
             raise SettingError(f"store_tail={self.store_tail!r} must be True or False")
+
+    @property
+    def strategy(self) -> Repair:
+        """The repair to apply."""
+        return parse_repair(self.repair) if isinstance(self.repair, str) else self.repair
 
     @classmethod
     def load(cls, **given: Any) -> Self:
@@ -138,6 +152,6 @@ def _parse(name: str, text: str, kind: str) -> Any:
             if text.lower() not in _TRUE + _FALSE:
                 raise ValueError
             return text.lower() in _TRUE
-        return {"int": int, "float": float, "str": str}[kind](text)
+        return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError as error:
         raise SettingError(f"{name}={text!r} must be a value of type {kind}") from error

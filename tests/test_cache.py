@@ -611,7 +611,9 @@ def test_swapped_blobs_are_misses(llama):
     ids = random_ids(300)
     cache = RedisChunkCache(llama, store)
     generate(llama, ids, cache)
-    keys = [cache._sequence._key(chunk) for chunk in cache._sequence._cut(ids[0], False)]
+    keys = [
+        cache._sequence._origin.key(chunk.hash) for chunk in cache._sequence._cut(ids[0], False)
+    ]
     first, second = (memoryview(bytes(blob)) for blob in store.read(keys))
     store.write([Entry(keys[0], {}, second), Entry(keys[1], {}, first)])
     cache = RedisChunkCache(llama, store)

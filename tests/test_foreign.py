@@ -6,12 +6,12 @@ import types
 
 import pytest
 import torch
-from tests.models import tiny
-from tests.models import tokens as random_ids
 
 from chunkcache import RedisChunkCache
 from chunkcache.foreign import foreign_hooks, patches
 from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny
+from tests.models import tokens as random_ids
 
 
 def generate(model, ids, cache=None, new=6):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from chunkcache import RedisChunkCache, UnsupportedCallError
-from chunkcache.prefill import ForwardCall, PrefillAware, install, read_call, trim, uninstall
+from chunkcache.prefill import ForwardCall, PrefillAware, Rest, install, read_call, trim, uninstall
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 
@@ -26,9 +26,9 @@ class Recorder(DynamicCache, PrefillAware):
         self.begun: list[ForwardCall] = []
         self.ended = 0
 
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> int:
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
         self.begun.append(call)
-        return 0
+        return Rest()
 
     def end_forward(self, module: nn.Module) -> bool:
         self.ended += 1
@@ -344,7 +344,7 @@ def test_trim(skip: int) -> None:
         "past_key_values": cache,
         "logits_to_keep": 1,
     }
-    trimmed = trim(given_arguments, skip)
+    trimmed = trim(given_arguments, Rest(skip))
     assert trimmed.keys() == given_arguments.keys()
     for name in ("input_ids", "position_ids", "cache_position"):
         assert torch.equal(trimmed[name], given_arguments[name][..., skip:])  # type: ignore[index]
@@ -354,7 +354,7 @@ def test_trim(skip: int) -> None:
 
 
 def test_what_is_not_per_token_is_left_alone() -> None:
-    trimmed = trim({"input_ids": tokens(6), "position_ids": torch.zeros(1, 1)}, 2)
+    trimmed = trim({"input_ids": tokens(6), "position_ids": torch.zeros(1, 1)}, Rest(2))
     assert trimmed["position_ids"].shape == (1, 1)
 
 

@@ -17,6 +17,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "reuse": ("off", "off"),
     "chunk_size": (64, "64"),
     "chunk_overlap": (16, "16"),
+    "repair": ("head:8+query:0.1", "head:8+query:0.1"),
     "store_tail": (False, "no"),
     "namespace": ("team-a", "team-a"),
     "tags": ("run=1", "run=1"),
@@ -68,7 +69,11 @@ def test_from_everywhere_in_order(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("reuse", "anywhere"),
+        ("reuse", "everywhere"),
+        ("repair", "tail:3"),
+        ("repair", "head"),
+        ("repair", "random:2"),
+        ("repair", 4),
         ("reuse", ""),
         ("reuse", None),
         ("reuse", ["prefix"]),

@@ -36,6 +36,13 @@ class Entry:
         return self.blob.nbytes
 
 
+def merged(entry: Entry, there: Mapping[str, str]) -> Entry:
+    """The entry to keep where an entry with these fields is there already."""
+    if not entry.merge:
+        return entry
+    return Entry(entry.key, {**there, **entry.metadata}, entry.blob, merge=True)
+
+
 def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
     """Copy a blob to the views of its place, if it is there and as long as they are together."""
     if blob is None or blob.nbytes != sum(view.nbytes for view in place):

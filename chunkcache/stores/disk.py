@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, merged
 
 BLOB = ".safetensors"
 METADATA = ".json"
@@ -124,7 +124,8 @@ class DiskStore(ChunkStore):
         if not self._swept:
             self._sweep()
         with self._errors("write"):
-            for entry in entries:
+            for given in entries:
+                entry = merged(given, self._metadata(given.key) or {}) if given.merge else given
                 text = json.dumps({"key": entry.key, "metadata": dict(entry.metadata)}, indent=1)
                 if not self._make_room(entry.nbytes + len(text)):
                     continue

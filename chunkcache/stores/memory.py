@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, merged
 
 DEFAULT_BYTES = 2_000_000_000
 
@@ -51,8 +51,9 @@ class MemoryStore(ChunkStore):
     def write(self, entries: Sequence[Entry]) -> int:
         written = 0
         for entry in entries:
-            kept = _Kept(entry) if _cost(entry) <= self._max_bytes else None
             with self._lock:
+                entry = merged(entry, self._fields(entry.key))
+                kept = _Kept(entry) if _cost(entry) <= self._max_bytes else None
                 self._remove(entry.key)
                 if kept is None:
                     continue
@@ -71,6 +72,10 @@ class MemoryStore(ChunkStore):
         with self._lock:
             self._kept.clear()
             self._used = 0
+
+    def _fields(self, key: str) -> Mapping[str, str]:
+        kept = self._kept.get(key)
+        return kept.metadata if kept else {}
 
     def _remove(self, key: str) -> bool:
         kept = self._kept.pop(key, None)

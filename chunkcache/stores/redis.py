@@ -136,7 +136,8 @@ class RedisStore(ChunkStore):
         written = 0
         for entry in entries:  # a pipeline of many would hold all of their blobs at the server
             with self._store_errors(), self._client.pipeline(transaction=True) as pipe:
-                pipe.delete(entry.key + METADATA, entry.key + KV_BYTES)
+                if not entry.merge:
+                    pipe.delete(entry.key + METADATA, entry.key + KV_BYTES)
                 if entry.metadata:
                     fields: dict[Any, Any] = dict(entry.metadata)
                     pipe.hset(entry.key + METADATA, mapping=fields)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, copy_into, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, copy_into, end_iteration, merged
 
 EXIT_SECONDS = 5.0  # for all queues of the process together, at its end
 CLOSE_SECONDS = 5.0
@@ -196,6 +196,8 @@ class Queue:
         if self.is_known(entry):
             return True
         replaced = self.waiting.get(entry.key)
+        if replaced is not None and replaced.merge:
+            entry = merged(entry, replaced.metadata)
         grown = entry.nbytes - (replaced.nbytes if replaced else 0)
         fits = self.counts.queued_bytes + grown <= self.max_bytes
         if self.closed or not fits or len(self.waiting) >= MAX_ENTRIES:

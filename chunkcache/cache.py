@@ -73,10 +73,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self.report = Report()
         self._reported = 0
         self._forget()
-        if not inner.training:
+        anywhere = chosen.reuse == "anywhere"
+        if not inner.training and (anywhere or not state.is_known):
             self._sequence.identify()  # now, rather than within the time to the first token
-            if chosen.reuse == "anywhere":
-                self._sequence.mover()
+            if anywhere:
+                self._sequence.mover()  # or refuse the model at once
         install(inner)
 
     @property
@@ -159,7 +160,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._in_flight = True
         held = past = self._sequence.length
         if starts and not self._continues(call, held):
-            held, past = self._keep(self._sequence.common_columns(call)), 0
+            common = self._sequence.common_columns(call) if held else 0
+            held, past = self._keep(common), 0
         self._sequence.transcript.crop(held)
         total = past + call.new
         computed = total - held

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from chunkcache.weights import Parts
+
 Hooks = MutableMapping[int, Callable[..., Any]]
 # Parts of the machinery itself, which do what the model's definition says.
 _OWN = ("accelerate.", "chunkcache.", "peft.", "torch.", "transformers.")
@@ -79,19 +81,22 @@ class HookWatch:
         return call
 
 
-def foreign_hooks(model: nn.Module) -> list[tuple[str, Hooks, int]]:
-    """Path, table and number of every hook on the model's inner modules that is not machinery."""
+def foreign_hooks(model: nn.Module, parts: Parts | None = None) -> list[tuple[str, Hooks, int]]:
+    """Path, table and number of every hook on the model's inner modules that is not machinery.
+
+    `parts` are its modules by path, for callers that have them.
+    """
     return [
         (path, table, number)
-        for path, module in model.named_modules()
-        if path
+        for path, module in parts or model.named_modules()
+        if path and (module._forward_pre_hooks or module._forward_hooks)
         for table in (module._forward_pre_hooks, module._forward_hooks)
         for number, hook in table.items()
         if not str(getattr(hook, "__module__", "")).startswith(_OWN)
     ]
 
 
-def patches(model: nn.Module) -> tuple[tuple[str, str], ...]:
+def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, str], ...]:
     """Path of each inner module whose `forward` was replaced, and a name of the replacement.
 
     The name is drawn at random: in this process the same replacement has the same name, in no
@@ -99,7 +104,7 @@ def patches(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """
     return tuple(
         (path, _NAMES.setdefault(module.__dict__["forward"], uuid.uuid4().hex))
-        for path, module in model.named_modules()
+        for path, module in parts or model.named_modules()
         if path and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
     )
 

@@ -9,15 +9,20 @@ own is noticed at the next update, which then moves house.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from chunkcache.codec import KVLayout, LayerKV
+
+Buffer = npt.NDArray[np.uint8]
 
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128
@@ -41,6 +46,30 @@ def allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return flat.view(dtype)
 
 
+class SpareMemory:
+    """Memory of the last prompt for the next one: pages that are there need not be made again.
+
+    Keeps one piece, once nothing refers to it any more.
+    """
+
+    def __init__(self, most_bytes: int = 1 << 29) -> None:
+        self.most_bytes = most_bytes
+        self._spare: deque[Buffer] = deque(maxlen=1)  # its methods are atomic
+
+    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised flat memory for `size` numbers; what it held before is still in it."""
+        nbytes = size * dtype.itemsize
+        if device.type != "cpu" or not 0 < nbytes <= self.most_bytes:
+            return allocate(size, dtype, device)
+        buffer: Buffer | None = self._spare.pop() if self._spare else None
+        if buffer is None or not nbytes <= len(buffer) <= 2 * nbytes:
+            buffer = np.empty(nbytes, dtype=np.uint8)
+        # A tensor keeps the very array alive that it was made from, so its end is the tensor's.
+        array = buffer[:nbytes]
+        weakref.finalize(array, self._spare.append, buffer).atexit = False
+        return torch.from_numpy(array).view(dtype)
+
+
 class GrowingLayer(DynamicLayer):
     """A full-length cache layer with room to grow.
 
@@ -54,6 +83,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._key_room: Tensor | None = None
         self._value_room: Tensor | None = None
+        self._flat: list[memoryview] = []  # their bytes, once somebody has asked for them
         # Where the next update writes, `[tokens]`, instead of behind what is held (see scatter.py).
         self.columns: Tensor | None = None
         # Called with keys and values before they are cached; may end the forward (see probes.py).
@@ -68,10 +98,14 @@ class GrowingLayer(DynamicLayer):
 
     def settle(self, key_room: Tensor, value_room: Tensor) -> None:
         """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each."""
-        self.dtype, self.device = key_room.dtype, key_room.device
-        self._key_room, self._value_room = key_room, value_room
+        self._live_in(key_room, value_room)
         self.is_initialized = True
         self.hold(0)
+
+    def _live_in(self, key_room: Tensor, value_room: Tensor) -> None:
+        self.dtype, self.device = key_room.dtype, key_room.device
+        self._key_room, self._value_room = key_room, value_room
+        self._flat = []
 
     def hold(self, tokens: int) -> None:
         """Declare that the first `tokens` of the room are filled."""
@@ -98,10 +132,11 @@ class GrowingLayer(DynamicLayer):
         Keys of each head, then values of each head. Only on the CPU.
         """
         views = []
-        for room in self._rooms:
-            flat = room.view(torch.uint8).numpy().reshape(-1).data
-            _, heads, capacity, width = room.shape
-            width *= room.element_size()
+        if not self._flat:
+            self._flat = [room.view(torch.uint8).numpy().reshape(-1).data for room in self._rooms]
+        for room, flat in zip(self._rooms, self._flat, strict=True):
+            _, heads, capacity, dim = room.shape
+            width = dim * room.element_size()
             for head in range(row * heads, (row + 1) * heads):
                 at = (head * capacity + column) * width
                 views.append(flat[at : at + tokens * width])
@@ -153,6 +188,7 @@ class GrowingLayer(DynamicLayer):
         """Forget everything."""
         super().reset()
         self._key_room = self._value_room = self.columns = None
+        self._flat = []
 
     def _fits(self, keys: Tensor, values: Tensor, held: int, total: int) -> bool:
         """Whether what is held is where we left it, and the new tokens may be written behind it."""
@@ -184,8 +220,7 @@ class GrowingLayer(DynamicLayer):
             if held:
                 room[:, :, :held].copy_(old)
             rooms.append(room)
-        self._key_room, self._value_room = rooms
-        self.dtype, self.device = rooms[0].dtype, rooms[0].device
+        self._live_in(*rooms)
 
 
 def _at_home(view: Tensor, room: Tensor) -> bool:
@@ -193,16 +228,20 @@ def _at_home(view: Tensor, room: Tensor) -> bool:
 
 
 def settle_all(
-    layers: Sequence[Any], layout: KVLayout, batch: int, tokens: int, device: torch.device
+    layers: Sequence[Any],
+    layout: KVLayout,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    memory: SpareMemory | None = None,
 ) -> None:
     """Give all layers room for `tokens` and some more, cut from one piece of memory.
 
     One large piece instead of two per layer: few large pages instead of many small ones.
     """
     room = with_room(tokens)
-    arena = allocate(
-        batch * room * layout.token_bytes // layout.dtype.itemsize, layout.dtype, device
-    )
+    numbers = batch * room * layout.token_bytes // layout.dtype.itemsize
+    arena = (memory or SpareMemory(0)).take(numbers, layout.dtype, device)
     at = 0
 
     def take(heads: int, dim: int) -> Tensor:

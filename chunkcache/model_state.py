@@ -12,8 +12,9 @@ from torch import nn
 
 from chunkcache.codec import KVLayout
 from chunkcache.errors import StoreError
-from chunkcache.foreign import HookWatch, patches
+from chunkcache.foreign import Hooks, HookWatch, foreign_hooks, patches
 from chunkcache.identity import ModelIdentity, digest_config, numerics
+from chunkcache.layers import SpareMemory
 from chunkcache.moving import prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
 from chunkcache.rope import KeyMover
@@ -33,7 +34,9 @@ class ModelState:
 
     _model: weakref.ref[nn.Module]
     _lock: RLock = field(default_factory=RLock)
+    foreign: list[tuple[str, Hooks, int]] = field(default_factory=list)
     hooks: HookWatch = field(default_factory=HookWatch)
+    memory: SpareMemory = field(default_factory=SpareMemory)
     _watched: Watched | None = None
     _edited: set[str] = field(default_factory=set)
     _rest: tuple[object, ...] = ()
@@ -62,8 +65,10 @@ class ModelState:
         """The model's identity now: computed again only when the watch says that it may differ."""
         with self._lock:
             model = self.model
-            watched = watch(model)
-            rest = (numerics(model), digest_config(model), patches(model))
+            parts = list(model.named_modules())
+            watched = watch(model, parts)
+            rest = (numerics(model), digest_config(model), patches(model, parts))
+            self.foreign = foreign_hooks(model, parts)
             if self._identity is None or watched != self._watched or rest != self._rest:
                 if self._watched is not None:
                     self._edited |= watched.edited_since(self._watched)
@@ -71,21 +76,27 @@ class ModelState:
                 self._identity = ModelIdentity.of(model, self._edited)
             return self._identity
 
-    def proof(self, store: ChunkStore) -> Proof:
-        """Whether the model's K/V may be reused: known, kept in the store, or tested now."""
+    def proof(self, identity: ModelIdentity, store: ChunkStore) -> Proof:
+        """Whether K/V of that identity, the model's present one, may be reused.
+
+        Known from before, known to the store, or tested now.
+        """
         with self._lock:
-            identity = self.identity()
             if identity.digest not in self._proofs:
                 self._proofs[identity.digest] = self._prove(store, identity)
             return self._proofs[identity.digest]
 
-    def mover(self, layout: KVLayout) -> KeyMover | str:
-        """The model's proven rotation, or why its K/V may not be moved."""
+    def mover(self, identity: ModelIdentity, layout: KVLayout) -> KeyMover | str:
+        """The proven rotation of that identity, the model's present one, or why there is none."""
         with self._lock:
-            digest = self.identity().digest
-            if digest not in self._movers:
-                self._movers[digest] = prove_moving(self.model, layout)
-            return self._movers[digest]
+            if identity.digest not in self._movers:
+                self._movers[identity.digest] = prove_moving(self.model, layout)
+            return self._movers[identity.digest]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the model was looked at before."""
+        return self._identity is not None
 
     def open(self, url: str | None, **settings: Any) -> ChunkStore:
         """The store at a URL, opened once for all caches of this model."""

@@ -17,7 +17,7 @@ from chunkcache.anywhere import Moved, relocate
 from chunkcache.chunking import Chunk, Grid, cut
 from chunkcache.codec import FORMAT, KVLayout
 from chunkcache.errors import StoreError, UnsupportedModelError
-from chunkcache.foreign import Hooks, foreign_hooks
+from chunkcache.foreign import Hooks
 from chunkcache.harvest import harvest
 from chunkcache.identity import ModelIdentity, numerics
 from chunkcache.layers import GrowingLayer, settle_all
@@ -104,7 +104,7 @@ class Sequence:
         changed = self.identity is not None
         self.identity = identity
         self._numerics = numerics(self.setup.model)
-        self.proof = self.setup.state.proof(self.setup.store)
+        self.proof = self.setup.state.proof(identity, self.setup.store)
         self._salt = identity.salt(self.setup.settings.namespace)
         return changed
 
@@ -161,7 +161,7 @@ class Sequence:
             self.layers[:] = self._empty_layers()
         if self.proof.obstacle:
             return self.proof.obstacle
-        self._hooks = foreign_hooks(module)
+        self._hooks = self.setup.state.foreign
         if reason := self.setup.state.hooks.reason(self._hooks):
             return reason
         if not step.held:
@@ -242,9 +242,10 @@ class Sequence:
         Raises:
             UnsupportedModelError: Its K/V may not be moved.
         """
+        assert self.identity is not None
         mover: KeyMover | str = self.proof.obstacle
         if not mover:
-            mover = self.setup.state.mover(self._layout)
+            mover = self.setup.state.mover(self.identity, self._layout)
         if isinstance(mover, str):
             raise UnsupportedModelError(
                 f"reuse='anywhere' is not possible with {self.setup.model.__class__.__name__}: "
@@ -254,7 +255,8 @@ class Sequence:
 
     def _make_room(self, step: Step, ids: Tensor) -> None:
         if not step.held:
-            settle_all(self.layers, self._layout, ids.shape[0], step.total, ids.device)
+            memory = self.setup.state.memory
+            settle_all(self.layers, self._layout, ids.shape[0], step.total, ids.device, memory)
             return
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):

@@ -25,7 +25,7 @@ from chunkcache.stores import supervisor
 
 SOCKET = "chunkcache.sock"
 SOCKET_PATH_BYTES = 103  # what the smallest `sun_path` of the supported systems holds (macOS)
-START_SECONDS = 5.0
+START_SECONDS = 15.0  # 4 GiB of snapshot are loaded in about 11 s
 START_TRIES = 3
 DEFAULT_MAX_BYTES = 4 << 30
 MEND = "pass a store URL such as 'redis://localhost:6379/0' or 'memory://' instead"
@@ -43,7 +43,7 @@ def start_embedded(
     bound. The server leaves when no client has been connected for `idle_seconds` s, as said by
     whoever started it.
 
-    Raises `StoreError` if the server cannot run here or is not up within 5 s (a large snapshot may
+    Raises `StoreError` if the server cannot run here or is not up within 15 s (a large snapshot may
     take longer to load: a later call then finds it), `SettingError` for a senseless argument.
     """
     if max_bytes is not None and max_bytes < 1:

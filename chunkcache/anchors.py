@@ -1,6 +1,6 @@
 """Anchors: the few windows of a text by which it is found again at any offset.
 
-A window of 16 tokens is an anchor when a hash of its own tokens says so, one in six on average:
+A window of 16 tokens is an anchor when a hash of its own tokens says so, one in four on average:
 the same in every text, wherever it stands (Schleimer et al., Winnowing, 2003). So a text that
 begins off every chunk border still shares anchors with its earlier copy. An anchor's entry in the
 store names the chunks that hold it; the matches are then grown token by token.
@@ -16,7 +16,7 @@ import numpy as np
 from chunkcache.chunking import Tokens
 
 WINDOW = 16
-ONE_IN = 6
+ONE_IN = 4
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, bits well mixed: 2^64 over the golden ratio
 
 

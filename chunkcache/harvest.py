@@ -73,5 +73,5 @@ def harvest(
             }
             entries.append(Entry(origin.key(chunk.hash), metadata, blob))
             if settings.reuse == "anywhere":
-                entries += index_entries(origin, chunk, tokens.numpy(), metadata["created"])
+                entries += index_entries(origin, chunk, ids[row, pad:].numpy(), metadata["created"])
     return entries

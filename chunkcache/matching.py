@@ -63,6 +63,8 @@ class Piece:
 def grow(tokens: Tokens, chunk: StoredChunk, shift: int) -> list[Piece]:
     """All maximal equal parts when token `i` of the chunk is laid on token `shift + i`."""
     begin, end = max(shift, 0), min(shift + len(chunk.tokens), len(tokens))
+    if begin >= end:
+        return []
     equal = tokens[begin:end] == chunk.tokens[begin - shift : end - shift]
     edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False]))))
     return [

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunkcache.anchors import anchors
+from chunkcache.anchors import WINDOW, anchors
 from chunkcache.chunking import Chunk, Tokens
 from chunkcache.codec import BlobForm, KVLayout
 from chunkcache.errors import BlobError, StoreError
@@ -50,16 +50,20 @@ class Origin:
         return str(self.identity.key(anchor_hash, ANCHOR_FORMAT))
 
 
-def index_entries(origin: Origin, chunk: Chunk, tokens: Tokens, created: str) -> list[Entry]:
-    """The anchor entries by which a chunk with these tokens will be found."""
+def index_entries(origin: Origin, chunk: Chunk, row: Tokens, created: str) -> list[Entry]:
+    """The anchor entries by which a chunk of a row of tokens will be found.
+
+    Windows that reach over its borders count too: a text may begin with the chunk's last tokens.
+    """
+    begin = max(chunk.start - WINDOW + 1, 0)
     return [
         Entry(
             origin.anchor_key(anchor.hash),
-            {chunk.hash: f"{anchor.start} {created}"},
+            {chunk.hash: f"{begin + anchor.start - chunk.start} {created}"},
             memoryview(b""),
             merge=True,
         )
-        for anchor in anchors(tokens, origin.salt)
+        for anchor in anchors(row[begin : chunk.stop + WINDOW - 1], origin.salt)
     ]
 
 
@@ -78,7 +82,7 @@ def find_pieces(origin: Origin, tokens: Tokens, start: int, stop: int) -> list[P
         newest = sorted((variants or {}).items(), key=lambda item: item[1].partition(" ")[2])
         for chunk_hash, place in newest[-MOST_VARIANTS:]:
             offset = place.partition(" ")[0]
-            if offset.isdecimal() and len(offset) < 7:
+            if offset.removeprefix("-").isdecimal() and len(offset) < 8:
                 shifts.add((chunk_hash, start + window.start - int(offset)))
     hashes = sorted({chunk_hash for chunk_hash, _ in shifts})
     records = origin.store.read_metadata([origin.key(chunk_hash) for chunk_hash in hashes])

@@ -108,9 +108,8 @@ class ModelState:
 
     def _was_proven(self, store: ChunkStore, identity: ModelIdentity) -> bool:
         """Whether another process has proven this very model. Only that is taken on trust."""
-        key = str(identity.key(identity.digest, PROOF_FORMAT))
         try:
-            fields = store.read_metadata([key])[0] or {}
+            fields = store.read_metadata([_proof_key(identity)])[0] or {}
         except StoreError:
             return False
         return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
@@ -122,11 +121,14 @@ class ModelState:
                 return proof
         proof = prove(self.model)
         if not proof.obstacle:
-            key = str(identity.key(identity.digest, PROOF_FORMAT))
             fields = {"model": identity.name, "identity": identity.digest, "proven": "yes"}
             with suppress(StoreError):  # the next process tests again
-                store.write([Entry(key, fields, memoryview(b""))])
+                store.write([Entry(_proof_key(identity), fields, memoryview(b""))])
         return proof
+
+
+def _proof_key(identity: ModelIdentity) -> str:
+    return str(identity.key(identity.digest, PROOF_FORMAT))
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chunkcache.codec import KVLayout, LayerKV
 from chunkcache.layers import GrowingLayer, settle_all
-from chunkcache.proof import ROUNDING, cache_of, growing_layers, probe_ids
+from chunkcache.proof import ROUNDING, cache_of, forward, growing_layers, probe_ids
 from chunkcache.rope import KeyMover, find_rules
 from chunkcache.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
@@ -125,16 +125,10 @@ def _run(
 ) -> tuple[Sequence[LayerKV | None], Tensor]:
     """What every layer caches for `[batch, tokens]` ids at these positions, and the logits."""
     layers = growing_layers(model) or []
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = next(embedding.parameters()).device
-    out: Any = model(
-        input_ids=ids.to(device),
-        position_ids=positions.expand(ids.shape[0], -1).to(device),
-        past_key_values=cache_of(layers),
-        use_cache=True,
-    )
+    positions = positions.expand(ids.shape[0], -1)
+    logits = forward(model, ids, cache_of(layers), position_ids=positions)
     kv = [(la.keys, la.values) if isinstance(la, GrowingLayer) else None for la in layers]
-    return kv, out.logits
+    return kv, logits
 
 
 def _longest(model: nn.Module) -> int:

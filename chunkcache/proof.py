@@ -118,7 +118,7 @@ def _rope_parts(parameters: Any) -> list[dict[str, Any]]:
 def _split_test(model: nn.Module) -> Proof:
     ids = probe_ids(model)
     config: Any = model.config
-    whole = _forward(model, ids, DynamicCache(config=config))
+    whole = forward(model, ids, DynamicCache(config=config))
     for cut in (ids.shape[1] // 2 - 1, ids.shape[1] - 1):
         # From a prompt that goes on otherwise, and for longer: what is stored must not depend on
         # what came behind it.
@@ -135,7 +135,7 @@ def _split_test(model: nn.Module) -> Proof:
             if kv is not None:
                 layer.place(0, 0, *kv)
                 layer.hold(cut)
-        rest = _forward(model, ids[:, cut:], cache_of(layers))
+        rest = forward(model, ids[:, cut:], cache_of(layers))
         error = float((rest - whole[:, cut:]).abs().max() / whole.abs().max())
         if not error <= ROUNDING.get(layout.dtype, 0.0):
             return Proof(
@@ -148,13 +148,15 @@ def _split_test(model: nn.Module) -> Proof:
 def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
     """Layers filled with the K/V of a prompt, and its logits."""
     layers = _test_layers(model)
-    return layers, _forward(model, ids, cache_of(layers))
+    return layers, forward(model, ids, cache_of(layers))
 
 
-def _forward(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Tensor) -> Tensor:
+    """Logits of `[batch, tokens]` ids, computed where the model's embeddings are."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = next(embedding.parameters()).device
-    out: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+    placed = {name: tensor.to(device) for name, tensor in more.items()}
+    out: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True, **placed)
     logits: Tensor = out.logits
     return logits
 

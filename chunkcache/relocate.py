@@ -20,7 +20,7 @@ import torch
 
 from chunkcache.anchors import WINDOW, anchors
 from chunkcache.chunking import Chunk, Tokens
-from chunkcache.codec import BlobForm, KVLayout
+from chunkcache.codec import BlobForm, KVLayout, LayerKV
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.identity import ModelIdentity
 from chunkcache.matching import Piece, StoredChunk, cover
@@ -160,20 +160,20 @@ def fill_pieces(
 
 
 def _place(
-    layers: Sequence[Any], kv: Sequence[Any], mover: KeyMover, piece: Piece, rows: int
+    layers: Sequence[Any],
+    kv: Sequence[LayerKV | None],
+    mover: KeyMover,
+    piece: Piece,
+    rows: int,
 ) -> None:
     inside = slice(piece.offset, piece.offset + piece.stop - piece.start)
-    part = [(k[:, inside], v[:, inside]) if (k is not None) else None for k, v in _pairs(kv)]
+    part = [(pair[0][:, inside], pair[1][:, inside]) if pair else None for pair in kv]
     old = torch.arange(piece.old_start, piece.old_start + piece.stop - piece.start)
     moved = mover.move_all(part, old, torch.arange(piece.start, piece.stop))
     for layer, pair in zip(layers, moved, strict=True):
         if pair is not None:
             for row in range(rows):
                 layer.place(row, piece.start, *pair)
-
-
-def _pairs(kv: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return [pair or (None, None) for pair in kv]
 
 
 def approximate_chunks(

@@ -208,11 +208,9 @@ class Sequence:
             self._moved = moved
             self._exact_until = moved.start
             spans = [[*(span for span in row if span.stop <= known), *moved.spans] for row in spans]
-            columns = moved.columns
-            open_layers(self.layers, columns.to(call.ids.device), step.total)
-            mask = scatter_mask(
-                self.setup.model, columns.to(call.ids.device), step.total, len(pads)
-            )
+            columns = moved.columns.to(call.ids.device)
+            open_layers(self.layers, columns, step.total)
+            mask = scatter_mask(self.setup.model, columns, step.total, len(pads))
             rest = Rest(columns=columns, mask=mask)
         report.approximate = self._exact_until is not None
         self._report(spans, [max(step.past - pad, 0) for pad in pads], report)

@@ -1,6 +1,8 @@
 """chunkcache: reuse the K/V of text met before, in HuggingFace Transformers, through Redis."""
 
+from chunkcache.audit import Audit
 from chunkcache.cache import RedisChunkCache
+from chunkcache.documents import DocumentFailure, DocumentsSummary, add_documents
 from chunkcache.errors import (
     ChunkCacheError,
     SettingError,
@@ -8,6 +10,7 @@ from chunkcache.errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
+from chunkcache.explanation import Explanation
 from chunkcache.prefill import uninstall
 from chunkcache.report import Report
 from chunkcache.settings import Settings
@@ -16,7 +19,11 @@ from chunkcache.stores import open_store
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "ChunkCacheError",
+    "DocumentFailure",
+    "DocumentsSummary",
+    "Explanation",
     "RedisChunkCache",
     "Report",
     "SettingError",
@@ -24,6 +31,7 @@ __all__ = [
     "StoreError",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "add_documents",
     "open_store",
     "uninstall",
 ]

@@ -38,8 +38,9 @@ def anchors(tokens: Tokens, salt: bytes) -> list[Anchor]:
     with np.errstate(over="ignore"):
         for offset in range(WINDOW):
             mixed = mixed * _FACTOR + ids[offset : offset + count].astype(np.uint64)
-        # The high bits depend on all tokens of the window, the low ones on the last few only.
-        chosen = np.flatnonzero((mixed * _FACTOR >> np.uint64(40)) % np.uint64(ONE_IN) == 0)
+        # A sum of products alone would choose by a pattern where ids follow one.
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * _FACTOR
+        chosen = np.flatnonzero((mixed >> np.uint64(40)) % np.uint64(ONE_IN) == 0)
     prefix = hashlib.sha256(b"chunkcache/anchor/1" + salt)
     found = []
     for start in chosen.tolist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,15 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from chunkcache.audit import Audit, compare
 from chunkcache.chunking import Grid
 from chunkcache.errors import UnsupportedCallError
+from chunkcache.explain import explain
+from chunkcache.explanation import Explanation
 from chunkcache.model_check import check_model
 from chunkcache.model_state import ModelState
 from chunkcache.prefill import ForwardCall, PrefillAware, Rest, install
+from chunkcache.prompt import Prompt
 from chunkcache.report import Report
-from chunkcache.sequence import Sequence, Setup, Step
+from chunkcache.runs import run_both
+from chunkcache.sequence import Sequence
 from chunkcache.settings import Settings
+from chunkcache.step import Setup, Step
 from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.readonly import ReadOnly
 
 
 class RedisChunkCache(DynamicCache, PrefillAware):
@@ -35,8 +43,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     Args:
         model: The model that will be called. A PEFT or compiled wrapper is looked through.
-        store: A URL, an open `ChunkStore`, or `None` for the one that `CHUNKCACHE_URL` names,
-            else the embedded one.
+        store: A URL, a list of them (tiers, the nearest first), an open `ChunkStore`, or `None` for
+            the one that `CHUNKCACHE_URL` names, else the embedded one.
         settings: Keyword arguments as in `Settings`.
 
     Attributes:
@@ -54,7 +62,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     _in_flight: bool  # a forward has begun and not come back
 
     def __init__(
-        self, model: nn.Module, store: ChunkStore | str | None = None, **settings: Any
+        self,
+        model: nn.Module,
+        store: ChunkStore | str | list[str] | None = None,
+        **settings: Any,
     ) -> None:
         inner = check_model(model)
         chosen = Settings.load(**settings)
@@ -62,12 +73,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self.layers: list[Any]
         state = ModelState.of(inner)
         if not isinstance(store, ChunkStore):
-            store = state.open(
-                store,
-                connect_timeout=chosen.connect_timeout,
-                read_timeout=chosen.read_timeout,
-                write_queue_bytes=chosen.write_queue_bytes,
-            )
+            store = state.open(store, **chosen.of_store)
         grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
         self._setup = Setup(inner, state, store, chosen, grid)
         self.report = Report()
@@ -229,6 +235,61 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self.layers = self._sequence.layers
 
     # ------------------------------------------------------------------ what users call
+
+    def explain(self, input_ids: Any, *, attention_mask: Any = None) -> Explanation:
+        """What the store has of a prompt, and why not more: a dry run.
+
+        Tells what a cache with these settings that holds nothing would do. The model is not run,
+        and nothing is written.
+
+        Args:
+            input_ids: Token ids, `[batch, tokens]` or `[tokens]`: a tensor, an array or lists.
+            attention_mask: Of the same shape, 0 at padding.
+
+        Raises:
+            SettingError: These are not a prompt.
+            StoreError: The store failed, and `on_error="raise"` was asked for.
+        """
+        return explain(self._reading, Prompt.of(input_ids, attention_mask))
+
+    def audit(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        continuation: Any = None,
+        new_tokens: int = 32,
+    ) -> Audit:
+        """How far a prompt that goes through this cache is from a full run of the model.
+
+        Runs the prompt and what follows it twice: with a plain `DynamicCache`, and with a cache of
+        these settings on this store that holds nothing yet. What this object holds stays as it
+        is, and nothing is written.
+
+        Args:
+            input_ids: Token ids, `[batch, tokens]` or `[tokens]`: a tensor, an array or lists.
+            attention_mask: Of the same shape, 0 at padding, which must be on the left.
+            continuation: `[batch, new]` ids behind the prompt, at which outputs are compared too.
+                By default those that the full run finds likeliest.
+            new_tokens: How many of those.
+
+        Raises:
+            SettingError: An argument that cannot work.
+            UnsupportedCallError: The model is in training mode, or takes no `past_key_values`.
+            StoreError: The store failed, and `on_error="raise"` was asked for.
+        """
+        prompt = Prompt.of(input_ids, attention_mask)
+        fresh = copy.copy(self)
+        fresh._setup = self._reading
+        fresh._forget()
+        full, cached = run_both(self._setup.model, fresh, prompt, continuation, new_tokens)
+        # What it would have stored was not dropped for want of room.
+        return compare(full, cached, prompt.mask, replace(fresh.report, bytes_dropped=0))
+
+    @property
+    def _reading(self) -> Setup:
+        """The setup, with a store that takes nothing."""
+        return replace(self._setup, store=ReadOnly(self.store))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all chunks are written. False if `timeout` seconds passed before."""

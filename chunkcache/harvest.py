@@ -2,76 +2,125 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from chunkcache.chunking import Chunk
-from chunkcache.codec import BlobForm, KVLayout, encode
+from chunkcache.chunking import Chunk, Tokens, cut
+from chunkcache.codec import BlobForm, encode
+from chunkcache.index import index_entries
 from chunkcache.layers import row_slice
-from chunkcache.relocate import Origin, index_entries
-from chunkcache.settings import Settings
-from chunkcache.stores.base import Entry
+from chunkcache.matching import SHORTEST_RUN
+from chunkcache.step import Held, Setup, Step
+from chunkcache.stores.base import Entry, merged
+
+EXACT, APPROXIMATE = "exact", "approximate"
 
 
-def harvest(
-    layers: Sequence[Any],
-    layout: KVLayout,
-    ids: Tensor,
-    pads: Sequence[int],
-    rows: Sequence[list[Chunk]],
-    known: set[str],
-    origin: Origin,
-    settings: Settings,
-    context: str = "exact",
-) -> list[Entry]:
-    """Entries for all chunks of all rows that are not known yet; they become known.
+def exact_lengths(held: Held, step: Step) -> list[int]:
+    """Tokens from the start of each row whose K/V may be kept under exact keys."""
+    return [
+        max(min(step.certain, step.certain if end is None else end) - pad, 0)
+        for pad, end in zip(held.transcript.pads, held.transcript.exact_until, strict=True)
+    ]
 
-    Args:
-        layers: Cache layers that hold the K/V of `ids`.
-        layout: What they cache.
-        ids: `[batch, columns]` token ids, on the CPU.
-        pads: Columns of left padding of each row.
-        rows: Chunks of each row that may be kept.
-        known: Hashes that are in the store or on their way there.
-        origin: Store and model that they are of.
-        settings: Namespace and tags for the metadata, and whether chunks are to be found anywhere.
-        context: Whether the K/V are those of their prefix, `"exact"`, or were computed behind moved
-            ones, `"approximate"`.
+
+def harvest(setup: Setup, held: Held, step: Step) -> list[Entry]:
+    """Entries for all chunks that are not known yet; they become known.
+
+    Index entries stand behind the chunks that they name.
     """
-    entries = []
-    for row, (chunks, pad) in enumerate(zip(rows, pads, strict=True)):
-        for before, chunk in zip([None, *chunks], chunks, strict=False):
-            if chunk.hash in known:
+    chunks: list[Entry] = []
+    index: list[Entry] = []
+    ids = held.transcript.ids()
+    for row, pad in enumerate(held.transcript.pads):
+        tokens = ids[row, pad:].numpy()
+        before: Chunk | None = None
+        for chunk, context in _chunks(setup, held, step, row, tokens):
+            parent = before.hash if before and before.stop == chunk.start else ""
+            before = chunk
+            if chunk.hash in held.known:
                 continue
-            known.add(chunk.hash)
-            start, stop = pad + chunk.start, pad + chunk.stop
-            tokens = ids[row, start:stop]
-            form = BlobForm.of(layout, tokens.tolist(), chunk.start, chunk.hash)
-            blob = encode(form, row_slice(layers, row, start, stop))
-            follows = before is not None and before.stop == chunk.start
-            metadata = {
-                "model": origin.identity.name,
-                "revision": origin.identity.revision,
-                "identity": origin.identity.digest,
-                "dtype": str(layout.dtype).removeprefix("torch."),
-                "codec": origin.format,
-                "tokens": str(chunk.stop - chunk.start),
-                "token_ids": json.dumps(tokens.tolist(), separators=(",", ":")),
-                "positions": f"{chunk.start}-{chunk.stop}",
-                "layers": str(len(layout.layers)),
-                "bytes": str(blob.nbytes),
-                "namespace": settings.namespace,
-                "tags": settings.tags,
-                "context": context,
-                "parent": before.hash if before is not None and follows else "",
-                "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
-            }
-            entries.append(Entry(origin.key(chunk.hash), metadata, blob))
-            if settings.reuse == "anywhere":
-                entries += index_entries(origin, chunk, ids[row, pad:].numpy(), metadata["created"])
-    return entries
+            held.known.add(chunk.hash)
+            entry = _entry(setup, held, row, chunk, context, parent)
+            chunks.append(entry)
+            if setup.settings.reuse == "anywhere":
+                created = entry.metadata["created"]
+                index += index_entries(held.origin, chunk, tokens, created, setup.settings.pin)
+    return chunks + _joined(index, step.stale)
+
+
+def _chunks(
+    setup: Setup, held: Held, step: Step, row: int, tokens: Tokens
+) -> list[tuple[Chunk, str]]:
+    """The chunks of a row that may be kept, in order, and what their context was."""
+    exact = held.transcript.exact_until[row] is None
+    length = exact_lengths(held, step)[row]
+    whole_prompt = step.is_prompt and step.certain == step.total
+    tail = whole_prompt and exact and setup.settings.store_tail
+    chunks = cut(tokens[:length], setup.grid, held.origin.salt, tail)
+    found = [(chunk, EXACT) for chunk in chunks]
+    if not exact and step.is_prompt:
+        begin = chunks[-1].stop if chunks else 0
+        end = step.certain - held.transcript.pads[row]
+        for start, stop in step.fresh[row]:
+            behind = _approximate(
+                tokens, max(start, begin), min(stop, end), setup.grid.size, held.origin.salt
+            )
+            found += [(chunk, APPROXIMATE) for chunk in behind]
+    return found
+
+
+def _approximate(tokens: Tokens, start: int, stop: int, size: int, salt: bytes) -> list[Chunk]:
+    """Chunks for tokens that were computed behind moved ones.
+
+    Their K/V are not those of their prefix, so their hashes can never be those of exact chunks:
+    they are found by their text alone.
+    """
+    chunks = []
+    for begin in range(start, stop if stop - start >= SHORTEST_RUN else start, size):
+        end = min(begin + size, stop)
+        digest = hashlib.sha256(b"chunkcache/approximate/1" + salt)
+        digest.update(begin.to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(tokens[:end], dtype="<i8").tobytes())
+        chunks.append(Chunk(begin, end, digest.hexdigest()))
+    return chunks
+
+
+def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, parent: str) -> Entry:
+    origin, layout, pad = held.origin, held.layout, held.transcript.pads[row]
+    start, stop = pad + chunk.start, pad + chunk.stop
+    tokens = held.transcript.ids()[row, start:stop].tolist()
+    form = BlobForm.of(layout, tokens, chunk.start, chunk.hash)
+    blob = encode(form, row_slice(held.layers, row, start, stop))
+    metadata = {
+        "model": origin.identity.name,
+        "revision": origin.identity.revision,
+        "identity": origin.identity.digest,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "codec": origin.format,
+        "tokens": str(chunk.stop - chunk.start),
+        "token_ids": json.dumps(tokens, separators=(",", ":")),
+        "positions": f"{chunk.start}-{chunk.stop}",
+        "layers": str(len(layout.layers)),
+        "bytes": str(blob.nbytes),
+        "namespace": setup.settings.namespace,
+        "tags": setup.settings.tags,
+        "context": context,
+        "parent": parent,
+        "pinned": "yes" if setup.settings.pin else "no",
+        "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
+    }
+    return Entry(origin.key(chunk.hash), metadata, blob, pinned=setup.settings.pin)
+
+
+def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:
+    """One entry per key. Those that are stale are replaced, the others added to."""
+    joined = dict(stale)
+    for entry in index:
+        joined[entry.key] = merged(entry, joined.get(entry.key))
+    return list(joined.values())

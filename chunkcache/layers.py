@@ -121,10 +121,17 @@ class GrowingLayer(DynamicLayer):
         keys, values = (room[row, :, column : column + tokens] for room in self._rooms)
         return keys, values
 
-    def blank(self, row: int, columns: int) -> None:
-        """Zero one row's first columns: padding, which attention masks but multiplies by zero."""
+    def one_row(self, row: int, column: int, tokens: int) -> GrowingLayer:
+        """A layer of one row only, on the same memory, that holds `tokens` from `column` on."""
+        layer = GrowingLayer()
+        layer.settle(*(room[row : row + 1, :, column:] for room in self._rooms))
+        layer.hold(tokens)
+        return layer
+
+    def blank(self, row: int, start: int, stop: int) -> None:
+        """Zero some of a row's columns: padding, which attention masks but multiplies by zero."""
         for room in self._rooms:
-            room[row, :, :columns].zero_()
+            room[row, :, start:stop].zero_()
 
     def runs(self, row: int, column: int, tokens: int) -> list[memoryview]:
         """The memory of one row's room behind `column`: where a blob's bytes belong, in its order.

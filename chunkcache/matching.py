@@ -8,7 +8,7 @@ the new one is taken, since what a moved token remembers of its old context is t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class StoredChunk:
         parent: Hash of the chunk that stood before it, or `""`.
         clean: Whether its own context was exact.
         created: When it was stored; later is larger.
+        pinned: Whether it was stored to stay.
     """
 
     hash: str
@@ -37,6 +38,7 @@ class StoredChunk:
     parent: str = ""
     clean: bool = True
     created: str = ""
+    pinned: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +51,9 @@ class Piece:
     offset: int
     # Pieces that continue each other, in the prompt as where they were computed, form one run.
     continues: bool = False
+    # Tokens right before it that stood there then, too, and where such a run may end.
+    before: int = 0
+    run_stop: int = 0
 
     @property
     def old_start(self) -> int:
@@ -57,7 +62,9 @@ class Piece:
 
     def part(self, start: int, stop: int) -> Piece:
         """The piece between two positions of the prompt."""
-        return Piece(start, stop, self.chunk, self.offset + start - self.start, self.continues)
+        before = self.before + start - self.start
+        offset = self.offset + start - self.start
+        return replace(self, start=start, stop=stop, offset=offset, before=before)
 
 
 def grow(tokens: Tokens, chunk: StoredChunk, shift: int) -> list[Piece]:
@@ -87,9 +94,8 @@ def cover(
     Returns:
         Pieces in order. Runs shorter than `SHORTEST_RUN` are left out.
     """
-    found = [piece for chunk, shift in candidates for piece in grow(tokens, chunk, shift)]
+    found = _linked([piece for chunk, shift in candidates for piece in grow(tokens, chunk, shift)])
     found = [piece for piece in found if piece.stop > start and piece.start < stop]
-    found.sort(key=lambda piece: piece.start)
     chosen: list[Piece] = []
     position, at = start, 0
     open_pieces: list[Piece] = []
@@ -106,9 +112,7 @@ def cover(
         last = chosen[-1] if chosen else None
         best = max(open_pieces, key=lambda piece: _merit(piece, position, last))
         piece = best.part(position, min(best.stop, stop))
-        chosen.append(
-            Piece(piece.start, piece.stop, piece.chunk, piece.offset, _continues(piece, last))
-        )
+        chosen.append(replace(piece, continues=_continues(piece, last)))
         position = piece.stop
     return _long_enough(chosen)
 
@@ -117,11 +121,38 @@ def _merit(piece: Piece, position: int, last: Piece | None) -> tuple[object, ...
     part = piece.part(position, piece.stop)
     return (
         _continues(part, last),  # the whole run before it was its context then, too
-        position - piece.start,  # tokens before it that were its context then
+        part.before,
+        piece.run_stop,
         piece.stop,
         piece.chunk.clean,
         piece.chunk.created,
     )
+
+
+def _linked(pieces: list[Piece]) -> list[Piece]:
+    """The pieces by their start, with `before` and `run_stop`.
+
+    Those that belong together are the last part of a chunk and the first of the one that stood
+    behind it then.
+    """
+    order = sorted(pieces, key=lambda piece: (piece.start, piece.stop))
+    ends: dict[tuple[str, int], int] = {}
+    for number, piece in enumerate(order):
+        before = ends.get((piece.chunk.parent, piece.start), 0) if not piece.offset else 0
+        order[number] = replace(piece, before=before)
+        if piece.offset + piece.stop - piece.start == len(piece.chunk.tokens):
+            ends[piece.chunk.hash, piece.stop] = before + piece.stop - piece.start
+    starts: dict[tuple[str, int], int] = {}
+    for number in reversed(range(len(order))):
+        piece = order[number]
+        run_stop = piece.stop
+        if piece.offset + piece.stop - piece.start == len(piece.chunk.tokens):
+            run_stop = starts.get((piece.chunk.hash, piece.stop), piece.stop)
+        order[number] = replace(piece, run_stop=run_stop)
+        if not piece.offset and piece.chunk.parent:
+            place = piece.chunk.parent, piece.start
+            starts[place] = max(starts.get(place, 0), run_stop)
+    return order
 
 
 def _continues(piece: Piece, last: Piece | None) -> bool:
@@ -138,7 +169,8 @@ def runs(pieces: list[Piece]) -> list[list[Piece]]:
     """Pieces grouped into runs that moved together."""
     grouped: list[list[Piece]] = []
     for piece in pieces:
-        if piece.continues and grouped:
+        # One before it may have been lost on the way.
+        if piece.continues and grouped and grouped[-1][-1].stop == piece.start:
             grouped[-1].append(piece)
         else:
             grouped.append([piece])

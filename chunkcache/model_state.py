@@ -23,6 +23,7 @@ from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.weights import Watched, watch
 
 PROOF_FORMAT = "proof"
+MOVING_FORMAT = "moving"
 
 
 @dataclass
@@ -86,11 +87,19 @@ class ModelState:
                 self._proofs[identity.digest] = self._prove(store, identity)
             return self._proofs[identity.digest]
 
-    def mover(self, identity: ModelIdentity, layout: KVLayout) -> KeyMover | str:
-        """The proven rotation of that identity, the model's present one, or why there is none."""
+    def mover(self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore) -> KeyMover | str:
+        """The proven rotation of that identity, the model's present one, or why there is none.
+
+        The rotation is found anew by each process; that it is good enough is known from before,
+        known to the store, or tested now.
+        """
         with self._lock:
             if identity.digest not in self._movers:
-                self._movers[identity.digest] = prove_moving(self.model, layout)
+                proven = _was_proven(store, identity, MOVING_FORMAT)
+                mover = prove_moving(self.model, layout, proven)
+                if not proven and not isinstance(mover, str):
+                    _keep_proven(store, identity, MOVING_FORMAT)
+                self._movers[identity.digest] = mover
             return self._movers[identity.digest]
 
     @property
@@ -98,37 +107,39 @@ class ModelState:
         """Whether the model was looked at before."""
         return self._identity is not None
 
-    def open(self, url: str | None, **settings: Any) -> ChunkStore:
-        """The store at a URL, opened once for all caches of this model."""
+    def open(self, url: str | list[str] | None, **settings: Any) -> ChunkStore:
+        """The store at a URL, or tiers, opened once for all caches of this model."""
         with self._lock:
-            key = (url, *sorted(settings.items()))
+            key = (tuple(url) if isinstance(url, list) else url, *sorted(settings.items()))
             if key not in self._stores:
                 self._stores[key] = open_store(url, **settings)
             return self._stores[key]
 
-    def _was_proven(self, store: ChunkStore, identity: ModelIdentity) -> bool:
-        """Whether another process has proven this very model. Only that is taken on trust."""
-        try:
-            fields = store.read_metadata([_proof_key(identity)])[0] or {}
-        except StoreError:
-            return False
-        return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
-
     def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
-        if self._was_proven(store, identity):
+        if _was_proven(store, identity, PROOF_FORMAT):
             proof = measure_layout(self.model)
             if not proof.obstacle:
                 return proof
         proof = prove(self.model)
         if not proof.obstacle:
-            fields = {"model": identity.name, "identity": identity.digest, "proven": "yes"}
-            with suppress(StoreError):  # the next process tests again
-                store.write([Entry(_proof_key(identity), fields, memoryview(b""))])
+            _keep_proven(store, identity, PROOF_FORMAT)
         return proof
 
 
-def _proof_key(identity: ModelIdentity) -> str:
-    return str(identity.key(identity.digest, PROOF_FORMAT))
+def _was_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> bool:
+    """Whether another process has proven this very model. Only that is taken on trust."""
+    try:
+        fields = store.read_metadata([str(identity.key(identity.digest, format))])[0] or {}
+    except StoreError:
+        return False
+    return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
+
+
+def _keep_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
+    fields = {"model": identity.name, "identity": identity.digest, "proven": "yes"}
+    key = str(identity.key(identity.digest, format))
+    with suppress(StoreError):  # the next process tests again
+        store.write([Entry(key, fields, memoryview(b""))])
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()

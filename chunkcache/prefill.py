@@ -112,13 +112,14 @@ class Rest:
 
     Attributes:
         skip: Leave out this many columns of ids on the left.
-        columns: Or compute these columns of the ids only, `[queries]`, at the positions that are
-            their numbers, with `mask`.
-        mask: What to pass as attention mask then.
+        columns: Or compute these columns of the ids only, `[queries]`, with what follows.
+        positions: Position of each of them in each row, `[batch, queries]`.
+        mask: What to pass as attention mask.
     """
 
     skip: int = 0
     columns: Tensor | None = None
+    positions: Tensor | None = None
     mask: Any = None
 
 
@@ -245,21 +246,15 @@ def _is_nothing(value: Any) -> bool:
 
 def trim(kwargs: dict[str, Any], rest: Rest) -> dict[str, Any]:
     """The arguments for what is left to compute."""
-    if rest.columns is not None:
-        ids = kwargs["input_ids"]
-        columns = rest.columns.to(ids.device)
-        return {
-            **kwargs,
-            "input_ids": ids[:, columns],
-            "position_ids": columns.expand(ids.shape[0], -1),
-            "attention_mask": rest.mask,
-        }
-    if not rest.skip:
+    if not rest.skip and rest.columns is None:
         return kwargs
+    kept = slice(rest.skip, None) if rest.columns is None else rest.columns
     new = kwargs["input_ids"].shape[1]
     trimmed = {
-        name: kwargs[name][..., rest.skip :]
+        name: kwargs[name][..., kept]
         for name in _PER_TOKEN
         if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
     }
+    if rest.columns is not None:
+        trimmed |= {"position_ids": rest.positions, "attention_mask": rest.mask}
     return {**kwargs, **trimmed}

@@ -18,7 +18,10 @@ from chunkcache.proof import cache_of
 from chunkcache.repair import Scores
 from chunkcache.scatter import close_layers, open_layers, scatter_mask
 
-QUERY_TOKENS = 32  # of the prompt's end, whose attention is looked at
+# Whose attention is looked at, and where: the last tokens of the prompt, in the layers between
+# these shares of the depth. Chosen on documents that no reported figure comes from.
+QUERY_TOKENS = 12
+QUERY_LAYERS = (0.5, 0.8)
 _ATTENTION = "chunkcache_query_probe"
 
 
@@ -82,25 +85,36 @@ class Probes:
         return scores
 
     def query_attention(self) -> Scores:
-        """For each token, the attention it gets from the prompt's last tokens, in middle layers."""
+        """For each token, the attention it gets from the prompt's last tokens.
+
+        In layers past the middle, and where some of those see the whole prompt, in these alone.
+        """
         return self._query_attention
 
     @cached_property
     def _query_attention(self) -> Scores:
         growing = self._growing()
-        first, last = len(growing) // 3, max(2 * len(growing) // 3, len(growing) // 3 + 1)
-        middle = set(growing[first:last])
+        first, last = (round(share * len(growing)) for share in QUERY_LAYERS)
+        looked_at = growing[first : max(last, first + 1)]
+        looked_at = [index for index in looked_at if self._sees_all(index)] or looked_at
         tail = int((~self.known).flip(0).long().cumprod(0).sum()) or 1
         columns = torch.arange(self.tokens - min(tail, QUERY_TOKENS), self.tokens)
+        self.charged += len(columns) * (growing.index(looked_at[-1]) + 1) / len(growing)
+        return self.attention(columns, looked_at).sum(0).double().numpy()
+
+    def attention(self, columns: Tensor, layers: Sequence[int]) -> Tensor:
+        """What tokens get from those at `columns`, `[layers, tokens]`, summed over heads.
+
+        The model runs up to the last of the layers asked for, over these columns alone.
+        """
         seen = self.known.clone()
         seen[columns] = True
         mask = _hide(scatter_mask(self.model, columns, self.tokens, self._rows), ~seen)
-        intercepts = dict.fromkeys(growing[last : last + 1], _stop)
+        behind = [index for index in self._growing() if index > max(layers)]
         self._sums.clear()
-        with self._recorded_attention(middle):
-            self._run(columns, mask, intercepts)
-        self.charged += len(columns) * last / len(growing)
-        return torch.stack(self._sums).sum(0).cpu().double().numpy()
+        with self._recorded_attention(set(layers)):
+            self._run(columns, mask, dict.fromkeys(behind[:1], _stop))
+        return torch.stack(self._sums).cpu()
 
     @property
     def _rows(self) -> int:
@@ -109,6 +123,12 @@ class Probes:
     @property
     def _moved(self) -> int:
         return sum(stop - start for start, stop in self.runs)
+
+    def _sees_all(self, index: int) -> bool:
+        """Whether a layer's attention has no window."""
+        config: Any = self.model.config
+        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+        return not kinds or kinds[index] == "full_attention"
 
     def _growing(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if isinstance(layer, GrowingLayer)]
@@ -149,19 +169,23 @@ class Probes:
             attention_mask: Any,
             **options: Any,
         ) -> tuple[Tensor, None]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+            # Query heads that share a key head go together: [batch, kv_heads, group, queries, dim]
+            batch, heads, queries, dim = query.shape
+            grouped = query.reshape(batch, key.shape[1], -1, queries, dim)
             scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            scores = (query @ key.transpose(2, 3)).float() * scaling
+            folded = grouped.flatten(2, 3) @ key.transpose(2, 3)
+            scores = folded.view(*grouped.shape[:4], -1).float() * scaling
             if attention_mask is not None:
-                if attention_mask.dtype == torch.bool:
-                    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+                seen = attention_mask[:, :, None]
+                if seen.dtype == torch.bool:
+                    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
                 else:
-                    scores = scores + attention_mask
+                    scores = scores + seen
             weights = scores.softmax(dim=-1)
             if getattr(module, "layer_idx", None) in layers:
-                self._sums.append(weights[0].sum(dim=(0, 1)))
-            return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+                self._sums.append(weights[0].sum(dim=(0, 1, 2)))
+            out = weights.to(value.dtype).flatten(2, 3) @ value
+            return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
         AttentionInterface.register(_ATTENTION, attend)
         text_config._attn_implementation = _ATTENTION

@@ -151,11 +151,14 @@ def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
     return layers, forward(model, ids, cache_of(layers))
 
 
-def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Tensor) -> Tensor:
+def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> Tensor:
     """Logits of `[batch, tokens]` ids, computed where the model's embeddings are."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = next(embedding.parameters()).device
-    placed = {name: tensor.to(device) for name, tensor in more.items()}
+    placed = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in more.items()
+    }
     out: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True, **placed)
     logits: Tensor = out.logits
     return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from chunkcache.plan import Kind, Span
 if TYPE_CHECKING:
     import pandas
 
+STYLE = "font:13px/1.5 system-ui,sans-serif;max-width:60em"
 _COLOURS = {
     Kind.REUSED: "#2e9e5b",
     Kind.MOVED: "#3b7dd8",
@@ -21,8 +22,8 @@ _COLOURS = {
 }
 
 
-class _Counts:
-    """Token counts by kind, from `spans`."""
+class Counts:
+    """Token counts by kind."""
 
     __slots__ = ()
 
@@ -60,7 +61,7 @@ class _Counts:
 
 
 @dataclass(slots=True)
-class RowReport(_Counts):
+class RowReport(Counts):
     """What happened to the tokens of one row of the batch: neighbouring tokens by their fate."""
 
     spans: list[Span] = field(default_factory=list)
@@ -70,7 +71,7 @@ class RowReport(_Counts):
 
 
 @dataclass(slots=True)
-class Report(_Counts):
+class Report(Counts):
     """What the cache did with the last prompt.
 
     Token counts are sums over the rows of the batch; `reused + moved + recomputed + computed`
@@ -80,7 +81,7 @@ class Report(_Counts):
         rows: One `RowReport` per row of the batch.
         bytes_read: Bytes of blobs read from the store.
         bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
-        bytes_dropped: Bytes not stored since the write queue was full.
+        bytes_dropped: Bytes that the store did not take: its write queue was full, or it failed.
         lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
         read_ms: Reading blobs, checking them and filling the layers.
         move_ms: Rotating moved keys to their new position.
@@ -173,26 +174,32 @@ class Report(_Counts):
         if self.skipped:
             parts.append(f"stood aside: {self.skipped}")
         if self.bytes_dropped:
-            parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored: the write queue is full")
+            why = "" if self.errors else ": the write queue is full"
+            parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored{why}")
         if self.errors:
             parts.append(f"{self.store_errors} store errors: {'; '.join(self.errors)}")
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:
         """A bar per row of the batch: its tokens, coloured by what happened to them."""
-        bars = "".join(_bar(index, row) for index, row in enumerate(self.rows))
-        present = Counter(span.kind for row in self.rows for span in row.spans)
-        legend = "".join(
-            f'<span style="margin-right:1em"><span style="display:inline-block;width:.8em;'
-            f'height:.8em;border-radius:2px;background:{_COLOURS[kind]}"></span> '
-            f"{kind} {getattr(self, kind):,}</span>"
-            for kind in Kind
-            if present[kind]
-        )
-        return (
-            '<div style="font:13px/1.5 system-ui,sans-serif;max-width:60em">'
-            f"{bars}<div>{legend}</div><div>{escape(str(self))}</div></div>"
-        )
+        return f'<div style="{STYLE}">{prompt_map(self.rows)}<div>{escape(str(self))}</div></div>'
+
+
+def prompt_map(rows: Sequence[RowReport]) -> str:
+    """HTML: a bar per row of the batch, its tokens coloured by their fate, and a legend."""
+    counts: Counter[Kind] = Counter()
+    for row in rows:
+        for span in row.spans:
+            counts[span.kind] += span.tokens
+    legend = "".join(
+        f'<span style="margin-right:1em"><span style="display:inline-block;width:.8em;'
+        f'height:.8em;border-radius:2px;background:{_COLOURS[kind]}"></span> '
+        f"{kind} {counts[kind]:,}</span>"
+        for kind in Kind
+        if kind in counts
+    )
+    bars = "".join(_bar(index, row) for index, row in enumerate(rows))
+    return f"{bars}<div>{legend}</div>"
 
 
 def _bar(index: int, row: RowReport) -> str:

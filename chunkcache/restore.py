@@ -15,30 +15,25 @@ from chunkcache.chunking import Chunk
 from chunkcache.codec import BlobForm, KVLayout
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.layers import GrowingLayer
-from chunkcache.plan import RowPlan, plan_row
+from chunkcache.plan import RowPlan
 from chunkcache.stores.base import ChunkStore
 
 KeyOf = Callable[[str], str]
 
 
-def find(
-    store: ChunkStore,
-    rows: Sequence[list[Chunk]],
-    tokens: Sequence[int],
-    held: Sequence[int],
-    key_of: KeyOf,
-) -> tuple[list[RowPlan], set[str]]:
-    """Ask the store, in one round trip, which chunks it has, and plan each row.
+def known_chunks(
+    store: ChunkStore, rows: Sequence[list[Chunk]], held: Sequence[int], key_of: KeyOf
+) -> set[str]:
+    """Ask the store, in one round trip, which chunks it has.
 
     Args:
         store: Where to look.
         rows: Chunks of each row, in order.
-        tokens: Tokens of each row.
         held: Tokens from the start of each row that need not be looked up.
         key_of: The store's key of a chunk's hash.
 
     Returns:
-        A plan per row, and the hashes that the store has.
+        The hashes that the store has.
 
     Raises:
         StoreError: The store failed.
@@ -50,12 +45,7 @@ def find(
         if chunk.stop > h
     }
     sizes = store.sizes(list(wanted.values())) if wanted else []
-    known = {hash for hash, size in zip(wanted, sizes, strict=True) if size}
-    plans = [
-        plan_row(chunks, n, h, known, "not in the store")
-        for chunks, n, h in zip(rows, tokens, held, strict=True)
-    ]
-    return plans, known
+    return {hash for hash, size in zip(wanted, sizes, strict=True) if size}
 
 
 @dataclass
@@ -70,10 +60,14 @@ class Filling:
         ids: `[batch, columns]` token ids, on the CPU.
         pads: Columns of left padding of each row.
         plans: One plan per row; replaced where a read fails.
-        columns: Up to which column K/V are wanted; after `run`, up to which they are there.
+        stops: Up to which column K/V are wanted of each row; after `run`, up to which they are
+            there.
+        together: A row is not read further than the one that is known least far.
         trouble: Told of a failing store and of damaged blobs.
         bytes_read: Bytes of blobs read.
         bad: Hashes of chunks whose blob is missing or damaged.
+        damaged: Those that are damaged.
+        at_hand: Row and column of whole chunks that are in the layers now, by hash.
     """
 
     store: ChunkStore
@@ -83,42 +77,54 @@ class Filling:
     ids: Tensor
     pads: Sequence[int]
     plans: list[RowPlan]
-    columns: int
+    stops: list[int]
+    together: bool
     trouble: Callable[[Exception], None]
     bytes_read: int = 0
     bad: set[str] = field(default_factory=set)
+    damaged: list[str] = field(default_factory=list)
+    at_hand: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def run(self) -> int:
-        """Read until all is there, or until something fails. Returns `columns`.
+    def run(self) -> None:
+        """Read until all is there, or until something fails.
 
-        A blob that is missing or fails its check ends the run there: the plans are revised, and
+        A blob that is missing or fails its check ends its rows there: the plans are revised, and
         what was copied behind it is room that will be written over.
         """
+        self._align()
         # Equal chunks of several rows (beams, few-shot prompts) are read once.
         users: defaultdict[str, list[int]] = defaultdict(list)
         chunks: dict[str, Chunk] = {}
         for row, plan in enumerate(self.plans):
-            for chunk in plan.reads(self.columns - self.pads[row]):
+            stop = self.stops[row] - self.pads[row]
+            for chunk in plan.reads(stop) if stop > plan.held else ():
                 users[chunk.hash].append(row)
                 chunks[chunk.hash] = chunk
         # Nearest the start first: what follows a failure need not be read.
         reads = [_Read(self, chunk, users[chunk.hash]) for chunk in chunks.values()]
         reads.sort(key=lambda read: read.first_column)
+        if not reads:
+            return
         keys = [self.key_of(read.chunk.hash) for read in reads]
         done = 0
         try:
             answers = self.store.read_into(keys, [read.place for read in reads])
             with closing(answers):
                 for read, arrived in zip(reads, answers, strict=True):
-                    if read.first_column >= self.columns:
+                    if read.is_wanted():
+                        self._take(read, arrived)
+                    elif not any(other.is_wanted() for other in reads[done:]):
                         break
-                    self._take(read, arrived)
                     done += 1
         except StoreError as error:
             for read in reads[done:]:
                 self._cut(read, str(error))
             self.trouble(error)
-        return self.columns
+        discard(self.store, [self.key_of(hash) for hash in self.damaged], self.trouble)
+
+    def _align(self) -> None:
+        if self.together:
+            self.stops = [min(self.stops)] * len(self.stops)
 
     def _take(self, read: _Read, arrived: bool) -> None:
         try:
@@ -129,16 +135,30 @@ class Filling:
         except BlobError as error:
             if arrived:
                 self.trouble(error)
+                self.damaged.append(read.chunk.hash)
             self.bad.add(read.chunk.hash)
             self._cut(read, str(error))
             return
         read.spread()
+        if read.direct:
+            row = read.rows[0]
+            self.at_hand[read.chunk.hash] = row, self.pads[row] + read.chunk.start
 
     def _cut(self, read: _Read, why: str) -> None:
         for row in read.rows:
             position = max(read.chunk.start, self.plans[row].held)
             self.plans[row] = self.plans[row].cut_at(position, why)
-            self.columns = min(self.columns, self.pads[row] + self.plans[row].reach)
+            self.stops[row] = min(self.stops[row], self.pads[row] + self.plans[row].reach)
+        self._align()
+
+
+def discard(store: ChunkStore, keys: Sequence[str], trouble: Callable[[Exception], None]) -> None:
+    """Remove damaged blobs: others would read them too, or take them for what is written anew."""
+    try:
+        if keys:
+            store.delete(keys)
+    except StoreError as error:
+        trouble(error)
 
 
 class _Read:
@@ -168,6 +188,11 @@ class _Read:
             cut = len(self.form.header)
             self.place = [self.blob[:cut], self.blob[cut:]]
 
+    def is_wanted(self) -> bool:
+        """Whether a row is still to be filled as far as this chunk."""
+        pads, stops = self.filling.pads, self.filling.stops
+        return any(pads[row] + self.chunk.start < stops[row] for row in self.rows)
+
     def spread(self) -> None:
         """Copy the checked K/V to where they are wanted and not yet."""
         filling, chunk = self.filling, self.chunk
@@ -186,7 +211,7 @@ class _Read:
             parts = self.form.views(self.blob)
         for row in rows:
             begin = max(chunk.start, filling.plans[row].held)
-            stop = min(chunk.stop, filling.columns - filling.pads[row])
+            stop = min(chunk.stop, filling.stops[row] - filling.pads[row])
             inside = slice(begin - chunk.start, stop - chunk.start)
             for layer, kv in zip(filling.layers, parts, strict=True):
                 if kv is not None and begin < stop:

@@ -55,8 +55,9 @@ class Rotation:
         Computed in float32 (float64 for float64) and rounded once.
         """
         pairs = self.inv_freq.shape[0]
-        cos, sin = self._between(old, new)
-        part = x[..., self.first : self.first + 2 * pairs].to(cos.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (part.to(dtype) for part in self._between(old, new))
+        part = x[..., self.first : self.first + 2 * pairs].to(dtype)
         moved = x.clone()
         target = moved[..., self.first : self.first + 2 * pairs]
         if self.interleaved:
@@ -70,13 +71,13 @@ class Rotation:
         return moved
 
     def _between(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, `[tokens, pairs]`, of the angles from `old` to `new`."""
+        """Cosine and sine, `[tokens, pairs]` in float64, of the angles from `old` to `new`."""
         freq = self.inv_freq.to(old.device)
         a, b = (p.float()[:, None] * freq * self.sign for p in (old, new))
         a, b = a.double(), b.double()
         cos = b.cos() * a.cos() + b.sin() * a.sin()
         sin = b.sin() * a.cos() - b.cos() * a.sin()
-        return cos.float(), sin.float()
+        return cos, sin
 
 
 @dataclass(frozen=True)

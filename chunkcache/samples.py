@@ -59,10 +59,16 @@ def smollm2_folder() -> Path:
         SettingError: The package with the weights or its reader is missing, or the cache folder
             cannot be written.
     """
-    gguf = _shipped_gguf()
-    folder = (
-        cache_folder() / "models" / f"smollm2-135m-instruct-{metadata.version(PACKAGE)}-float32"
-    )
+    return converted(_shipped_gguf(), f"smollm2-135m-instruct-{metadata.version(PACKAGE)}")
+
+
+def converted(gguf: Path, name: str) -> Path:
+    """The ordinary folder, float32, made of a model in a GGUF file; made on the first call.
+
+    Raises:
+        SettingError: The cache folder cannot be written.
+    """
+    folder = cache_folder() / "models" / f"{name}-float32"
     if folder.is_dir():
         return folder
     try:
@@ -86,9 +92,15 @@ def load_smollm2(
     Raises:
         SettingError: As for `smollm2_folder`.
     """
+    return load_folder(smollm2_folder(), dtype)
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, on the CPU and in evaluation mode, and tokenizer of a local folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = smollm2_folder()
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -110,7 +122,7 @@ def document(tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> 
     random.Random(seed).shuffle(modules)
     text = ""
     for module in modules:
-        text += "".join(_passages(module))
+        text += "".join(passages(module))
         # Few texts have fewer than two characters to a token: spare the tokenizer the others.
         if len(text) < 2 * tokens:
             continue
@@ -186,7 +198,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
-def _passages(module: str) -> Iterator[str]:
+def passages(module: str) -> Iterator[str]:
     """The documentation of a module, its classes and functions, each under its dotted name.
 
     Read out of the source, so the module is not run, and `python -OO` changes nothing.

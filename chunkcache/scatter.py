@@ -18,7 +18,9 @@ from chunkcache.layers import GrowingLayer
 MASKED_ATTENTION = ("sdpa", "eager")
 
 
-def scatter_mask(model: nn.Module, columns: Tensor, total: int, rows: int) -> Any:
+def scatter_mask(
+    model: nn.Module, columns: Tensor, total: int, rows: int, pads: Sequence[int] = (0,)
+) -> Any:
     """The mask "key position ≤ query position", and each layer type's window.
 
     Args:
@@ -26,6 +28,8 @@ def scatter_mask(model: nn.Module, columns: Tensor, total: int, rows: int) -> An
         columns: `[queries]` columns of the tokens that are computed, in order.
         total: Columns of the whole prompt.
         rows: Rows of the batch.
+        pads: Columns of left padding of each row, or one number for all. Padding is not seen; as a
+            query it sees itself, so that no row of scores is empty.
 
     Returns:
         `[rows, 1, queries, total]`, True where seen (sdpa) or added to the scores (eager: a boolean
@@ -33,24 +37,28 @@ def scatter_mask(model: nn.Module, columns: Tensor, total: int, rows: int) -> An
     """
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
-    keys = torch.arange(total, device=columns.device)
-    distance = columns[:, None] - keys
+    first = torch.tensor(pads[:1] if len(set(pads)) == 1 else pads, device=columns.device)
+    keys = torch.arange(total, device=columns.device) - first[:, None, None]  # their positions
+    queries = columns[:, None] - first[:, None, None]
+    causal = keys <= queries
+    if any(pads):
+        causal = causal & (keys >= 0) | (keys == queries)
     kinds = getattr(text_config, "layer_types", None) or [_only_kind(text_config)]
     additive = text_config._attn_implementation == "eager"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     masks = {}
     for kind in dict.fromkeys(kinds):
-        seen = distance >= 0
+        seen = causal
         if kind == "sliding_attention":
-            seen &= distance < text_config.sliding_window
+            seen = causal & (keys > queries - text_config.sliding_window)
         elif kind == "chunked_attention":
             size = text_config.attention_chunk_size
-            seen &= columns[:, None] // size == keys // size
+            seen = causal & (queries // size == keys // size)
         mask = seen
         if additive:
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             mask.masked_fill_(~seen, torch.finfo(dtype).min)
-        masks[kind] = mask.expand(rows, 1, -1, -1)
+        masks[kind] = mask[:, None].expand(rows, 1, -1, -1)
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -19,6 +19,9 @@ from chunkcache.repair import KNOWN, Repair, parse_repair
 
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
+_OF_STORE = (
+    "connect_timeout", "read_timeout", "max_delay", "write_queue_bytes", "ttl", "refresh_ttl",
+)  # fmt: skip
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -42,8 +45,14 @@ class Settings:
             `StoreError`.
         connect_timeout: seconds to wait for a connection to the store.
         read_timeout: seconds to wait for each answer of the store.
+        max_delay: seconds that looking into the store may take one prompt, all its lookups
+            together; a store that is slower is left alone for 5 s. Reading what was found does not
+            count.
         write_queue_bytes: bytes of RAM that chunks may take while they wait to be written; more
             are dropped.
+        ttl: seconds after which chunks are gone, 0 for never.
+        refresh_ttl: count them from the last use; `False` counts from the writing.
+        pin: keep the chunks written: they do not expire, and others are evicted first.
 
     Raises:
         SettingError: A value that cannot work, with its name and the mend.
@@ -58,8 +67,12 @@ class Settings:
     tags: str = ""
     on_error: str = "compute"
     connect_timeout: float = 0.25
-    read_timeout: float = 2.0
+    read_timeout: float = 0.5
+    max_delay: float = 0.5
     write_queue_bytes: int = 1 << 30
+    ttl: float = 0.0
+    refresh_ttl: bool = True
+    pin: bool = False
 
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, REUSE_MODES)
@@ -72,24 +85,29 @@ class Settings:
                 f"chunk_overlap={self.chunk_overlap} must be smaller than "
                 f"chunk_size={self.chunk_size}: each chunk has to bring new tokens"
             )
-        for name in ("connect_timeout", "read_timeout"):
-            seconds = getattr(self, name)
-            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-            if not number or not 0 < seconds < math.inf:
-                raise SettingError(f"{name}={seconds!r} must be a positive number of seconds")
+        for name in ("connect_timeout", "read_timeout", "max_delay"):
+            _seconds(name, getattr(self, name))
+        if self.ttl != 0:
+            _seconds("ttl", self.ttl, "or 0 for no end")
         for name in ("namespace", "tags"):
             _text(name, getattr(self, name))
         if isinstance(self.repair, str):
             parse_repair(self.repair)
         elif not isinstance(self.repair, Repair):
             raise SettingError(f"repair={self.repair!r} must be a name or a Repair: {KNOWN}")
-        if not isinstance(self.store_tail, bool):
-            raise SettingError(f"store_tail={self.store_tail!r} must be True or False")
+        for name in ("store_tail", "refresh_ttl", "pin"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SettingError(f"{name}={value!r} must be True or False")
 
     @property
     def strategy(self) -> Repair:
         """The repair to apply."""
         return parse_repair(self.repair) if isinstance(self.repair, str) else self.repair
+
+    @property
+    def of_store(self) -> dict[str, Any]:
+        """Those that `open_store` takes."""
+        return {name: getattr(self, name) for name in _OF_STORE}
 
     @classmethod
     def load(cls, **given: Any) -> Self:
@@ -127,6 +145,14 @@ def _text(name: str, value: object) -> None:
 def _integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def _seconds(name: str, value: object, otherwise: str = "") -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise SettingError(
+            f"{name}={value!r} must be a positive number of seconds {otherwise}".rstrip()
+        )
 
 
 def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, str], what: str) -> None:

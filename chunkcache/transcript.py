@@ -15,11 +15,17 @@ class Transcript:
 
     Ids are kept on the device they came from and brought to the CPU only when they are read: a
     step of decoding must not wait for it.
+
+    Attributes:
+        pads: Columns of left padding of each row.
+        exact_until: Per row, the column from which on K/V are not those of a run without the cache;
+            `None` if all are.
     """
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
         self.pads: list[int] = []
+        self.exact_until: list[int | None] = []
 
     @property
     def columns(self) -> int:
@@ -29,6 +35,13 @@ class Transcript:
     def start(self, pads: list[int]) -> None:
         """Begin anew with rows that have so many columns of left padding."""
         self._pieces, self.pads = [], list(pads)
+        self.exact_until = [None] * len(pads)
+
+    def more_padding(self, pads: list[int]) -> None:
+        """Rows that are nothing but padding so far may go on with it."""
+        columns = self.columns
+        pairs = zip(self.pads, pads, strict=True)
+        self.pads = [now if before == columns else before for before, now in pairs]
 
     def append(self, ids: Tensor) -> None:
         """Record `[batch, new]` ids."""
@@ -48,6 +61,9 @@ class Transcript:
         """Forget all but the first columns."""
         if columns < self.columns:
             self._pieces = [self.ids()[:, :columns]]
+            self.exact_until = [
+                None if end is None or end >= columns else end for end in self.exact_until
+            ]
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken more than once."""
@@ -55,7 +71,9 @@ class Transcript:
             return  # nothing is recorded of tokens that nobody may name
         rows = rows.cpu()
         self._pieces = [self.ids()[rows]]
-        self.pads = [self.pads[int(row)] for row in torch.arange(len(self.pads))[rows]]
+        taken: list[int] = torch.arange(len(self.pads))[rows].tolist()
+        self.pads = [self.pads[row] for row in taken]
+        self.exact_until = [self.exact_until[row] for row in taken]
 
     def common_columns(self, ids: Tensor, pads: list[int]) -> int:
         """Columns from the first on that are the same in `ids` `[batch, other]` in every row."""

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -135,10 +136,22 @@ class Server:
     ) -> None:
         self.close()
 
-    def _spawn(self) -> None:
+    def _command(self) -> list[str]:
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--unixsocket", str(self.socket_path), "--dir", str(self.folder)]
-        command += ["--save", "", "--appendonly", "no", "--loglevel", "warning", *self._options]
+        return [
+            *command,
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--loglevel",
+            "warning",
+            *self._options,
+        ]
+
+    def _spawn(self) -> None:
+        command = self._command()
         setpriv = shutil.which("setpriv")
         if setpriv is not None:  # a killed test run leaves no server behind
             command = [setpriv, "--pdeathsig", "KILL", *command]
@@ -156,6 +169,189 @@ class Server:
             except (redis.ConnectionError, redis.TimeoutError):
                 time.sleep(0.01)
         return False
+
+
+class SentinelServer(Server):
+    """A sentinel that watches `primary` as the service `SERVICE`."""
+
+    def __init__(self, primary: Server, password: str | None) -> None:
+        super().__init__(redis_binary())
+        self._primary = primary
+        self._servers_password = password
+
+    def _command(self) -> list[str]:
+        settings = [
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"unixsocket {self.socket_path}",
+            f"dir {self.folder}",
+            f"sentinel monitor {SERVICE} 127.0.0.1 {self._primary.port} 2",
+            f"sentinel down-after-milliseconds {SERVICE} 300",
+            f"sentinel failover-timeout {SERVICE} 3000",
+        ]
+        if self._servers_password:
+            settings.append(f'sentinel auth-pass {SERVICE} "{self._servers_password}"')
+        file = self.folder / "sentinel.conf"
+        if not file.exists():  # sentinels keep what they learn in it
+            file.write_text("\n".join(settings) + "\n")
+        return [self._binary, str(file), "--sentinel"]
+
+
+SERVICE = "chunks"
+
+
+class Watched:
+    """A primary, a replica of it, and three sentinels that put the one in the other's place.
+
+    `password` is that of primary and replica.
+    """
+
+    def __init__(self, password: str | None = None) -> None:
+        options = ["--repl-diskless-sync-delay", "0"]
+        options += ["--masterauth", password] if password else []
+        self.primary, self.replica = (
+            Server(redis_binary(), *options, password=password) for _ in range(2)
+        )
+        self.sentinels = [SentinelServer(self.primary, password) for _ in range(3)]
+        self._stack = ExitStack()
+
+    @property
+    def hosts(self) -> str:
+        """Where the sentinels are, as in a URL."""
+        return ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+
+    @property
+    def url(self) -> str:
+        """`redis+sentinel://...`."""
+        return f"redis+sentinel://{self.hosts}/{SERVICE}/0"
+
+    @property
+    def leader(self) -> Server:
+        """The server that the first sentinel takes for the primary."""
+        with self.sentinels[0].client() as client:
+            port = client.sentinel_masters()[SERVICE]["port"]
+        return self.primary if port == self.primary.port else self.replica
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for server in (self.primary, self.replica):
+                stack.enter_context(server)
+            with self.replica.client() as client:
+                client.execute_command("REPLICAOF", "127.0.0.1", str(self.primary.port))
+            for sentinel in self.sentinels:
+                stack.enter_context(sentinel)
+            wait_until(self._is_complete)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _is_complete(self) -> bool:
+        for sentinel in self.sentinels:
+            with sentinel.client() as client:
+                state = client.sentinel_masters()[SERVICE]
+                if (state["num-other-sentinels"], state["num-slaves"]) != (2, 1):
+                    return False
+        with self.replica.client() as client:
+            return bool(client.info("replication")["master_link_status"] == "up")
+
+
+class ClusterServer(Server):
+    """A server of a cluster. `bus_port` is where the others talk to it."""
+
+    def __init__(self) -> None:
+        self.bus_port = free_port()
+        options = ["--cluster-enabled", "yes", "--cluster-port", str(self.bus_port)]
+        options += ["--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no"]
+        super().__init__(redis_binary(), *options)
+
+
+class Cluster:
+    """Three primaries without replicas, that share the slots."""
+
+    def __init__(self) -> None:
+        self.servers = [ClusterServer() for _ in range(3)]
+        self._stack = ExitStack()
+
+    @property
+    def url(self) -> str:
+        """`redis+cluster://...`, which names the first two."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{s.port}" for s in self.servers[:2])
+
+    def owner(self, slot: int) -> Server:
+        """The server that says that it has the slot."""
+        for server in self.servers:
+            with server.client() as client:
+                for first, last, (_, port, *_), *_ in client.execute_command("CLUSTER SLOTS"):
+                    if first <= slot <= last and port == server.port:
+                        return server
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def begin_move(self, slot: int, target: Server) -> None:
+        """Let a slot be on its way from its owner to `target`: new keys go there."""
+        source = self.owner(slot)
+        with source.client() as old, target.client() as new:
+            ids = [client.execute_command("CLUSTER MYID") for client in (old, new)]
+            new.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[0])
+            old.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[1])
+
+    def end_move(self, slot: int, target: Server) -> None:
+        """Send the slot's keys to `target`, and let it be the owner."""
+        source = self.owner(slot)
+        with source.client() as old, target.client() as new:
+            while names := old.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+                old.execute_command(
+                    "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *names
+                )
+            identity = new.execute_command("CLUSTER MYID")
+            for client in (new, old):
+                client.execute_command("CLUSTER SETSLOT", slot, "NODE", identity)
+
+    def reset(self) -> None:
+        """All servers running, agreed with each other, and empty."""
+        for server in self.servers:
+            server.start()
+        wait_until(self._is_complete)
+        for server in self.servers:
+            with server.client() as client:
+                client.flushall()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for server in self.servers:
+                stack.enter_context(server)
+            for at, server in enumerate(self.servers):
+                with server.client() as client:
+                    slots = at * 16384 // 3, (at + 1) * 16384 // 3 - 1
+                    client.execute_command("CLUSTER ADDSLOTSRANGE", *slots)
+                    for other in self.servers[:at]:
+                        where = other.port, other.bus_port
+                        client.execute_command("CLUSTER MEET", "127.0.0.1", *where)
+            wait_until(self._is_complete)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _is_complete(self) -> bool:
+        for server in self.servers:
+            with server.client() as client:
+                info = client.cluster("INFO")
+                if (info["cluster_state"], info["cluster_known_nodes"]) != ("ok", "3"):
+                    return False
+                if info["cluster_slots_ok"] != "16384":
+                    return False
+        return True
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is the case, for at most 20 s."""
+    deadline = time.monotonic() + START_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 class FakeServer:
@@ -247,6 +443,69 @@ class FakeServer:
         except OSError:
             return False
         return True
+
+
+class Proxy:
+    """A TCP port in front of a server, whose answers `spoil` may change before they arrive.
+
+    `spoil` takes what the server has sent, in pieces, and returns what to send on, or None to close
+    the connection.
+    """
+
+    def __init__(self, server: Server, spoil: Callable[[bytes], bytes | None]) -> None:
+        self._server = server
+        self._spoil = spoil
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._sockets: list[socket.socket] = []
+
+    @property
+    def tcp_url(self) -> str:
+        """`redis://127.0.0.1:port/0`."""
+        return f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._threads.pop(0).join()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            target = socket.create_connection(("127.0.0.1", self._server.port))
+            self._sockets += [client, target]
+            for pair in ((client, target, bytes), (target, client, self._spoil)):
+                thread = threading.Thread(target=self._pump, args=pair, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        change: Callable[[bytes], bytes | None],
+    ) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                changed = change(data)
+                if changed is None:
+                    break
+                sink.sendall(changed)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 def parse_commands(data: bytes) -> tuple[list[list[bytes]], bytes]:

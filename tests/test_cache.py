@@ -20,6 +20,7 @@ from chunkcache import (
     open_store,
     uninstall,
 )
+from chunkcache.chunking import cut
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
@@ -611,9 +612,8 @@ def test_swapped_blobs_are_misses(llama):
     ids = random_ids(300)
     cache = RedisChunkCache(llama, store)
     generate(llama, ids, cache)
-    keys = [
-        cache._sequence._origin.key(chunk.hash) for chunk in cache._sequence._cut(ids[0], False)
-    ]
+    origin = cache._sequence._held.origin
+    keys = [origin.key(c.hash) for c in cut(ids[0].numpy(), cache._setup.grid, origin.salt)]
     first, second = (memoryview(bytes(blob)) for blob in store.read(keys))
     store.write([Entry(keys[0], {}, second), Entry(keys[1], {}, first)])
     cache = RedisChunkCache(llama, store)

@@ -342,7 +342,7 @@ def test_place_hold_peek_and_slice() -> None:
             assert torch.equal(seen, right)
     for layer in (layers[0], layers[2]):
         assert layer.get_seq_length() == 0
-        layer.blank(0, 1)
+        layer.blank(0, 0, 1)
         layer.hold(5)
         assert layer.get_seq_length() == 5
         assert torch.count_nonzero(layer.keys[0, :, 0]) == 0

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.anchors import WINDOW, anchors
-from chunkcache.errors import SettingError
 from chunkcache.matching import SHORTEST_RUN, StoredChunk, cover, grow, runs
-from chunkcache.repair import Head, Several, parse_repair
 
 small = st.lists(st.integers(0, 3), min_size=0, max_size=200).map(lambda x: np.array(x, np.int64))
 
@@ -42,22 +38,6 @@ def test_growing_finds_every_equal_token(tokens, chunk, shift):
     }
 
 
-@given(st.integers(0, 40), st.integers(0, 5))
-def test_anchors_do_not_depend_on_where_a_text_stands(offset, seed):
-    text = np.random.default_rng(seed).integers(0, 1000, 300)
-    before = np.random.default_rng(seed + 9).integers(0, 1000, offset)
-    alone = {a.hash for a in anchors(text, b"s")}
-    inside = {a.hash for a in anchors(np.concatenate([before, text]), b"s")}
-    assert alone
-    assert alone <= inside
-    assert not alone & {a.hash for a in anchors(text, b"other")}
-    assert len(alone) < 2 * len(text) / 4
-
-
-def test_short_texts_have_no_anchor():
-    assert anchors(np.arange(WINDOW - 1), b"") == []
-
-
 def test_the_variant_with_the_longer_common_context_wins():
     rng = np.random.default_rng(0)
     before, text = rng.integers(0, 999, 64), rng.integers(0, 999, 64)
@@ -71,9 +51,64 @@ def test_the_variant_with_the_longer_common_context_wins():
     assert [p.chunk.hash for p in cover(text, [(other, 0), (near, 0)], 0, 64)] == ["other"]
 
 
-def test_repairs_by_name():
-    assert parse_repair("head:4") == Head(4)
-    assert isinstance(parse_repair("head:4 + query:0.1"), Several)
-    for wrong in ("", "tail:3", "head:x", "head:-1", "query:2", "query:nan", "full:1", "none+"):
-        with pytest.raises(SettingError, match="use none, full, head"):
-            parse_repair(wrong)
+def chain(*texts, start=0, name="", created=""):
+    """Chunks that stood one behind the other."""
+    chunks, parent = [], ""
+    for number, text in enumerate(texts):
+        chunks.append(StoredChunk(f"{name}{number}", start, text, parent, created=created))
+        start, parent = start + len(text), f"{name}{number}"
+    return chunks
+
+
+def test_of_variants_the_one_with_the_longest_common_left_context_wins():
+    """Also where what stood before it is served by another chunk."""
+    rng = np.random.default_rng(1)
+    a, b, c, x, y = (rng.integers(0, 999, 64) for _ in range(5))
+    tokens = np.concatenate([a, b, c])
+    short = chain(x, np.concatenate([y[:40], b[40:]]), c, name="short", created="9")
+    long = chain(y, b, c, name="long", created="1")
+    longest = chain(a[10:], b, c, start=500, name="longest", created="0")
+    shifts = [(chunk, 64 * n) for chunks in (short, long) for n, chunk in enumerate(chunks)]
+    assert [p.chunk.hash for p in cover(tokens, shifts, 100, 192)] == ["long1", "long2"]
+    assert [p.chunk.hash for p in cover(tokens, shifts, 128, 192)] == ["long2"]
+    shifts += list(zip(longest, (10, 64, 128), strict=True))
+    assert [p.chunk.hash for p in cover(tokens, shifts, 128, 192)] == ["longest2"]
+
+
+def test_the_variant_whose_run_goes_on_wins_then_the_clean_then_the_newest():
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(0, 999, 64), rng.integers(0, 999, 64)
+    tokens = np.concatenate([a, b])
+    run = chain(a, b, name="run", created="1")
+    alone = StoredChunk("alone", 7, a, created="9")
+    rest = StoredChunk("rest", 7, b, created="9")
+    candidates = [(alone, 0), (rest, 64), (run[0], 0), (run[1], 64)]
+    assert [p.chunk.hash for p in cover(tokens, candidates, 0, 128)] == ["run0", "run1"]
+    inexact = StoredChunk("inexact", 7, a, clean=False, created="9")
+    older, newer = (StoredChunk(str(n), 7, a, created=str(n)) for n in (3, 4))
+    candidates = [(older, 0), (inexact, 0), (newer, 0)]
+    assert [p.chunk.hash for p in cover(tokens, candidates, 0, 64)] == ["4"]
+
+
+def test_a_run_ends_where_a_piece_was_lost():
+    text = np.arange(192)
+    pieces = cover(text, list(zip(chain(*np.split(text, 3)), (0, 64, 128), strict=True)), 0, 192)
+    assert [len(run) for run in runs(pieces)] == [3]
+    assert [len(run) for run in runs([pieces[0], pieces[2]])] == [1, 1]
+
+
+def test_one_chunk_serves_several_places_and_parts():
+    """A window of a chunk may stand in a prompt twice, and with a change in the middle."""
+    rng = np.random.default_rng(3)
+    text = rng.integers(0, 999, 128)
+    changed = text.copy()
+    changed[60] = 1000
+    tokens = np.concatenate([text, changed])
+    pieces = cover(
+        tokens, [(StoredChunk("x", 0, text), 0), (StoredChunk("x", 0, text), 128)], 0, 256
+    )
+    assert [(p.start, p.stop, p.offset) for p in pieces] == [
+        (0, 128, 0),
+        (128, 188, 0),
+        (189, 256, 61),
+    ]

@@ -12,7 +12,11 @@ from transformers import DynamicCache
 import chunkcache
 
 PUBLIC = [
+    "Audit",
     "ChunkCacheError",
+    "DocumentFailure",
+    "DocumentsSummary",
+    "Explanation",
     "RedisChunkCache",
     "Report",
     "SettingError",
@@ -20,6 +24,7 @@ PUBLIC = [
     "StoreError",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "add_documents",
     "open_store",
     "uninstall",
 ]

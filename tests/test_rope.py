@@ -72,31 +72,60 @@ def test_all_layers_at_once_are_each_on_its_own(kind):
         assert torch.equal(v, alone[1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "overrides", "reason"),
-    [
-        ("gpt2", {}, "no known rotation"),
-        ("bloom", {}, "position_ids"),
-        ("llama", {"attn_implementation": "eager"}, None),
-        ("llama", {"max_position_embeddings": 12}, "too few positions"),
-    ],
-)
-def test_who_may_be_moved(kind, overrides, reason):
-    model = tiny(kind, **overrides)
-    found = prove_moving(model, prove(model).layout)
-    assert (reason in found) if reason else isinstance(found, KeyMover)
+@given(positions, st.integers(-100, 100), st.booleans(), st.sampled_from([1, -1]))
+def test_there_and_back_again(position, shift, interleaved, sign):
+    rule = rotation(interleaved, sign)
+    x = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    here = torch.arange(position + 100, position + 104)
+    back = rule.move(rule.move(x, here, here + shift), here + shift, here)
+    assert torch.allclose(back, x, atol=2e-6)
 
 
-def test_a_query_that_knows_its_position_is_found_out():
-    """The keys turn as they should, and yet the output depends on where the prompt stands."""
+def test_only_the_rotated_dimensions_change():
+    frequencies = 1e2 ** (-torch.arange(0, 8, 2).float() / 8)
+    rule = Rotation(frequencies, 4, False, 1)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5))
+    kept = x.clone()
+    moved = rule.move(x, torch.arange(3), torch.arange(9, 12))
+    assert torch.equal(x, kept)
+    assert torch.equal(moved[..., :4], x[..., :4])
+    assert torch.equal(moved[..., 12:], x[..., 12:])
+    assert not torch.isclose(moved[..., 4:12], x[..., 4:12]).all(-1).any()
+
+
+RULES = {
+    "llama": (16, False, "keys"),
+    "cohere": (16, True, "keys"),
+    "gpt_neox": (4, False, "keys"),
+    "deepseek_v3": (8, False, "values"),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_rule_is_found(kind):
+    """How many dimensions turn, how they pair, and where: MLA caches what turns as values."""
+    dims, interleaved, where = RULES[kind]
+    model = tiny(kind)
+    mover = prove_moving(model, prove(model).layout)
+    assert isinstance(mover, KeyMover)
+    for rule in mover.layers:
+        turning, still = (rule.keys, rule.values)[:: 1 if where == "keys" else -1]
+        assert still is None
+        assert (2 * len(turning.inv_freq), turning.interleaved) == (dims, interleaved)
+
+
+def test_layers_of_two_kinds_have_two_rules():
+    model = tiny("gemma3_text", num_hidden_layers=4)
+    mover = prove_moving(model, prove(model).layout)
+    sliding, full = (mover.layers[n].keys.inv_freq for n in (0, 1))
+    assert not torch.equal(sliding, full)
+    assert torch.equal(mover.layers[2].keys.inv_freq, sliding)
+
+
+def test_keys_that_no_known_rotation_explains_are_refused():
     model = tiny("llama")
-    layer = model.model.layers[2].self_attn
-    plain = layer.forward
-
-    def scaled(hidden_states, position_embeddings, **kwargs):
-        out, weights = plain(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        return out * (1 + position_embeddings[1][..., :1].abs()), weights
-
-    proof = prove(model)
-    layer.forward = scaled
-    assert isinstance(prove_moving(model, proof.layout), str)
+    layer = model.model.layers[2].self_attn.k_proj
+    layer.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+    assert "layer 2: no known rotation explains how its keys turn" in prove_moving(
+        model, prove(tiny("llama")).layout
+    )

@@ -9,6 +9,7 @@ import pytest
 
 from chunkcache.errors import ChunkCacheError, SettingError
 from chunkcache.settings import Settings
+from chunkcache.stores import open_store
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 
@@ -24,7 +25,11 @@ OTHER: dict[str, tuple[Any, str]] = {
     "on_error": ("raise", "raise"),
     "connect_timeout": (1.5, "1.5"),
     "read_timeout": (9.0, "9"),
+    "max_delay": (2.5, "2.5"),
     "write_queue_bytes": (4096, "4096"),
+    "ttl": (3600.0, "3600"),
+    "refresh_ttl": (False, "no"),
+    "pin": (True, "yes"),
 }
 
 
@@ -100,6 +105,16 @@ def test_from_everywhere_in_order(
         ("read_timeout", 0),
         ("read_timeout", float("nan")),
         ("read_timeout", float("inf")),
+        ("max_delay", 0),
+        ("max_delay", float("inf")),
+        ("ttl", -1),
+        ("ttl", "3600"),
+        ("ttl", None),
+        ("ttl", True),
+        ("ttl", float("nan")),
+        ("ttl", float("inf")),
+        ("refresh_ttl", 1),
+        ("pin", "yes"),
         ("namespace", None),
         ("namespace", b"bytes"),
         ("namespace", "half a \ud800 character"),
@@ -113,6 +128,13 @@ def test_from_everywhere_in_order(
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
     with pytest.raises(SettingError, match=name):
         Settings.load(**{name: value})
+
+
+def test_a_store_gets_its_settings() -> None:
+    given = Settings(ttl=7.0, refresh_ttl=False, read_timeout=9.0, chunk_size=64).of_store
+    assert given["ttl"] == 7.0
+    with open_store("memory://", **given) as store:
+        assert store.sizes(["a"]) == [0]
 
 
 def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:

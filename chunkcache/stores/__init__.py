@@ -1,20 +1,22 @@
-"""Where chunks are kept: `open_store` turns a URL into a store, `OPENERS` lists the schemes."""
+"""Where chunks are kept: `open_store` turns URLs into a store, `OPENERS` lists the schemes."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.memory import DEFAULT_BYTES, MemoryStore
 
 if TYPE_CHECKING:
     from chunkcache.stores.redis import RedisStore
@@ -33,43 +35,48 @@ UNITS = {
 
 
 def open_store(
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     *,
     connect_timeout: float = 0.25,
-    read_timeout: float = 2.0,
+    read_timeout: float = 0.5,
+    max_delay: float = 0.5,
     write_queue_bytes: int = 1 << 30,
+    ttl: float = 0,
+    refresh_ttl: bool = True,
 ) -> ChunkStore:
-    """Open the store that `url` names.
+    """Open the store that `url` names, or one of several tiers, the nearest first.
 
     - `redis://user:password@host:6379/0`, `rediss://...` (TLS), `unix:///path/of/socket`
+    - `redis+sentinel://host1:26379,host2:26379/service/0`, `rediss+sentinel://...`
+    - `redis+cluster://host1:6379,host2:6379`, `rediss+cluster://...`
     - `memory://?bytes=2GB`: this process only
     - `file:///path?bytes=50GB`: a folder
     - `embedded://`: a server of the user's own, started when needed; `embedded:///folder?bytes=4GB`
-    - `None`: the environment variable CHUNKCACHE_URL, else `embedded://`, and where that cannot
-      run, files in the user's cache folder.
+    - `["memory://?bytes=2GB", "file:///path?bytes=50GB", "redis://host"]`: see `TieredStore`. The
+      memory is shared by all stores of the process that are opened with the same list.
+    - `None`: the environment variable CHUNKCACHE_URL (tiers with a space in between), else
+      `embedded://`, and where that cannot run, files in the user's cache folder.
 
-    `connect_timeout` and `read_timeout` (seconds) bound what a server in trouble may cost;
-    `write_queue_bytes` bounds what waits to be written. Sizes take KB, MB, GB, KiB, MiB, GiB.
+    `connect_timeout`, `read_timeout` and `max_delay` (seconds) bound what a server in trouble may
+    cost: for a connection, for each answer, and for all lookups of one prompt. `write_queue_bytes`
+    bounds what waits to be written, per tier. Entries are gone `ttl` seconds (0: never) after they
+    were written or, with `refresh_ttl`, last read. Sizes take KB, MB, GB, KiB, MiB, GiB.
 
     A server that cannot be reached is no error here: its calls raise StoreError until it can.
     Raises SettingError for a URL that cannot work.
     """
-    limits = _Limits(connect_timeout, read_timeout, write_queue_bytes)
-    url = url or os.environ.get(URL_VARIABLE)
-    if not url:
-        return _open_default(limits)
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        parts = urlsplit("")  # the URL is not quoted in messages: it may hold a password
-    opener = OPENERS.get(parts.scheme)
-    if opener is None:
-        known = ", ".join(f"{scheme}://" for scheme in OPENERS)
+    limits = _Limits(connect_timeout, read_timeout, max_delay, write_queue_bytes, ttl, refresh_ttl)
+    if url is None or url == "":
+        url = os.environ.get(URL_VARIABLE, "").split()
+        if not url:
+            return _open_default(limits)
+    urls = [url] if isinstance(url, str) else list(url)
+    if not urls or not all(isinstance(each, str) for each in urls):
         raise SettingError(
-            f"store URL: unknown scheme {parts.scheme!r}; known are {known} "
-            f"(for instance redis://localhost:6379/0 or file:///var/cache/chunks?bytes=50GB)"
+            "store: a list of tiers must hold one URL per tier, the nearest first, such as "
+            '["memory://?bytes=2GB", "redis://localhost:6379/0"]'
         )
-    return opener(url, parts, limits)
+    return _open(urls[0], limits) if len(urls) == 1 else _open_tiers(urls, limits)
 
 
 def parse_bytes(text: str) -> int:
@@ -89,7 +96,47 @@ def parse_bytes(text: str) -> int:
 class _Limits:
     connect_timeout: float
     read_timeout: float
+    max_delay: float
     write_queue_bytes: int
+    ttl: float
+    refresh_ttl: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ttl < math.inf:
+            raise SettingError(f"ttl={self.ttl!r} must be a number of seconds, 0 for no end")
+        if not self.max_delay > 0:
+            raise SettingError(f"max_delay={self.max_delay!r} must be more than 0 s")
+
+
+def _open(url: str, limits: _Limits) -> ChunkStore:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")  # the URL is not quoted in messages: it may hold a password
+    opener = OPENERS.get(parts.scheme)
+    if opener is None:
+        known = ", ".join(f"{scheme}://" for scheme in OPENERS)
+        raise SettingError(
+            f"store URL: unknown scheme {parts.scheme!r}; known are {known} "
+            f"(for instance redis://localhost:6379/0 or file:///var/cache/chunks?bytes=50GB)"
+        )
+    return opener(url, parts, limits)
+
+
+def _open_tiers(urls: list[str], limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.tiered import TieredStore, shared_memory
+
+    with ExitStack() as opened:  # closes the first ones, should a later one not open
+        tiers = []
+        for place, url in enumerate(urls):
+            tier = _open(url, limits)
+            if isinstance(tier, MemoryStore):
+                tier = shared_memory((place, *urls, limits.ttl, limits.refresh_ttl), tier)
+            else:
+                opened.enter_context(tier)
+            tiers.append(tier)
+        opened.pop_all()
+    return TieredStore(tiers)
 
 
 def _open_default(limits: _Limits) -> ChunkStore:
@@ -109,11 +156,10 @@ def _open_default(limits: _Limits) -> ChunkStore:
 
 
 def _open_memory(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
-    from chunkcache.stores.memory import DEFAULT_BYTES, MemoryStore
-
     if parts.netloc or parts.path.strip("/"):
         raise SettingError("memory:// store URL: takes no path; write memory://?bytes=2GB")
-    return MemoryStore(_bytes_parameter(parts) or DEFAULT_BYTES)
+    size = _bytes_parameter(parts) or DEFAULT_BYTES
+    return MemoryStore(size, ttl=limits.ttl, refresh_ttl=limits.refresh_ttl)
 
 
 def _open_file(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
@@ -125,6 +171,18 @@ def _open_file(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
 
 def _open_server(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
     return _behind(_redis_store(url, limits), limits)
+
+
+def _open_sentinel(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.sentinel import SentinelStore
+
+    return _behind(SentinelStore(url, **_redis_options(limits)), limits)
+
+
+def _open_cluster(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.cluster import ClusterStore
+
+    return _behind(ClusterStore(url, **_redis_options(limits)), limits)
 
 
 def _open_embedded(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
@@ -144,6 +202,10 @@ OPENERS: dict[str, Callable[[str, SplitResult, _Limits], ChunkStore]] = {
     "redis": _open_server,
     "rediss": _open_server,
     "unix": _open_server,
+    "redis+sentinel": _open_sentinel,
+    "rediss+sentinel": _open_sentinel,
+    "redis+cluster": _open_cluster,
+    "rediss+cluster": _open_cluster,
     "embedded": _open_embedded,
     "file": _open_file,
     "memory": _open_memory,
@@ -153,7 +215,16 @@ OPENERS: dict[str, Callable[[str, SplitResult, _Limits], ChunkStore]] = {
 def _redis_store(url: str, limits: _Limits) -> RedisStore:
     from chunkcache.stores.redis import RedisStore
 
-    return RedisStore(url, connect_timeout=limits.connect_timeout, read_timeout=limits.read_timeout)
+    return RedisStore(url, **_redis_options(limits))
+
+
+def _redis_options(limits: _Limits) -> dict[str, Any]:
+    return {
+        "connect_timeout": limits.connect_timeout,
+        "read_timeout": limits.read_timeout,
+        "ttl": limits.ttl,
+        "refresh_ttl": limits.refresh_ttl,
+    }
 
 
 def _embedded(address: str, limits: _Limits) -> ChunkStore:
@@ -168,7 +239,8 @@ def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
     from chunkcache.stores.disk import DiskStore
 
     try:
-        return _behind(DiskStore(folder, max_bytes), limits)
+        store = DiskStore(folder, max_bytes, ttl=limits.ttl, refresh_ttl=limits.refresh_ttl)
+        return _behind(store, limits)
     except (OSError, StoreError) as error:
         raise SettingError(
             f"file:// store: the folder {folder} cannot be used ({error}); "
@@ -181,7 +253,8 @@ def _behind(store: ChunkStore, limits: _Limits) -> ChunkStore:
     from chunkcache.stores.breaker import Guarded
     from chunkcache.stores.writer import WriteBehind
 
-    return WriteBehind(Guarded(store), max_bytes=limits.write_queue_bytes)
+    guarded = Guarded(store, max_delay=limits.max_delay)
+    return WriteBehind(guarded, max_bytes=limits.write_queue_bytes)
 
 
 def _folder(parts: SplitResult) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -22,13 +22,15 @@ class Entry:
 
     `key` is the text of a `ChunkKey`, without `@metadata` or `@kv_bytes`. `blob` is the whole
     blob as one contiguous view of bytes that nobody changes any more; it is empty for entries that
-    are metadata only. With `merge` the fields are added to those that are there.
+    are metadata only. With `merge` the fields are added to those that are there, and a blob that is
+    there stays if the entry brings none. A `pinned` entry does not expire, and is evicted last.
     """
 
     key: str
     metadata: Mapping[str, str]
     blob: memoryview
     merge: bool = False
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -36,11 +38,16 @@ class Entry:
         return self.blob.nbytes
 
 
-def merged(entry: Entry, there: Mapping[str, str]) -> Entry:
-    """The entry to keep where an entry with these fields is there already."""
-    if not entry.merge:
-        return entry
-    return Entry(entry.key, {**there, **entry.metadata}, entry.blob, merge=True)
+def merged(newer: Entry, older: Entry | None) -> Entry:
+    """One entry with the effect of writing `older` and then `newer`, both of one key."""
+    if older is None or not newer.merge:
+        return newer
+    return replace(
+        older,
+        metadata={**older.metadata, **newer.metadata},
+        blob=newer.blob if newer.nbytes else older.blob,
+        pinned=newer.pinned or older.pinned,
+    )
 
 
 def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
@@ -65,7 +72,8 @@ class ChunkStore(ABC):
     """A place that keeps chunks. All methods may be called from several threads.
 
     Every method raises `StoreError`, and nothing else, when the place cannot be reached or
-    answers with an error; an entry that is not there is never an error.
+    answers with an error; an entry that is not there is never an error. A store of several parts
+    goes on without one that fails, and tells the prompt (`note_partial`).
     """
 
     @abstractmethod
@@ -87,7 +95,7 @@ class ChunkStore(ABC):
 
         A place is a list of writable views of bytes that the blob fills one after the other.
         False means that the blob is missing or not exactly as long as its place, which then holds
-        anything.
+        anything. Places are the caller's own again when the iteration has ended, early or not.
         Stores that can let the kernel do the only copy.
         """
         for place, blob in zip(places, self.read(keys), strict=True):
@@ -100,6 +108,9 @@ class ChunkStore(ABC):
     @abstractmethod
     def write(self, entries: Sequence[Entry]) -> int:
         """Keep the entries, replacing what was there. Returns the bytes of blobs taken."""
+
+    def check_writable(self) -> None:  # noqa: B027  (most stores have to be asked)
+        """Raise StoreError if it is known, without asking, that a write would fail now."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""A circuit breaker: a store in trouble costs one time-out per cool-down, not one per call."""
+"""A circuit breaker: a store in trouble costs one prompt a bounded delay, and later ones none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.calls import current_calls
 
 logger = logging.getLogger(__name__)
 
 COOLDOWN = 5.0
+MAX_DELAY = 0.5
+PROBE_SECONDS = 0.05  # what a call may wait for the answer to a probe
+PROBE_KEY = "chunkcache@probe"
 MAX_WARNINGS = 20  # causes can contain what a server sends; the log must stay finite
 
 _END = object()
@@ -25,25 +29,31 @@ T = TypeVar("T")
 class Guarded(ChunkStore):
     """`store` behind a breaker: after an error, calls fail at once for `cooldown` seconds.
 
-    Then one call is let through as a probe while the others still fail at once; its success ends
-    the matter. A failed read stops everything. A failed write stops only writes: a full server,
-    or a read-only one, still serves what it has. Whatever the store raises leaves as StoreError.
-    Calls without keys never reach the store: as a probe they would prove nothing.
+    A failed read stops everything, and so do lookups that have cost one prompt more than
+    `max_delay` seconds together. Then a lookup of nothing, from a thread of its own, finds out
+    whether the store is back: calls wait for it a twentieth of a second at most. A failed write
+    stops only writes: a full server, or a read-only one, still serves what it has. The next write
+    after the cool-down finds out. Whatever the store raises leaves as StoreError.
+
+    Reading blobs is not counted as a delay: as long as bytes arrive, they are a gain, and it is
+    for the store to see that they do (`read_timeout`).
     """
 
-    def __init__(self, store: ChunkStore, cooldown: float = COOLDOWN) -> None:
+    def __init__(
+        self, store: ChunkStore, cooldown: float = COOLDOWN, max_delay: float = MAX_DELAY
+    ) -> None:
         self._store = store
+        self._max_delay = max_delay
         self._reading = _Circuit(cooldown)
         self._writing = _Circuit(cooldown)
+        self._prober: threading.Thread | None = None
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Guarded({self._store!r})"
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
-        if not keys:
-            return []
-        return self._call(self._reading, lambda: self._store.sizes(keys))
+        return self._look_up(lambda: self._store.sizes(keys)) if keys else []
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         return self._iterate(keys, lambda: self._store.read(keys))
@@ -54,19 +64,18 @@ class Guarded(ChunkStore):
         return self._iterate(keys, lambda: self._store.read_into(keys, places))
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
-        if not keys:
-            return []
-        return self._call(self._reading, lambda: self._store.read_metadata(keys))
+        return self._look_up(lambda: self._store.read_metadata(keys)) if keys else []
 
     def write(self, entries: Sequence[Entry]) -> int:
-        if not entries:
-            return 0
-        return self._call(self._writing, lambda: self._store.write(entries))
+        return self._change(lambda: self._store.write(entries)) if entries else 0
 
     def delete(self, keys: Sequence[str]) -> int:
-        if not keys:
-            return 0
-        return self._call(self._writing, lambda: self._store.delete(keys))
+        return self._change(lambda: self._store.delete(keys)) if keys else 0
+
+    def check_writable(self) -> None:
+        opened = self._writing.opened()
+        if opened and not opened.is_over:
+            raise self._refusal(opened)
 
     def flush(self, timeout: float | None = None) -> bool:
         with self._watched(self._writing):  # never as a probe: without a queue it proves nothing
@@ -76,36 +85,80 @@ class Guarded(ChunkStore):
         with self._watched(self._writing):
             self._store.close()
 
-    def _call(self, circuit: _Circuit, verb: Callable[[], T]) -> T:
-        probe = self._enter(circuit)
-        with self._watched(circuit):
+    def _look_up(self, verb: Callable[[], T]) -> T:
+        self._enter_reading()
+        started = time.monotonic()
+        with self._watched(self._reading):
             result = verb()
-        circuit.succeeded(probe)
+        lost = current_calls().seconds
+        lost[self] += time.monotonic() - started
+        if lost[self] > self._max_delay:
+            cause = (
+                f"{self._store!r} is slow: its answers took one prompt more than "
+                f"max_delay={self._max_delay:g} s; raise max_delay if that is as fast as it gets"
+            )
+            self._reading.open(cause)  # but not for writes, which wait for their turn anyway
+            self._warn(cause)
         return result
 
     def _iterate(self, keys: Sequence[str], verb: Callable[[], Iterator[T]]) -> Generator[T]:
         if not keys:
             return
-        probe = self._enter(self._reading)
+        self._enter_reading()
         with self._watched(self._reading):
             answers = iter(verb())
         try:
             while True:
                 with self._watched(self._reading):
                     answer: Any = next(answers, _END)
-                self._reading.succeeded(probe)
                 if answer is _END:
                     return
                 yield answer  # not watched: what a caller throws in here is not the store's error
         finally:
             end_iteration(answers)
 
-    def _enter(self, circuit: _Circuit) -> bool:
-        opened = circuit.enter()
-        if isinstance(opened, bool):
-            return opened
-        raise StoreError(
-            f"{self._store!r} is unreachable until "
+    def _change(self, verb: Callable[[], T]) -> T:
+        opened = self._writing.enter()
+        if opened and not opened.is_over:
+            raise self._refusal(opened)
+        with self._watched(self._writing):
+            result = verb()
+        if opened:  # otherwise the call may be from before the failure, and proves nothing
+            self._writing.close()
+        return result
+
+    def _enter_reading(self) -> None:
+        """Let a call pass, or raise; see to a probe when it is time for one."""
+        opened = self._reading.enter()
+        if opened and opened.is_over:
+            self._probe_for(PROBE_SECONDS)
+            opened = self._reading.opened()
+        if opened:
+            raise self._refusal(opened)
+
+    def _probe_for(self, seconds: float) -> None:
+        prober = self._prober
+        if prober is None or not prober.is_alive():
+            prober = self._prober = threading.Thread(
+                target=self._probe, name="chunkcache-probe", daemon=True
+            )
+            try:
+                prober.start()
+            except RuntimeError:  # no more threads: the next cool-down may bring one
+                return
+        prober.join(seconds)
+
+    def _probe(self) -> None:
+        try:
+            with self._watched(self._reading):
+                self._store.sizes([PROBE_KEY])
+        except StoreError:
+            return  # noted
+        self._reading.close()
+
+    def _refusal(self, opened: _Opened) -> StoreError:
+        return StoreError(
+            f"{self._store!r} is left alone until "
             f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}; "
             f"generation goes on without it ({opened.cause})"
         )
@@ -124,9 +177,12 @@ class Guarded(ChunkStore):
             raise StoreError(cause) from error
 
     def _failed(self, circuit: _Circuit, cause: str) -> None:
-        self._writing.failed(cause)
+        self._writing.open(cause)
         if circuit is self._reading:
-            self._reading.failed(cause)
+            self._reading.open(cause)
+        self._warn(cause)
+
+    def _warn(self, cause: str) -> None:
         if cause in self._warned or len(self._warned) >= MAX_WARNINGS:
             logger.debug("%s", cause)
             return
@@ -136,14 +192,15 @@ class Guarded(ChunkStore):
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """Why a call may not pass, and until when (seconds since the epoch)."""
+    """Why a call may not pass, until when (seconds since the epoch), and if that time is over."""
 
     cause: str
     retry_at: float
+    is_over: bool
 
 
 class _Circuit:
-    """Closed (calls pass), or open until some time; then the first to come is the probe."""
+    """Closed (calls pass), or open for a cool-down, after which somebody has to find out."""
 
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
@@ -151,24 +208,30 @@ class _Circuit:
         self._cause: str | None = None
         self._open_until = 0.0
 
-    def enter(self) -> bool | _Opened:
-        """Whether the call that comes in is a probe; `_Opened` when it may not pass."""
+    def opened(self) -> _Opened | None:
+        """None if calls may pass."""
         with self._lock:
-            if self._cause is None:
-                return False
-            now = time.monotonic()
-            if now < self._open_until:
-                return _Opened(self._cause, time.time() + self._open_until - now)
-            self._open_until = now + self._cooldown  # others wait for what the probe finds
-            return True
+            return self._opened()
 
-    def failed(self, cause: str) -> None:
+    def enter(self) -> _Opened | None:
+        """The same for the one who will find out: if the time is over, it begins again."""
+        with self._lock:
+            opened = self._opened()
+            if opened and opened.is_over:
+                self._open_until = time.monotonic() + self._cooldown
+            return opened
+
+    def open(self, cause: str) -> None:
         with self._lock:
             self._cause = cause
             self._open_until = time.monotonic() + self._cooldown
 
-    def succeeded(self, probe: bool) -> None:
-        """Only a probe closes the circuit: a call from before the failure proves nothing."""
-        if probe:
-            with self._lock:
-                self._cause = None
+    def close(self) -> None:
+        with self._lock:
+            self._cause = None
+
+    def _opened(self) -> _Opened | None:
+        if self._cause is None:
+            return None
+        left = self._open_until - time.monotonic()
+        return _Opened(self._cause, time.time() + left, left <= 0)

@@ -1,39 +1,21 @@
-"""Chunks as files: one `.safetensors` file and one `.json` file each, read through memory maps.
-
-    FOLDER/3f/9c41d2e8-safetensors@org%2Fname@1@0@….safetensors
-    FOLDER/3f/9c41d2e8-safetensors@org%2Fname@1@0@….json
-    FOLDER/tmp/…                                      files being written
-
-Several processes may share the folder, and nothing is ever changed in place: a file is written
-under `tmp` and renamed, so that a reader, and a map already open, sees the old file or the new one.
-There are no locks, so a process that forks or is killed leaves none behind.
-"""
+"""Chunks as files in a folder, read through memory maps, within a budget and a time to live."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
-import mmap
-import os
-import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
-BLOB = ".safetensors"
-METADATA = ".json"
-NAME_BYTES = 255  # the longest file name that common file systems take
 TOUCH_SECONDS = 60.0  # how exactly the order of use is kept
 STALE_SECONDS = 3600.0  # a file under tmp this old was left by a process that died
 KEEP = 0.9  # share of the budget that is still full after an eviction
-FOLDER = re.compile("[0-9a-f]{2}")
-STEM = re.compile("[0-9a-f]{8}-.*|[0-9a-f]{64}")  # other files are not ours to evict
 
 MENDS = {
     errno.ENOSPC: "free some space, or lower max_bytes",
@@ -44,67 +26,60 @@ MENDS = {
 }
 
 
-def stem_of(key: str) -> str:
-    """The path of a key's files inside the store, without their suffix.
-
-    The digits of the key's hash spread the files over 256 folders, and keep apart keys that differ
-    only in case where the file system does not. What follows is the key, legal on every system:
-    bytes other than letters, digits and `@%._=+-` are written `~` and two hex digits. A key too
-    long for a file name is named by its full hash; its text is in the JSON.
-    """
-    raw = key.encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(raw).hexdigest()
-    text = re.sub(rb"[^A-Za-z0-9@%._=+-]", lambda byte: b"~%02x" % byte[0][0], raw).decode()
-    name = f"{digest[2:10]}-{text}"
-    return f"{digest[:2]}/{name if len(name) + len(BLOB) <= NAME_BYTES else digest}"
-
-
-def key_of(name: str) -> str | None:
-    """The key whose file has this name without suffix; None if only the JSON tells."""
-    _, dash, text = name.partition("-")
-    if not dash:
-        return None
-    raw = re.sub(rb"~([0-9a-f]{2})", lambda code: bytes([int(code[1], 16)]), text.encode())
-    try:
-        return raw.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:  # no name that `stem_of` has made
-        return None
-
-
 class DiskStore(ChunkStore):
     """Keeps chunks in files under `path`, which is made when first written to.
 
-    With `max_bytes`, the files' bytes stay below it: the entries least recently used leave first.
-    Processes that share the folder may each exceed it by a tenth for a while. Nothing is synced: a
-    crash of the machine may lose or damage the last chunks, which their checksums show.
+    With `max_bytes`, the files' bytes stay below it: the entries least recently used leave first,
+    and pinned ones only for other pinned ones. Processes that share the folder may each exceed it
+    by a tenth for a while. Entries that are not pinned are gone `ttl` seconds (0: never) after
+    they were written or, with `refresh_ttl`, last read; each process applies its own `ttl`.
+    Nothing is synced: a crash of the machine may lose or damage the last chunks, which their
+    checksums show.
 
     Raises `SettingError` if `path` is something else than a folder, or `max_bytes` is below 1.
     """
 
-    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int | None = None,
+        *,
+        ttl: float = 0,
+        refresh_ttl: bool = True,
+    ) -> None:
         self.path = Path(path).expanduser().absolute()
         self.max_bytes = max_bytes
+        self._folder = Folder(self.path)
+        self._ttl = ttl
+        self._refresh = refresh_ttl
+        self._touch_seconds = min(TOUCH_SECONDS, ttl / 10) if ttl else TOUCH_SECONDS
         # How many bytes may be written before the folder is looked at again. Unlocked: what a race
         # between threads makes of it is mended by the next look.
         self._room = 0
-        self._swept = False
+        self._swept: float | None = None
         if max_bytes is not None and max_bytes < 1:
             raise SettingError(f"max_bytes={max_bytes}: must be at least 1, or None for no limit")
         with contextlib.suppress(OSError):
             if self.path.exists() and not self.path.is_dir():
                 raise SettingError(f"file store {self.path}: exists and is not a folder")
 
+    def __repr__(self) -> str:
+        return f"DiskStore({str(self.path)!r})"
+
     def sizes(self, keys: Sequence[str]) -> list[int]:
         with self._errors("look up"):
-            return [self._size(self._file(key, BLOB)) for key in keys]
+            return [self._size(key) for key in keys]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         for key in keys:
             with self._errors("read"):
-                mapped = self._map(self._file(key, BLOB))
+                mapped = self._folder.map(key) if self._is_young(key) else None
             if mapped is None:
                 yield None
                 continue
+            self._folder.touch(key, BLOB, self._touch_seconds)
+            if self._ttl and self._refresh:
+                self._folder.touch(key, METADATA, self._touch_seconds)
             view = memoryview(mapped)
             try:
                 yield view
@@ -117,39 +92,30 @@ class DiskStore(ChunkStore):
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         with self._errors("read"):
-            return [self._metadata(key) for key in keys]
+            found = [self._metadata(key) for key in keys]
+        for key, fields in zip(keys, found, strict=True):
+            if fields is not None and (self._refresh or not self._ttl):
+                self._folder.touch(key, METADATA, self._touch_seconds)
+        return found
 
     def write(self, entries: Sequence[Entry]) -> int:
-        taken = 0
-        if not self._swept:
-            self._sweep()
+        self._sweep()
         with self._errors("write"):
-            for given in entries:
-                entry = merged(given, self._metadata(given.key) or {}) if given.merge else given
-                text = json.dumps({"key": entry.key, "metadata": dict(entry.metadata)}, indent=1)
-                if not self._make_room(entry.nbytes + len(text)):
-                    continue
-                if entry.nbytes:
-                    self._put(self._file(entry.key, BLOB), entry.blob)
-                else:
-                    self._file(entry.key, BLOB).unlink(missing_ok=True)
-                self._put(self._file(entry.key, METADATA), text.encode())
-                taken += entry.nbytes
-        return taken
+            return sum(entry.nbytes for entry in entries if self._put(entry))
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):
-            return sum(self._remove(self.path / stem_of(key)) for key in keys)
+            return sum(self._folder.remove(self._folder.file(key, "")) for key in keys)
 
     def keys(self) -> Iterator[str]:
         """Yield the keys of all entries, in no order. Raises `StoreError`."""
         with self._errors("list"):
-            stems = self._scan()
+            stems = [stem for stem, found in self._folder.scan().items() if not self._is_old(found)]
         for stem in stems:
             key: object = key_of(stem.name)
             if key is None:
                 with self._errors("list"):
-                    key = self._json(Path(f"{stem}{METADATA}")).get("key")
+                    key = self._folder.json(Path(f"{stem}{METADATA}")).get("key")
             if isinstance(key, str):
                 yield key
 
@@ -163,84 +129,52 @@ class DiskStore(ChunkStore):
                 f"file store {self.path}: cannot {action}: {error}" + (f"; {mend}" if mend else "")
             ) from error
 
-    def _file(self, key: str, suffix: str) -> Path:
-        return self.path / (stem_of(key) + suffix)
-
-    @staticmethod
-    def _size(file: Path) -> int:
-        try:
-            return file.stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    @staticmethod
-    def _map(file: Path) -> mmap.mmap | None:
-        try:
-            descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            return None
-        try:
-            found = os.fstat(descriptor)
-            if found.st_size == 0:  # no blob has no bytes; a crash of the machine can leave this
-                return None
-            if time.time() - found.st_mtime > TOUCH_SECONDS:
-                with contextlib.suppress(OSError):  # a folder that may only be read serves too
-                    os.utime(file)
-            return mmap.mmap(descriptor, found.st_size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+    def _size(self, key: str) -> int:
+        status = self._folder.status(key, BLOB)
+        return status.st_size if status and self._is_young(key) else 0
 
     def _metadata(self, key: str) -> dict[str, str] | None:
-        found = self._json(self._file(key, METADATA)).get("metadata")
+        if not self._is_young(key):
+            return None
+        found = self._folder.json(self._folder.file(key, METADATA)).get("metadata")
         if not isinstance(found, dict):
             return None
         return {str(name): str(value) for name, value in found.items()}
 
-    @staticmethod
-    def _json(file: Path) -> dict[str, object]:
-        """What the file holds; nothing if it is not there, or damaged by a crash of the machine."""
-        try:
-            found = json.loads(file.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def _is_young(self, key: str) -> bool:
+        """Whether an entry has not expired: its JSON is as old as the entry."""
+        if not self._ttl:
+            return True
+        status = self._folder.status(key, METADATA)
+        if status is None:
+            return False
+        return is_pinned(status) or time.time() - status.st_mtime <= self._ttl
 
-    def _put(self, file: Path, content: bytes | memoryview) -> None:
-        scratch = self.path / "tmp"
-        try:
-            descriptor, name = tempfile.mkstemp(dir=scratch)
-        except FileNotFoundError:
-            self._make_folder(scratch)
-            descriptor, name = tempfile.mkstemp(dir=scratch)
-        try:
-            with os.fdopen(descriptor, "wb") as temporary:
-                temporary.write(content)
-            try:
-                os.replace(name, file)
-            except FileNotFoundError:
-                self._make_folder(file.parent)
-                os.replace(name, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+    def _is_old(self, found: Found) -> bool:
+        """The same of an entry in a listing."""
+        return bool(self._ttl) and not found.pinned and time.time() - found.renewed > self._ttl
 
-    def _make_folder(self, folder: Path) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+    def _put(self, given: Entry) -> bool:
+        entry = merged(given, self._there(given.key)) if given.merge else given
+        text = json.dumps({"key": entry.key, "metadata": dict(entry.metadata)}, indent=1)
+        if not self._make_room(entry.nbytes + len(text), entry.pinned):
+            return False
+        if entry.nbytes:
+            self._folder.put(self._folder.file(entry.key, BLOB), entry.blob, entry.pinned)
+        elif not given.merge:
+            self._folder.file(entry.key, BLOB).unlink(missing_ok=True)
+        self._folder.put(self._folder.file(entry.key, METADATA), text.encode(), entry.pinned)
+        return True
 
-    @staticmethod
-    def _remove(stem: Path) -> bool:
-        """Remove both halves of an entry; whether there was one."""
-        there = False
-        for suffix in (BLOB, METADATA):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{stem}{suffix}")
-                there = True
-        return there
+    def _there(self, key: str) -> Entry | None:
+        """What a merge adds to, without the blob, which stays where it is."""
+        status = self._folder.status(key, METADATA)
+        if status is None:
+            return None
+        return Entry(key, self._metadata(key) or {}, memoryview(b""), pinned=is_pinned(status))
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Evict what must leave for `nbytes` more; False if they exceed the budget on their own."""
+    def _make_room(self, nbytes: int, pinned: bool) -> bool:
+        """Evict what must leave for `nbytes` more; False if they cannot have a place."""
         if self.max_bytes is None:
             return True
         if nbytes > self.max_bytes:
@@ -248,47 +182,28 @@ class DiskStore(ChunkStore):
         self._room -= nbytes
         if self._room >= 0:
             return True
-        found = self._scan()
-        used = sum(size for _, size in found.values()) + nbytes
+        found = self._folder.scan()
+        used = sum(entry.nbytes for entry in found.values()) + nbytes
         if used > self.max_bytes:
-            for stem in sorted(found, key=lambda stem: found[stem][0]):
-                if used <= KEEP * self.max_bytes:
+            for stem in sorted(found, key=lambda stem: (found[stem].pinned, found[stem].used)):
+                enough = self.max_bytes * (1 if found[stem].pinned else KEEP)
+                if used <= enough or (found[stem].pinned and not pinned):
                     break
-                self._remove(stem)
-                used -= found[stem][1]
+                self._folder.remove(stem)
+                used -= found[stem].nbytes
         # Others may fill the folder meanwhile: look again after a tenth of the budget at most.
         self._room = min(self.max_bytes - used, self.max_bytes // 10)
-        return True
-
-    def _scan(self) -> dict[Path, tuple[float, int]]:
-        """Each entry's stem, with the time of its last use and its bytes."""
-        found: dict[Path, tuple[float, int]] = {}
-        for folder in self._list(self.path):
-            if not FOLDER.fullmatch(folder.name):
-                continue
-            for file in self._list(Path(folder)):
-                name, suffix = os.path.splitext(file.name)
-                if suffix not in (BLOB, METADATA) or not STEM.fullmatch(name):
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    status = file.stat()
-                    stem = Path(folder, name)
-                    used, size = found.get(stem, (0.0, 0))
-                    found[stem] = (max(used, status.st_mtime), size + status.st_size)
-        return found
-
-    @staticmethod
-    def _list(folder: Path) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(folder) as entries:
-                return list(entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return self._room >= 0
 
     def _sweep(self) -> None:
-        """Remove what processes left behind that died while they wrote."""
-        self._swept = True
+        """Now and then, remove what has expired and what dead processes have left behind."""
+        now = time.monotonic()
+        if self._swept is not None and now - self._swept < STALE_SECONDS:
+            return
+        self._swept = now
         with contextlib.suppress(OSError):
-            for file in self._list(self.path / "tmp"):
-                if time.time() - file.stat().st_mtime > STALE_SECONDS:
-                    os.unlink(file.path)
+            self._folder.sweep(STALE_SECONDS)
+            if self._ttl:
+                for stem, found in self._folder.scan().items():
+                    if self._is_old(found):
+                        self._folder.remove(stem)

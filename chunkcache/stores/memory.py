@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.base import ChunkStore, Entry, merged
@@ -15,54 +18,46 @@ DEFAULT_BYTES = 2_000_000_000
 class MemoryStore(ChunkStore):
     """A store of at most `max_bytes` bytes: blobs, keys and metadata together.
 
-    Blobs are copied when written, so the caller may reuse its memory. An entry larger than the
-    whole budget is refused. Views that `read` yields stay valid. Raises SettingError when
+    Blobs are kept as they are, not copied. An entry that is larger than the whole budget is
+    refused, and one that is not pinned also where pinned ones leave no room for it. Entries that
+    are not pinned are gone `ttl` seconds (0: never) after they were written or, with
+    `refresh_ttl`, last read. Views that `read` yields stay valid. Raises SettingError when
     `max_bytes` is not positive.
     """
 
-    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(
+        self, max_bytes: int = DEFAULT_BYTES, *, ttl: float = 0, refresh_ttl: bool = True
+    ) -> None:
         if max_bytes <= 0:
             raise SettingError(f"max_bytes of a memory store must be positive, not {max_bytes}")
         self._max_bytes = max_bytes
+        self._ttl = ttl
+        self._refresh = refresh_ttl
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()  # least recently used first
-        self._used = 0
+        self._free = _Shelf()
+        self._pinned = _Shelf()
 
     def __repr__(self) -> str:
         return f"MemoryStore(max_bytes={self._max_bytes})"
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         with self._lock:
-            return [len(self._kept[key].blob) if key in self._kept else 0 for key in keys]
+            found = [self._get(key) for key in keys]
+        return [kept.entry.nbytes if kept else 0 for kept in found]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         for key in keys:
             with self._lock:
-                kept = self._kept.get(key)
-                if kept is not None:
-                    self._kept.move_to_end(key)
-            yield memoryview(kept.blob) if kept is not None and kept.blob else None
+                kept = self._use(key)
+            yield kept.entry.blob if kept and kept.entry.nbytes else None
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         with self._lock:
-            found = [self._kept.get(key) for key in keys]
-            return [dict(kept.metadata) if kept and kept.metadata else None for kept in found]
+            found = [self._use(key) for key in keys]
+        return [dict(kept.entry.metadata) or None if kept else None for kept in found]
 
     def write(self, entries: Sequence[Entry]) -> int:
-        written = 0
-        for entry in entries:
-            with self._lock:
-                entry = merged(entry, self._fields(entry.key))
-                kept = _Kept(entry) if _cost(entry) <= self._max_bytes else None
-                self._remove(entry.key)
-                if kept is None:
-                    continue
-                while self._kept and self._used + kept.cost > self._max_bytes:
-                    self._remove(next(iter(self._kept)))
-                self._kept[entry.key] = kept
-                self._used += kept.cost
-            written += entry.nbytes
-        return written
+        return sum(entry.nbytes for entry in entries if self._put(entry))
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:
@@ -70,30 +65,74 @@ class MemoryStore(ChunkStore):
 
     def close(self) -> None:
         with self._lock:
-            self._kept.clear()
-            self._used = 0
+            self._free = _Shelf()
+            self._pinned = _Shelf()
 
-    def _fields(self, key: str) -> Mapping[str, str]:
-        kept = self._kept.get(key)
-        return kept.metadata if kept else {}
+    def _put(self, entry: Entry) -> bool:
+        with self._lock:
+            there = self._get(entry.key)
+            entry = merged(entry, there.entry if there else None)
+            entry = replace(
+                entry, metadata=dict(entry.metadata), blob=entry.blob.toreadonly(), merge=False
+            )
+            kept = _Kept(entry, _cost(entry), self._deadline(entry))
+            self._remove(entry.key)
+            if kept.cost > self._max_bytes - (0 if entry.pinned else self._pinned.used):
+                return False
+            while self._free.used + self._pinned.used + kept.cost > self._max_bytes:
+                shelf = self._free or self._pinned
+                shelf.drop(next(iter(shelf)))
+            (self._pinned if entry.pinned else self._free).put(kept)
+            return True
+
+    def _get(self, key: str) -> _Kept | None:
+        kept = self._free.get(key) or self._pinned.get(key)
+        if kept is not None and kept.expires <= time.monotonic():
+            self._remove(key)
+            return None
+        return kept
+
+    def _use(self, key: str) -> _Kept | None:
+        kept = self._get(key)
+        if kept is not None:
+            (self._pinned if kept.entry.pinned else self._free).move_to_end(key)
+            if self._refresh:
+                kept.expires = self._deadline(kept.entry)
+        return kept
+
+    def _deadline(self, entry: Entry) -> float:
+        return time.monotonic() + self._ttl if self._ttl and not entry.pinned else math.inf
 
     def _remove(self, key: str) -> bool:
-        kept = self._kept.pop(key, None)
+        return self._free.drop(key) or self._pinned.drop(key)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One entry, what it takes from the budget, and until when it is kept (monotonic seconds)."""
+
+    entry: Entry
+    cost: int
+    expires: float
+
+
+class _Shelf(OrderedDict[str, _Kept]):
+    """Entries, the least recently used first, and the bytes of them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = 0
+
+    def put(self, kept: _Kept) -> None:
+        self[kept.entry.key] = kept
+        self.used += kept.cost
+
+    def drop(self, key: str) -> bool:
+        kept = self.pop(key, None)
         if kept is None:
             return False
-        self._used -= kept.cost
+        self.used -= kept.cost
         return True
-
-
-class _Kept:
-    """A copy of one entry, and what it takes from the budget."""
-
-    __slots__ = ("blob", "cost", "metadata")
-
-    def __init__(self, entry: Entry) -> None:
-        self.blob = bytes(entry.blob)
-        self.metadata = dict(entry.metadata)
-        self.cost = _cost(entry)
 
 
 def _cost(entry: Entry) -> int:

@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from itertools import groupby
+from typing import Any, ClassVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from chunkcache.errors import SettingError, StoreError
+from chunkcache.errors import SettingError
+from chunkcache.stores.address import SERVER, Address, read_url
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
-from chunkcache.stores.wire import BulkReader, CommandPacker, is_wrong_type
+from chunkcache.stores.commands import Commands
+from chunkcache.stores.stream import is_wrong_type
+from chunkcache.stores.wire import BulkReader
 
 CONNECT_TIMEOUT = 0.25
-READ_TIMEOUT = 2.0
+READ_TIMEOUT = 0.5
 MAX_BLOB_BYTES = 1 << 30
-
-SCHEMES = ("redis", "rediss", "unix")
-# What a URL may set. The rest of redis-py's options would change how replies are read.
-PARAMETERS = frozenset(
-    {
-        "client_name",
-        "db",
-        "health_check_interval",
-        "max_connections",
-        "password",
-        "socket_connect_timeout",
-        "socket_keepalive",
-        "socket_read_size",
-        "socket_timeout",
-        "username",
-    }
-)
-TLS_PARAMETERS = frozenset(
-    {
-        "ssl_ca_certs",
-        "ssl_ca_path",
-        "ssl_cert_reqs",
-        "ssl_certfile",
-        "ssl_check_hostname",
-        "ssl_keyfile",
-        "ssl_min_version",
-        "ssl_password",
-    }
-)
-
-# The first that fits; subclasses stand before their bases.
-MENDS: tuple[tuple[type[Exception], str], ...] = (
-    (redis.AuthenticationError, "check the user and the password in the store's URL"),
-    (redis.ConnectionError, "check that the server runs and that the store's URL is right"),
-    (redis.TimeoutError, "check the network, or raise connect_timeout or read_timeout"),
-    (redis.OutOfMemoryError, "raise the server's maxmemory, or let it evict (allkeys-lru)"),
-    (redis.ReadOnlyError, "use the URL of the primary, not of a replica"),
-)
+MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
+PIPELINED = 512  # entries without a blob that are written in one round trip
+CLAIM_SECONDS = 10.0  # time to send one blob; who takes longer may find it sent twice
+SIGN = b"being written by "
+SCAN_COUNT = 1000
 
 
-class RedisStore(ChunkStore):
+class RedisStore(Commands, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -66,46 +34,37 @@ class RedisStore(ChunkStore):
     `socket_connect_timeout` and `socket_timeout` in the URL. A value above `max_blob_bytes` on
     the server is an error.
 
+    With a `ttl` (seconds, 0 for never), entries that are not pinned expire that long after they
+    were written or, with `refresh_ttl`, last looked up. Renewing needs Redis 7 or Valkey.
+
     Nothing connects before the first use. Raises SettingError for a URL or number that cannot
     work.
     """
 
+    schemes: ClassVar[tuple[str, ...]] = SERVER
+
     def __init__(
         self,
-        url: str,
+        url: str | Address,
         *,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
         max_blob_bytes: int = MAX_BLOB_BYTES,
+        ttl: float = 0.0,
+        refresh_ttl: bool = True,
     ) -> None:
-        self._label = _check_url(url)
-        try:
-            pool = redis.ConnectionPool.from_url(
-                url,
-                protocol=2,  # no push messages, which could stand before a reply
-                socket_connect_timeout=connect_timeout,
-                socket_timeout=read_timeout,
-                # Once and at once, for a pooled connection that died while idle. Time-outs are
-                # not repeated: a silent server costs one.
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-                command_packer=CommandPacker(),
-            )
-            pool.connection_class(**pool.connection_kwargs)  # checks the options, connects nowhere
-        except (ValueError, TypeError, redis.RedisError) as error:
-            raise SettingError(f"store URL {self._label}: {error}") from None
-        options: dict[str, Any] = pool.connection_kwargs
-        for name in ("socket_connect_timeout", "socket_timeout"):
-            if not options[name] > 0:
-                raise SettingError(
-                    f"store URL {self._label}: {name} (connect_timeout, read_timeout) must be "
-                    f"more than 0 s, not {options[name]}"
-                )
-        self._secrets = [options[name] for name in ("password", "ssl_password") if name in options]
-        self._client = redis.Redis(connection_pool=pool)
-        self._reader = BulkReader(self._client, options["socket_timeout"], max_blob_bytes)
+        if isinstance(url, str):
+            url = read_url(url, self.schemes, connect_timeout, read_timeout)
+        if not 0 <= ttl < MAX_TTL:
+            raise SettingError(f"ttl must be 0 (never expire) or a number of seconds, not {ttl!r}")
+        super().__init__(url)
+        self._expire_ms = max(round(ttl * 1000), 1) if ttl else None
+        self._renew_ms = self._expire_ms if refresh_ttl else None
+        self._sign = SIGN + uuid.uuid4().hex.encode()
+        self._reader = BulkReader(self._client, url.read_timeout, max_blob_bytes)
 
     def __repr__(self) -> str:
-        return f"RedisStore({self._label!r})"
+        return f"{type(self).__name__}({self._address.label!r})"
 
     def connect(self) -> None:
         """Connect now, and stay connected, instead of at the first use. Raises StoreError."""
@@ -113,81 +72,182 @@ class RedisStore(ChunkStore):
             self._client.ping()
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
-        replies = self._pipelined(keys, lambda pipe, key: pipe.strlen(key + KV_BYTES))
-        return [0 if isinstance(reply, redis.ResponseError) else reply for reply in replies]
+        def look(pipe: Any, key: str) -> None:
+            metadata, blob = self._names(key)
+            pipe.strlen(blob)
+            pipe.touch(metadata)  # as recently used as the blob, so that none is evicted alone
+            self._renew(pipe, metadata, blob)
+
+        replies = self._pipelined(keys, look)
+        return [0 if isinstance(size, redis.ResponseError) else size for size, *_ in replies]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        names = [(key + KV_BYTES).encode(errors="surrogatepass") for key in keys]
         with self._store_errors():
-            yield from self._reader.read(names)
+            yield from self._reader.read([self._names(key)[1] for key in keys])
 
     def read_into(
         self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
     ) -> Generator[bool]:
-        names = [(key + KV_BYTES).encode(errors="surrogatepass") for key in keys]
         with self._store_errors():
-            yield from self._reader.read_into(names, places)
+            yield from self._reader.read_into([self._names(key)[1] for key in keys], places)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
-        replies = self._pipelined(keys, lambda pipe, key: pipe.hgetall(key + METADATA))
+        def look(pipe: Any, key: str) -> None:
+            names = self._names(key)
+            pipe.hgetall(names[0])
+            self._renew(pipe, *names)
+
+        replies = [reply for reply, *_ in self._pipelined(keys, look)]
         return [_decoded(reply) if isinstance(reply, dict) and reply else None for reply in replies]
 
     def write(self, entries: Sequence[Entry]) -> int:
-        written = 0
-        for entry in entries:  # a pipeline of many would hold all of their blobs at the server
-            with self._store_errors(), self._client.pipeline(transaction=True) as pipe:
-                if not entry.merge:
-                    pipe.delete(entry.key + METADATA, entry.key + KV_BYTES)
-                if entry.metadata:
-                    fields: dict[Any, Any] = dict(entry.metadata)
-                    pipe.hset(entry.key + METADATA, mapping=fields)
-                if entry.nbytes:
-                    pipe.set(entry.key + KV_BYTES, entry.blob)
-                pipe.execute()
-            written += entry.nbytes
-        return written
+        """Keep the entries. Returns the bytes of blobs that are there now or soon.
+
+        A blob that is there already, or is being written by another process, is not sent again:
+        its key says what it is.
+        """
+        settled = self._claim([entry for entry in entries if entry.nbytes and not entry.merge])
+        taken = 0
+        for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
+            if not has_blob:
+                self._write_small(list(group))
+                continue
+            for entry in group:  # a pipeline of many would hold all of their blobs at the server
+                if entry.key in settled or self._write_blob(entry):
+                    taken += entry.nbytes
+        return taken
 
     def delete(self, keys: Sequence[str]) -> int:
-        replies = self._pipelined(
-            keys, lambda pipe, key: pipe.unlink(key + METADATA, key + KV_BYTES)
-        )
-        for reply in replies:
-            if isinstance(reply, redis.ResponseError):
-                with self._store_errors():
-                    raise reply
-        return sum(1 for reply in replies if reply)
+        replies = self._pipelined(keys, lambda pipe, key: pipe.unlink(*self._names(key)))
+        with self._store_errors():
+            for (reply,) in replies:
+                self._check(reply)
+        return sum(1 for (reply,) in replies if reply and not isinstance(reply, Exception))
+
+    def sweep(self) -> int:
+        """Remove halves of entries whose other half is gone. Returns how many.
+
+        Metadata count as a half if they have a field `bytes`, which tells of a blob. Goes through
+        all keys of the database, some at a time. Raises StoreError.
+        """
+        removed = cursor = 0
+        while True:
+            with self._store_errors():
+                page: Any = self._client.scan(cursor, match="*@*", count=SCAN_COUNT)
+            cursor, names = page
+            removed += self._sweep(names)
+            if not cursor:
+                return removed
 
     def close(self) -> None:
         self._client.close()
         self._client.connection_pool.disconnect()
 
-    def _pipelined(self, keys: Sequence[str], command: Callable[[Any, str], Any]) -> list[Any]:
-        """The reply to `command` for each key, in one round trip; errors stand in their place.
+    # ------------------------------------------------------------------ parts of the verbs
 
-        When every key gives an error, and not for its type, the server is at fault: StoreError.
+    def _renew(self, pipe: Any, *names: bytes) -> None:
+        if self._renew_ms:
+            for name in names:
+                pipe.pexpire(name, self._renew_ms, xx=True)  # not those that are pinned
+
+    def _write_small(self, entries: Sequence[Entry]) -> None:
+        """Write entries without a blob, in one round trip for many, two if there is a TTL."""
+        for start in range(0, len(entries), PIPELINED):
+            batch = entries[start : start + PIPELINED]
+            lasting = self._lasting([entry for entry in batch if entry.merge])
+            with self._store_errors(), self._client.pipeline(transaction=False) as pipe:
+                for entry in batch:
+                    metadata, blob = self._names(entry.key)
+                    if not entry.merge:
+                        pipe.unlink(metadata, blob)
+                    if entry.metadata:
+                        fields: dict[Any, Any] = dict(entry.metadata)
+                        pipe.hset(metadata, mapping=fields)
+                    if entry.pinned:
+                        pipe.persist(metadata)
+                    elif self._expire_ms and entry.key not in lasting:
+                        pipe.pexpire(metadata, self._expire_ms)
+                for reply in pipe.execute(raise_on_error=False):
+                    self._check(reply)
+
+    def _lasting(self, entries: Sequence[Entry]) -> set[str]:
+        """Keys of entries that are there and do not expire: adding fields must not change that."""
+        if not self._expire_ms:
+            return set()
+        keys = [entry.key for entry in entries]
+        replies = self._pipelined(keys, lambda pipe, key: pipe.pttl(self._names(key)[0]))
+        return {key for key, (left,) in zip(keys, replies, strict=True) if left == -1}
+
+    def _claim(self, entries: Sequence[Entry]) -> set[str]:
+        """Announce that these blobs will be written. Returns the keys that need no writing by us.
+
+        The sign is a string where the metadata will stand; to a reader it is nothing. It lapses,
+        should its writer end before the blob is written.
         """
-        if not keys:
-            return []
-        with self._store_errors(), self._client.pipeline(transaction=False) as pipe:
-            for key in keys:
-                command(pipe, key)
-            replies: list[Any] = pipe.execute(raise_on_error=False)
-            if all(isinstance(r, redis.ResponseError) and not is_wrong_type(r) for r in replies):
-                raise replies[0]
-            return replies
 
-    @contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        """Turn redis-py's errors into StoreError, without the password that a server may echo."""
-        try:
-            yield
-        except (redis.RedisError, OSError, UnicodeError) as error:
-            text = str(error).rstrip(".")
-            for secret in filter(None, self._secrets):
-                text = text.replace(secret, "***")
-            mends = [mend for kind, mend in MENDS if isinstance(error, kind)]
-            advice = f"; {mends[0]}" if mends else ""
-            raise StoreError(f"store {self._label}: {text}{advice}") from None
+        def claim(pipe: Any, entry: Entry) -> None:
+            metadata, blob = self._names(entry.key)
+            pipe.strlen(blob)
+            pipe.get(metadata)  # another's sign, or the error that real metadata are there
+            pipe.set(metadata, self._sign, nx=True, px=round(CLAIM_SECONDS * 1000))
+
+        there: list[Entry] = []
+        settled: set[str] = set()
+        replies = self._pipelined(entries, claim)
+        with self._store_errors():
+            for entry, (size, sign, won) in zip(entries, replies, strict=True):
+                if isinstance(sign, redis.ResponseError) and is_wrong_type(sign):
+                    there += [entry] if size == entry.nbytes else []
+                elif isinstance(sign, bytes) and sign.startswith(SIGN):
+                    settled |= {entry.key} if sign != self._sign else set()
+                elif isinstance(won, redis.ResponseError):
+                    self._check(won)
+                elif sign is None and not won:  # another came in between
+                    settled.add(entry.key)
+        pinned = [entry.key for entry in there if entry.pinned]
+        self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
+        return settled.union(entry.key for entry in there)
+
+    def _write_blob(self, entry: Entry) -> bool:
+        """Replace what is there by this entry, both halves at once. False if it lies elsewhere."""
+        metadata, blob = self._names(entry.key)
+        expire_ms = None if entry.pinned else self._expire_ms
+        with self._store_errors(), self._client.pipeline(transaction=True) as pipe:
+            if not entry.merge:
+                pipe.delete(metadata, blob)
+            if entry.metadata:
+                fields: dict[Any, Any] = dict(entry.metadata)
+                pipe.hset(metadata, mapping=fields)
+                if expire_ms:
+                    pipe.pexpire(metadata, expire_ms)
+            pipe.set(blob, entry.blob, px=expire_ms)
+            try:
+                pipe.execute()
+            except redis.ResponseError as error:
+                self._check(error)
+                return False
+        return True
+
+    def _sweep(self, names: Sequence[bytes]) -> int:
+        halves = (METADATA.encode(), KV_BYTES.encode())
+        keys = sorted({name.rpartition(b"@")[0] for name in names if name.endswith(halves)})
+
+        def look(pipe: Any, key: bytes) -> None:
+            metadata, blob = (key + half for half in halves)
+            pipe.strlen(blob)
+            pipe.exists(metadata)
+            pipe.hget(metadata, "bytes")
+
+        replies = self._pipelined(keys, look)
+        orphans = [
+            key
+            for key, (size, described, told) in zip(keys, replies, strict=True)
+            if (size, isinstance(told, bytes)) == (0, True)
+            or (isinstance(size, int) and size > 0 and described == 0)
+        ]
+        # Both halves, should the other have come back in the meantime: never one alone.
+        self._pipelined(orphans, lambda pipe, key: pipe.unlink(*(key + half for half in halves)))
+        return len(orphans)
 
 
 def _decoded(fields: dict[bytes, bytes]) -> dict[str, str]:
@@ -195,42 +255,3 @@ def _decoded(fields: dict[bytes, bytes]) -> dict[str, str]:
         name.decode(errors="replace"): value.decode(errors="replace")
         for name, value in fields.items()
     }
-
-
-def _check_url(url: str) -> str:
-    """The URL without user, password and query, for messages. Raises SettingError.
-
-    Messages about a malformed URL quote nothing of it: a password may stand anywhere in it.
-    """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-        query = parse_qs(parts.query, keep_blank_values=True)
-    except ValueError:
-        host, port, query = None, None, {}
-        parts = urlsplit("")
-    if parts.scheme not in SCHEMES or parts.fragment:
-        raise SettingError(
-            "the store's URL cannot be understood: write redis://user:password@host:6379/0, "
-            "rediss://... or unix:///path/of/socket, with %-escapes for special characters "
-            "in the password (# is %23, / is %2F, @ is %40)"
-        )
-    known = PARAMETERS | TLS_PARAMETERS if parts.scheme == "rediss" else PARAMETERS
-    if unknown := sorted(query.keys() - known):
-        # what is no name may be the rest of a password with a ? in it
-        name = repr(unknown[0]) if unknown[0].isidentifier() else "after the ?"
-        raise SettingError(
-            f"{parts.scheme}:// store URL: unknown parameter {name}; "
-            f"known are {', '.join(sorted(known))}"
-        )
-    if parts.scheme == "unix":
-        if host or not parts.path:
-            raise SettingError("unix:// store URL: write three slashes, unix:///path/of/socket")
-        return f"unix://{unquote(parts.path)}"
-    database = unquote(parts.path).strip("/")
-    if database and not database.isdecimal():
-        raise SettingError(
-            f"{parts.scheme}:// store URL: the path must be the number of a database, such as /0"
-        )
-    name = f"[{host}]" if host and ":" in host else host or "localhost"
-    return f"{parts.scheme}://{name}:{port or 6379}/{query.get('db', [database or '0'])[0]}"

@@ -12,6 +12,7 @@ from chunkcache.errors import StoreError
 from chunkcache.stores import breaker
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
 
@@ -101,6 +102,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(breaker, "time", clock)
+    monkeypatch.setattr(breaker, "PROBE_SECONDS", 10.0)  # of real time, on a machine under load
     return clock
 
 
@@ -129,7 +131,7 @@ def test_a_healthy_store_is_as_without_the_guard(trouble: Trouble, guarded: Guar
 
 @pytest.mark.parametrize("first", READS)
 @pytest.mark.parametrize("second", VERBS)
-def test_after_a_failed_read_all_fails_at_once_until_a_probe_succeeds(
+def test_after_a_failed_read_all_fails_at_once_until_the_store_is_back(
     trouble: Trouble, guarded: Guarded, clock: Clock, first: str, second: str
 ) -> None:
     trouble.error = StoreError("no luck")
@@ -138,13 +140,14 @@ def test_after_a_failed_read_all_fails_at_once_until_a_probe_succeeds(
     trouble.error = None
     asked = trouble.calls
     clock.now += COOLDOWN - 0.1
-    with pytest.raises(StoreError, match=r"unreachable until .*; generation goes on without it"):
+    with pytest.raises(StoreError, match=r"left alone until .*; generation goes on without it"):
         VERBS[second](guarded)
     assert trouble.calls == asked
     clock.now += 0.1
     VERBS[second](guarded)
     VERBS[second](guarded)
-    assert trouble.calls == asked + 2
+    probes = second in READS  # writes are in the background anyway, and their own probe
+    assert trouble.calls == asked + 2 + probes
 
 
 @pytest.mark.parametrize("verb", WRITES)
@@ -158,7 +161,7 @@ def test_a_failed_write_stops_writes_only(
     for read in READS.values():
         read(guarded)
     for write in WRITES.values():
-        with pytest.raises(StoreError, match="unreachable until"):
+        with pytest.raises(StoreError, match="left alone until"):
             write(guarded)
     clock.now += COOLDOWN
     for write in WRITES.values():
@@ -173,7 +176,7 @@ def test_a_failed_probe_costs_another_cooldown(
     for turn in range(1, 4):
         with pytest.raises(StoreError, match="no luck"):
             VERBS[verb](guarded)
-        with pytest.raises(StoreError, match="unreachable until"):
+        with pytest.raises(StoreError, match="left alone until"):
             VERBS[verb](guarded)
         assert trouble.calls == turn
         clock.now += COOLDOWN
@@ -185,21 +188,46 @@ def test_an_error_in_the_middle_of_a_read(trouble: Trouble, guarded: Guarded) ->
     assert next(views) == b"one"
     with pytest.raises(StoreError, match="cut off"):
         next(views)
-    with pytest.raises(StoreError, match="unreachable until"):
+    with pytest.raises(StoreError, match="left alone until"):
         guarded.sizes(["a"])
 
 
-def test_a_read_probe_that_is_closed_early_has_proven_the_store(
-    trouble: Trouble, guarded: Guarded, clock: Clock
+def test_a_hanging_store_costs_a_call_a_moment_and_is_asked_by_one_thread(
+    trouble: Trouble, guarded: Guarded, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trouble.error = StoreError("no luck")
     with pytest.raises(StoreError):
         guarded.sizes(["a"])
     trouble.error = None
+    trouble.gate.clear()
+    monkeypatch.setattr(breaker, "PROBE_SECONDS", 0.01)
+    for _ in range(5):  # each cool-down would send another one
+        clock.now += COOLDOWN
+        with pytest.raises(StoreError, match="left alone until"):
+            guarded.sizes(["a"])
+    assert trouble.calls == 2
+    trouble.gate.set()
+    assert guarded._prober is not None
+    guarded._prober.join(10)
+    assert guarded.sizes(["a"]) == [3]
+
+
+def test_without_a_thread_the_store_is_left_alone_for_longer(
+    trouble: Trouble, guarded: Guarded, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    trouble.error = StoreError("no luck")
+    with pytest.raises(StoreError):
+        guarded.sizes(["a"])
+    trouble.error = None
     clock.now += COOLDOWN
-    views = guarded.read(["a", "a"])
-    next(views)
-    views.close()  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StoreError, match="left alone until"):
+            guarded.sizes(["a"])
+    clock.now += COOLDOWN
     assert guarded.sizes(["a"]) == [3]
 
 
@@ -223,7 +251,7 @@ def test_a_success_from_before_the_failure_proves_nothing(
     with pytest.raises(StoreError):
         guarded.sizes(["a"])
     assert next(views) == b"one"  # what is under way goes on
-    with pytest.raises(StoreError, match="unreachable until"):
+    with pytest.raises(StoreError, match="left alone until"):
         guarded.sizes(["a"])
 
 
@@ -236,7 +264,7 @@ def test_whatever_is_raised_leaves_as_store_error(
     with pytest.raises(StoreError, match=type(error).__name__) as caught:
         VERBS[verb](guarded)
     assert caught.value.__cause__ is error
-    with pytest.raises(StoreError, match="unreachable until"):
+    with pytest.raises(StoreError, match="left alone until"):
         VERBS[verb](guarded)
 
 
@@ -288,7 +316,9 @@ def test_a_store_with_ever_new_causes_does_not_fill_the_log(
     assert len(caplog.messages) == breaker.MAX_WARNINGS
 
 
-def test_of_many_threads_one_is_the_probe(trouble: Trouble, guarded: Guarded, clock: Clock) -> None:
+def test_of_many_threads_one_sends_the_probe(
+    trouble: Trouble, guarded: Guarded, clock: Clock
+) -> None:
     trouble.error = StoreError("no luck")
     with pytest.raises(StoreError):
         guarded.sizes(["a"])
@@ -310,8 +340,68 @@ def test_of_many_threads_one_is_the_probe(trouble: Trouble, guarded: Guarded, cl
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [f"{trouble!r} is unreachable"] * 7 + [[3]]
-    assert trouble.calls == 2
+    assert found == [f"{trouble!r} is left alone"] * 7 + [[3]]
+    assert trouble.calls == 3
+
+
+class Slow(Trouble):
+    """Each lookup takes so long by the clock."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def check(self) -> None:
+        super().check()
+        self.clock.now += self.seconds
+
+
+def test_lookups_of_one_prompt_have_a_bound_together(clock: Clock) -> None:
+    guarded = Guarded(Slow(clock, 0.2), COOLDOWN, max_delay=0.5)
+    for _ in range(3):
+        with calls_of_prompt():  # two lookups per prompt, for ever
+            guarded.sizes(["a"])
+            guarded.read_metadata(["a"])
+    with calls_of_prompt():
+        guarded.sizes(["a"])
+        guarded.read_metadata(["a"])
+        assert guarded.sizes(["a"]) == [3]  # it has come: it counts
+        for read in READS.values():
+            with pytest.raises(StoreError, match=r"is slow: .*more than max_delay=0\.5 s"):
+                read(guarded)
+        assert guarded.write([A]) == 3  # from a queue, where nobody waits
+    clock.now += COOLDOWN
+    assert guarded.sizes(["a"]) == [3]
+
+
+def test_reading_blobs_is_no_delay(clock: Clock) -> None:
+    class Long(Trouble):
+        def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+            for view in super().read(keys):
+                clock.now += 10.0
+                yield view
+
+    guarded = Guarded(Long(), COOLDOWN, max_delay=0.5)
+    with calls_of_prompt():
+        assert [bytes(view or b"") for view in guarded.read(["a", "a"])] == [b"one", b"one"]
+        assert guarded.sizes(["a"]) == [3]
+
+
+def test_it_is_known_without_asking_that_a_write_would_fail(
+    trouble: Trouble, guarded: Guarded, clock: Clock
+) -> None:
+    guarded.check_writable()
+    trouble.error = StoreError("read only")
+    with pytest.raises(StoreError):
+        guarded.write([A])
+    asked = trouble.calls
+    with pytest.raises(StoreError, match="read only"):
+        guarded.check_writable()
+    assert trouble.calls == asked
+    clock.now += COOLDOWN
+    guarded.check_writable()  # somebody has to find out
+    with pytest.raises(StoreError, match="read only"):
+        guarded.write([A])
 
 
 def test_a_real_server_that_goes_and_comes_back(redis_server: Server, clock: Clock) -> None:
@@ -322,7 +412,7 @@ def test_a_real_server_that_goes_and_comes_back(redis_server: Server, clock: Clo
         list(guarded.read(["a"]))
     redis_server.start()
     for verb in VERBS.values():
-        with pytest.raises(StoreError, match=r"unreachable until .*redis://127"):
+        with pytest.raises(StoreError, match=r"left alone until .*redis://127"):
             verb(guarded)
     clock.now += COOLDOWN
     assert guarded.write([A]) == 3

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.errors import SettingError
+from chunkcache.stores import memory
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 
@@ -29,14 +32,22 @@ def test_every_verb() -> None:
     assert store.sizes(["b"]) == [0]
 
 
-def test_the_writer_may_use_its_memory_again() -> None:
+def test_blobs_are_kept_without_a_copy_and_cannot_be_changed_through_a_view() -> None:
     store = MemoryStore()
-    blob, metadata = bytearray(b"right"), {"a": "1"}
-    store.write([Entry("a", metadata, memoryview(blob))])
-    blob[:] = b"wrong"
+    blob = bytearray(b"right")
+    store.write([Entry("a", {}, memoryview(blob))])
+    (view,) = store.read(["a"])
+    assert view is not None
+    assert view.obj is blob
+    assert view.readonly
+
+
+def test_metadata_are_a_copy() -> None:
+    store = MemoryStore()
+    metadata = {"a": "1"}
+    store.write([Entry("a", metadata, memoryview(b""))])
     metadata["a"] = "2"
     found = store.read_metadata(["a"])
-    assert list(store.read(["a"])) == [b"right"]
     assert found == [{"a": "1"}]
     (found[0] or {})["a"] = "3"
     assert store.read_metadata(["a"]) == [{"a": "1"}]
@@ -90,9 +101,79 @@ def test_a_budget_must_be_positive(max_bytes: int) -> None:
         MemoryStore(max_bytes)
 
 
+def pinned(key: str, blob: bytes = b"") -> Entry:
+    return Entry(key, {}, memoryview(blob), pinned=True)
+
+
+def test_pinned_entries_stay_and_make_room_only_for_each_other() -> None:
+    store = MemoryStore(max_bytes=3 * 101)
+    store.write([pinned("a", bytes(100)), entry("b", bytes(100)), entry("c", bytes(100))])
+    store.write([entry("d", bytes(100))])
+    assert store.sizes("abcd") == [100, 0, 100, 100]
+    assert store.write([pinned("e", bytes(100)), pinned("f", bytes(100))]) == 200
+    assert store.write([entry("g", bytes(1))]) == 0
+    assert store.sizes("acdefg") == [100, 0, 0, 100, 100, 0]
+    list(store.read(["a"]))
+    store.write([pinned("h", bytes(100))])
+    assert store.sizes("aefh") == [100, 0, 100, 100]
+
+
+def test_fields_that_are_added_to_a_pinned_entry_leave_it_pinned() -> None:
+    store = MemoryStore(max_bytes=500)
+    store.write([pinned("a", bytes(300))])
+    store.write([Entry("a", {"m": "1"}, memoryview(b""), merge=True)])
+    store.write([entry(f"k{at}", bytes(100)) for at in range(5)])
+    assert store.sizes(["a", "k4"]) == [300, 100]
+    assert store.read_metadata(["a"]) == [{"m": "1"}]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the module `time`: monotonic seconds that a test sets."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(memory, "time", clock)
+    return clock
+
+
+def test_entries_go_after_their_time(clock: SimpleNamespace) -> None:
+    store = MemoryStore(ttl=10, refresh_ttl=False)
+    store.write([entry("a", b"one", m="1"), pinned("p", b"two")])
+    clock.now += 9.9
+    assert store.read_metadata(["a"]) == [{"m": "1"}]
+    assert list(store.read(["a", "p"])) == [b"one", b"two"]
+    clock.now += 0.1
+    assert store.sizes(["a", "p"]) == [0, 3]
+    assert list(store.read(["a", "p"])) == [None, b"two"]
+    assert store.read_metadata(["a"]) == [None]
+    assert store.delete(["a"]) == 0
+    store.write([entry("a", b"anew")])
+    assert store.sizes(["a"]) == [4]
+
+
+@pytest.mark.parametrize("verb", [lambda s: list(s.read(["a"])), lambda s: s.read_metadata(["a"])])
+def test_use_renews_the_time(clock: SimpleNamespace, verb: Callable[[MemoryStore], object]) -> None:
+    store = MemoryStore(ttl=10)
+    store.write([entry("a", b"one", m="1")])
+    for _ in range(3):
+        clock.now += 9
+        verb(store)
+    clock.now += 9
+    assert store.sizes(["a"]) == [3]  # which is not a use
+    clock.now += 1
+    assert store.sizes(["a"]) == [0]
+
+
+def test_without_a_time_nothing_goes(clock: SimpleNamespace) -> None:
+    store = MemoryStore()
+    store.write([entry("a", b"one")])
+    clock.now += 1e9
+    assert store.sizes(["a"]) == [3]
+
+
 KEYS = st.sampled_from("abcde")
 STEPS = st.one_of(
-    st.tuples(st.just("write"), KEYS, st.binary(max_size=40)),
+    st.tuples(st.sampled_from(["write", "pin"]), KEYS, st.binary(max_size=40)),
     st.tuples(st.just("delete"), KEYS, st.just(b"")),
     st.tuples(st.just("read"), KEYS, st.just(b"")),
 )
@@ -104,14 +185,25 @@ def test_what_is_found_is_what_was_written_last_and_fits(
 ) -> None:
     store = MemoryStore(max_bytes=60)
     written: dict[str, bytes] = {}
+    pins: set[str] = set()
     for verb, key, blob in steps:
-        if verb == "write":
+        if verb in ("write", "pin"):
             written[key] = blob
-            assert store.write([entry(key, blob)]) == len(blob)
-            assert store.sizes([key]) == [len(blob)]  # the newest is never the one to go
+            pins.discard(key)
+            before = store.sizes(sorted(pins))
+            taken = store.write([Entry(key, {}, memoryview(blob), pinned=verb == "pin")])
+            assert store.sizes([key]) == [taken]  # the newest is never the one to go
+            if verb == "pin":
+                assert taken == len(blob)
+                pins.add(key)
+            else:
+                assert store.sizes(sorted(pins)) == before
+                room = 60 - sum(size + 1 for size in before if size) - 1
+                assert taken == (len(blob) if len(blob) <= room else 0) or 0 in before
         elif verb == "delete":
             store.delete([key])
             written.pop(key, None)
+            pins.discard(key)
         else:
             (view,) = store.read([key])
             assert view is None or view == written[key]

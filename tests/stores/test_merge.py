@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, merged
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
+from chunkcache.stores.tiered import TieredStore
 from chunkcache.stores.writer import WriteBehind
 
 NOTHING = memoryview(b"")
 
 
-@pytest.fixture(params=["memory", "disk", "redis", "queue"])
+@pytest.fixture(params=["memory", "disk", "redis", "queue", "tiers"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkStore]:
     kinds = {
         "memory": MemoryStore,
         "disk": lambda: DiskStore(tmp_path),
         "redis": lambda: RedisStore(request.getfixturevalue("redis_server").unix_url),
         "queue": lambda: WriteBehind(MemoryStore()),
+        "tiers": lambda: TieredStore([MemoryStore(), WriteBehind(DiskStore(tmp_path))]),
     }
     with kinds[request.param]() as store:
         yield store
@@ -39,3 +41,29 @@ def test_fields_are_added(store: ChunkStore) -> None:
     store.write([Entry("key", {"e": "6"}, NOTHING)])
     store.flush(5)
     assert store.read_metadata(["key"]) == [{"e": "6"}]
+
+
+def test_a_blob_stays_where_fields_are_added_and_fields_stay_where_a_blob_is(
+    store: ChunkStore,
+) -> None:
+    store.write([Entry("key", {"a": "1"}, memoryview(b"blob"))])
+    store.flush(5)
+    store.write([Entry("key", {"b": "2"}, NOTHING, merge=True)])
+    store.flush(5)
+    assert store.sizes(["key"]) == [4]
+    assert [bytes(view or b"") for view in store.read(["key"])] == [b"blob"]
+    store.write([Entry("key", {}, memoryview(b"other"), merge=True)])
+    store.flush(5)
+    assert [bytes(view or b"") for view in store.read(["key"])] == [b"other"]
+    assert store.read_metadata(["key"]) == [{"a": "1", "b": "2"}]
+
+
+def test_of_two_writes_the_second_decides_unless_it_adds() -> None:
+    older = Entry("key", {"a": "1", "b": "1"}, memoryview(b"old"), pinned=True)
+    newer = Entry("key", {"a": "2"}, memoryview(b"new"))
+    assert merged(newer, None) is newer
+    assert merged(newer, older) is newer
+    added = Entry("key", {"a": "2"}, NOTHING, merge=True)
+    assert merged(added, older) == Entry("key", {"a": "2", "b": "1"}, older.blob, pinned=True)
+    both = merged(Entry("key", {}, newer.blob, merge=True), added)
+    assert both == Entry("key", {"a": "2"}, newer.blob, merge=True)

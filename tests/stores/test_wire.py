@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import redis
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from servers import FakeServer, Server, parse_commands
 
@@ -62,33 +62,6 @@ def test_nothing_to_read_needs_no_server() -> None:
     assert read_all(reader_of("redis://127.0.0.1:1/0"), []) == []
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    values=st.lists(st.one_of(st.none(), st.binary(max_size=300)), max_size=30),
-    piece=st.integers(1, 200),
-)
-def test_replies_may_arrive_in_any_pieces(values: list[bytes | None], piece: int) -> None:
-    def answer(command: list[bytes]) -> bytes:
-        value = values[int(command[1])]
-        return b"$-1\r\n" if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
-
-    with FakeServer(answer, piece=piece) as fake:
-        found = read_all(reader_of(fake.tcp_url), [b"%d" % at for at in range(len(values))])
-    assert found == [value or None for value in values]
-
-
-@pytest.mark.parametrize(
-    ("size", "least", "most"), [(100, 4, wire.WINDOW_REPLIES), (3_000_000, 1, 2), (9_000_000, 1, 1)]
-)
-def test_few_bytes_are_in_flight(size: int, least: int, most: int) -> None:
-    reply = b"$%d\r\n%b\r\n" % (size, bytes(size))
-    with FakeServer(lambda command: reply) as fake:
-        for view in reader_of(fake.tcp_url).read([b"name"] * 12):
-            assert view is not None
-            assert len(view) == size
-    assert least <= fake.peak <= most
-
-
 def test_an_absurd_length_is_refused(path: str) -> None:
     def answer(command: list[bytes]) -> bytes:
         return b":1000\r\n" if command[0] == b"STRLEN" else b"$1000\r\n"
@@ -100,54 +73,12 @@ def test_an_absurd_length_is_refused(path: str) -> None:
         read_all(reader_of(fake.tcp_url, max_bytes=999), [b"a"])
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        b"$12x\r\n",
-        b"$\r\n",
-        b"$-2\r\n",
-        b":5\r\n",
-        b"+OK\r\n",
-        b"*1\r\n$1\r\na\r\n",
-        b"$2\r\nabc\r\n",
-    ],
-)
-def test_what_is_no_bulk_reply_is_an_error(reply: bytes) -> None:
-    with FakeServer(lambda command: reply) as fake, pytest.raises(redis.InvalidResponse):
-        read_all(reader_of(fake.tcp_url), [b"a"])
-
-
-def test_a_line_without_end_is_an_error() -> None:
-    with (
-        FakeServer(lambda command: b"$" + b"1" * 100_000) as fake,
-        pytest.raises(redis.InvalidResponse, match="end of line"),
-    ):
-        read_all(reader_of(fake.tcp_url), [b"a"])
-
-
 def test_an_error_reply_is_raised(path: str) -> None:
     with (
         FakeServer(lambda command: b"-NOTODAY we are closed\r\n") as fake,
         pytest.raises(redis.ResponseError, match="we are closed"),
     ):
         read_all(reader_of(fake.tcp_url), [b"a", b"b"])
-
-
-def test_a_short_reply_is_an_error() -> None:
-    replies = iter([b"$5\r\nhello\r\n", b"$1000\r\nhel", b""])
-    with FakeServer(lambda command: next(replies, b"")) as fake:
-        found = reader_of(fake.tcp_url).read([b"a", b"b", b"c"])
-        assert bytes(next(found) or b"") == b"hello"
-        with pytest.raises(redis.ConnectionError):
-            next(found)
-
-
-def test_a_reply_that_trickles_is_given_up() -> None:
-    with (
-        FakeServer(lambda command: b"$500\r\n" + bytes(500), piece=1, pause=0.02) as fake,
-        pytest.raises(redis.TimeoutError, match="too slowly"),
-    ):
-        read_all(reader_of(fake.tcp_url, timeout=0.2), [b"a"])
 
 
 def test_a_connection_that_died_in_the_pool_is_replaced_once() -> None:

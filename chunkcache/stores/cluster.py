@@ -1,0 +1,228 @@
+"""Chunks spread over the servers of a Redis or Valkey cluster, which are asked at the same time.
+
+Both halves of an entry are on one server: the last part of a key, the chunk's hash, stands in
+braces there, `format@model@1@0@{hash}@kv_bytes`, and only what is in braces chooses the server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from typing import Any, TypeVar
+
+from chunkcache.errors import StoreError
+from chunkcache.stores.address import CLUSTER, read_url
+from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.calls import note_partial
+from chunkcache.stores.redis import CONNECT_TIMEOUT, READ_TIMEOUT
+from chunkcache.stores.topology import Server, Topology
+
+T = TypeVar("T")
+Work = Callable[[ChunkStore, list[int]], None]
+
+
+class ClusterStore(ChunkStore):
+    """A store on all servers of a cluster.
+
+    `url` is `redis+cluster://user:password@host1:6379,host2:6379`, `rediss+cluster://` for TLS;
+    one of the servers named must answer. The other arguments are those of `RedisStore`.
+
+    What belongs to a server that fails is missing and is not taken, and the prompt is told with
+    `note_partial`. StoreError is raised when all servers fail, and by `delete` when one does.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        read_timeout: float = READ_TIMEOUT,
+        **options: Any,
+    ) -> None:
+        self._address = read_url(url, CLUSTER, connect_timeout, read_timeout)
+        self._topology = Topology(self._address, **options)
+
+    def __repr__(self) -> str:
+        return f"ClusterStore({self._address.label!r})"
+
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        return self._look_up(keys, lambda node, some: node.sizes(some), 0)
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        return self._look_up(keys, lambda node, some: node.read_metadata(some), None)
+
+    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        streams: list[Iterator[memoryview | None]] = [iter(())] * len(keys)
+        for server, positions in self._topology.share_out(keys).items():
+            stream = iter(server.guarded.read([keys[at] for at in positions]))
+            for at in positions:
+                streams[at] = stream
+        try:
+            for stream in streams:
+                view = None
+                try:
+                    view = next(stream, None)  # after an error it has ended
+                except StoreError as error:
+                    note_partial(error)
+                yield view
+        finally:
+            for stream in streams:
+                end_iteration(stream)
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        """As in `ChunkStore`.
+
+        Places are filled in any order, so they are the caller's again only when the iteration has
+        ended, early or not.
+        """
+        arrivals: list[Future[bool]] = [Future() for _ in keys]
+        ended = threading.Event()
+
+        def fill(node: ChunkStore, positions: list[int]) -> None:
+            some = [keys[at] for at in positions]
+            try:
+                with closing(node.read_into(some, [places[at] for at in positions])) as answers:
+                    for at, arrived in zip(positions, answers, strict=True):
+                        arrivals[at].set_result(arrived)
+                        if ended.is_set():
+                            return
+            finally:
+                _give_up(arrivals, positions)
+
+        team = _Team(self._topology, keys, fill)
+        _give_up(arrivals, set(range(len(keys))).difference(*team.shares.values()))
+        team.start(list(team.shares))
+        try:
+            for arrival in arrivals:
+                yield arrival.result()
+        finally:
+            ended.set()
+            for error in team.join():
+                note_partial(error)
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        taken: list[int] = []
+
+        def write(node: ChunkStore, positions: list[int]) -> None:
+            taken.append(node.write([entries[at] for at in positions]))
+
+        # A second time after a move; what is there by then is not sent again.
+        self._note(self._ask_all([entry.key for entry in entries], write, taken.clear))
+        return sum(taken)
+
+    def check_writable(self) -> None:
+        refusals = []
+        primaries = self._topology.primaries
+        for server in primaries:
+            try:
+                server.guarded.check_writable()
+            except StoreError as error:
+                refusals.append(error)
+        if refusals and len(refusals) == len(primaries):
+            raise refusals[0]
+
+    def delete(self, keys: Sequence[str]) -> int:
+        counts: list[int] = []
+
+        def delete(node: ChunkStore, positions: list[int]) -> None:
+            counts.append(node.delete([keys[at] for at in positions]))
+
+        for error in self._ask_all(keys, delete):
+            raise error
+        return sum(counts)
+
+    def sweep(self) -> int:
+        """`RedisStore.sweep` on every server. Raises StoreError."""
+        self._topology.refresh()
+        return sum(server.node.sweep() for server in self._topology.primaries)
+
+    def close(self) -> None:
+        self._topology.close()
+
+    def _look_up(
+        self,
+        keys: Sequence[str],
+        verb: Callable[[ChunkStore, list[str]], list[T]],
+        missing: T,
+    ) -> list[T]:
+        """The answer to each key, from the server that should have it."""
+        answers = [missing] * len(keys)
+
+        def ask(node: ChunkStore, positions: list[int]) -> None:
+            found = verb(node, [keys[at] for at in positions])
+            for at, answer in zip(positions, found, strict=True):
+                answers[at] = answer
+
+        self._note(self._ask_all(keys, ask))
+        return answers
+
+    def _ask_all(
+        self, keys: Sequence[str], work: Work, begin_again: Callable[[], object] = bool
+    ) -> list[StoreError]:
+        """Do `work` for each server's share of the keys, twice if some keys have moved."""
+        errors = _Team(self._topology, keys, work).run()
+        if self._topology.moved.is_set():
+            self._topology.refresh()
+            begin_again()
+            errors = _Team(self._topology, keys, work).run()
+        return errors
+
+    def _note(self, errors: Sequence[StoreError]) -> None:
+        """Tell the prompt what failed, or raise it if there is nothing else."""
+        if errors and self._topology.failing >= self._topology.primaries:
+            raise errors[0]
+        for error in errors:
+            note_partial(error)
+
+
+def _give_up(arrivals: Sequence[Future[bool]], positions: Iterable[int]) -> None:
+    for at in positions:
+        if not arrivals[at].done():
+            arrivals[at].set_result(False)
+
+
+class _Team:
+    """The servers that have a call's keys, each with a thread for its share of the work."""
+
+    def __init__(self, topology: Topology, keys: Sequence[str], work: Work) -> None:
+        self.shares = topology.share_out(keys)
+        self._topology = topology
+        self._work = work
+        self._errors: dict[Server, StoreError] = {}
+        self._threads: list[threading.Thread] = []
+
+    def run(self) -> list[StoreError]:
+        """Do all of the work, and return what failed."""
+        for server in list(self.shares)[:1]:  # in this thread; often there is no other
+            self.start(list(self.shares)[1:])
+            self._serve(server)
+        return self.join()
+
+    def start(self, servers: Sequence[Server]) -> None:
+        """Begin with the shares of these servers."""
+        for server in servers:
+            thread = threading.Thread(
+                target=self._serve, args=(server,), name="chunkcache-node", daemon=True
+            )
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError:  # no more threads, or the interpreter is ending
+                self._serve(server)
+
+    def join(self) -> list[StoreError]:
+        """Wait until all is done, and return what failed."""
+        for thread in self._threads:
+            thread.join()
+        self._topology.note(self.shares, self._errors)
+        return list(self._errors.values())
+
+    def _serve(self, server: Server) -> None:
+        try:
+            self._work(server.guarded, self.shares[server])
+        except StoreError as error:
+            self._errors[server] = error

@@ -1,0 +1,199 @@
+"""A folder of entries, each a `.safetensors` file and a `.json` file.
+
+    FOLDER/3f/9c41d2e8-safetensors@org%2Fname@1@0@….safetensors
+    FOLDER/3f/9c41d2e8-safetensors@org%2Fname@1@0@….json
+    FOLDER/tmp/…                                      files being written
+
+Several processes may share the folder, and nothing is ever changed in place: a file is written
+under `tmp` and renamed, so that a reader, and a map already open, sees the old file or the new one.
+There are no locks, so a process that forks or is killed leaves none behind.
+
+A file's modification time is that of its last use. Files of pinned entries are write-protected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import re
+import stat
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOB = ".safetensors"
+METADATA = ".json"
+NAME_BYTES = 255  # the longest file name that common file systems take
+FOLDER = re.compile("[0-9a-f]{2}")
+STEM = re.compile("[0-9a-f]{8}-.*|[0-9a-f]{64}")  # other files are not ours to evict
+
+
+def stem_of(key: str) -> str:
+    """The path of a key's files inside the folder, without their suffix.
+
+    The digits of the key's hash spread the files over 256 folders, and keep apart keys that differ
+    only in case where the file system does not. What follows is the key, legal on every system:
+    bytes other than letters, digits and `@%._=+-` are written `~` and two hex digits. A key too
+    long for a file name is named by its full hash; its text is in the JSON.
+    """
+    raw = key.encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(raw).hexdigest()
+    text = re.sub(rb"[^A-Za-z0-9@%._=+-]", lambda byte: b"~%02x" % byte[0][0], raw).decode()
+    name = f"{digest[2:10]}-{text}"
+    return f"{digest[:2]}/{name if len(name) + len(BLOB) <= NAME_BYTES else digest}"
+
+
+def key_of(name: str) -> str | None:
+    """The key whose file has this name without suffix; None if only the JSON tells."""
+    _, dash, text = name.partition("-")
+    if not dash:
+        return None
+    raw = re.sub(rb"~([0-9a-f]{2})", lambda code: bytes([int(code[1], 16)]), text.encode())
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # no name that `stem_of` has made
+        return None
+
+
+@dataclass(slots=True)
+class Found:
+    """What a folder's listing tells of an entry.
+
+    Attributes:
+        used: When it was last used, in seconds since the epoch.
+        renewed: When its JSON was written or touched; 0 if it has none.
+        nbytes: Bytes of both files.
+        pinned: Whether it is to be kept.
+    """
+
+    used: float = 0.0
+    renewed: float = 0.0
+    nbytes: int = 0
+    pinned: bool = False
+
+
+class Folder:
+    """The files under `path`, which is made when first written to. Methods raise OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, key: str, suffix: str) -> Path:
+        """Where a half of an entry is, or would be."""
+        return self.path / (stem_of(key) + suffix)
+
+    def status(self, key: str, suffix: str) -> os.stat_result | None:
+        """What the file system knows of a half of an entry."""
+        try:
+            return self.file(key, suffix).stat()
+        except FileNotFoundError:
+            return None
+
+    def map(self, key: str) -> mmap.mmap | None:
+        """A memory map of an entry's blob."""
+        try:
+            descriptor = os.open(self.file(key, BLOB), os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError:
+            return None
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:  # no blob has no bytes; a crash of the machine can leave this
+                return None
+            return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+
+    def json(self, file: Path) -> dict[str, object]:
+        """What the file holds; nothing if it is not there, or damaged by a crash of the machine."""
+        try:
+            found = json.loads(file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def touch(self, key: str, suffix: str, seconds: float) -> None:
+        """Note that a file is used, if its last use was noted more than `seconds` ago."""
+        with contextlib.suppress(OSError):  # a folder that may only be read serves too
+            file = self.file(key, suffix)
+            if time.time() - file.stat().st_mtime > seconds:
+                os.utime(file)
+
+    def put(self, file: Path, content: bytes | memoryview, pinned: bool) -> None:
+        """Write a file whole or not at all."""
+        scratch = self.path / "tmp"
+        try:
+            descriptor, name = tempfile.mkstemp(dir=scratch)
+        except FileNotFoundError:
+            self._make(scratch)
+            descriptor, name = tempfile.mkstemp(dir=scratch)
+        try:
+            with os.fdopen(descriptor, "wb") as temporary:
+                temporary.write(content)
+            if pinned:
+                os.chmod(name, stat.S_IRUSR)
+            try:
+                os.replace(name, file)
+            except FileNotFoundError:
+                self._make(file.parent)
+                os.replace(name, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def remove(self, stem: Path) -> bool:
+        """Remove both halves of an entry; whether there was one."""
+        there = False
+        for suffix in (BLOB, METADATA):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{stem}{suffix}")
+                there = True
+        return there
+
+    def scan(self) -> dict[Path, Found]:
+        """All entries, by the path of their files without suffix."""
+        entries: dict[Path, Found] = {}
+        for folder in _list(self.path):
+            if not FOLDER.fullmatch(folder.name):
+                continue
+            for file in _list(Path(folder)):
+                name, suffix = os.path.splitext(file.name)
+                if suffix not in (BLOB, METADATA) or not STEM.fullmatch(name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = file.stat()
+                    found = entries.setdefault(Path(folder, name), Found())
+                    found.used = max(found.used, status.st_mtime)
+                    found.nbytes += status.st_size
+                    found.pinned |= is_pinned(status)
+                    if suffix == METADATA:
+                        found.renewed = status.st_mtime
+        return entries
+
+    def sweep(self, seconds: float) -> None:
+        """Remove what processes left behind that died while they wrote, `seconds` ago or more."""
+        for file in _list(self.path / "tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > seconds:
+                    os.unlink(file.path)
+
+    def _make(self, folder: Path) -> None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def is_pinned(status: os.stat_result) -> bool:
+    """Whether a file is that of a pinned entry."""
+    return not status.st_mode & stat.S_IWUSR
+
+
+def _list(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,76 @@
+"""Writes that wait: for work whose only purpose is what it stores.
+
+A write queue drops what does not fit, so that a prompt never waits. Where nobody waits for an
+answer it is the other way round: the work pauses until the queue has room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+from chunkcache.errors import StoreError
+from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.calls import calls_of_prompt
+
+
+class PatientStore(ChunkStore):
+    """`store`, whose writes wait for room instead of being dropped.
+
+    Attributes:
+        store: Where everything goes.
+        bytes_written: Bytes of blobs that it took.
+    """
+
+    def __init__(self, store: ChunkStore) -> None:
+        self.store = store
+        self.bytes_written = 0
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        """Keep all entries. Returns their bytes.
+
+        Raises StoreError also when there is no room for an entry even if nothing else waits.
+        """
+        before = self.bytes_written
+        for entry in entries:
+            with calls_of_prompt() as calls:
+                taken = self.store.write([entry])
+                if taken < entry.nbytes:
+                    self.store.flush()
+                    taken = self.store.write([entry])
+            if taken < entry.nbytes:
+                raise (
+                    calls.errors[-1]
+                    if calls.errors
+                    else StoreError(
+                        f"the store took {taken:,} of the {entry.nbytes:,} bytes of a chunk: raise "
+                        "write_queue_bytes or the size of the store, or lower chunk_size"
+                    )
+                )
+            self.bytes_written += taken
+        return self.bytes_written - before
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """As in `ChunkStore`. Raises StoreError if writing is known to have failed just now."""
+        done = self.store.flush(timeout)
+        self.store.check_writable()
+        return done
+
+    def check_writable(self) -> None:
+        self.store.check_writable()
+
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        return self.store.sizes(keys)
+
+    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        return self.store.read(keys)
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        return self.store.read_into(keys, places)
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        return self.store.read_metadata(keys)
+
+    def delete(self, keys: Sequence[str]) -> int:
+        return self.store.delete(keys)

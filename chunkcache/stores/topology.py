@@ -1,0 +1,182 @@
+"""Which server of a Redis or Valkey cluster serves which key."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.cluster import parse_cluster_slots
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from chunkcache.errors import StoreError
+from chunkcache.stores.address import Address
+from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.calls import note_partial
+from chunkcache.stores.redis import RedisStore
+
+REFRESH_SECONDS = 1.0  # between two looks for the successor of a server that fails
+ELSEWHERE = (redis.exceptions.AskError, redis.exceptions.TryAgainError)
+
+Host = tuple[str, int]
+
+
+class ClusterNode(RedisStore):
+    """One server of a cluster. `on_moved` is called when it says that a key's place has changed.
+
+    A key that is elsewhere is a miss, also while its slot is on the way to another server.
+    """
+
+    def __init__(self, address: Address, on_moved: Callable[[], None], **options: Any) -> None:
+        super().__init__(address, **options)
+        self._on_moved = on_moved
+
+    def primaries(self) -> dict[tuple[int, int], Host]:
+        """The server of each range of slots (first, last), as this one knows them."""
+        own_host = self._address.hosts[0][0]
+        with self._store_errors():
+            reply: Any = self._client.execute_command("CLUSTER SLOTS")
+            try:
+                found = parse_cluster_slots(reply, current_host=own_host)
+            except (IndexError, TypeError, ValueError):
+                raise redis.InvalidResponse("the reply to CLUSTER SLOTS is no table") from None
+        return {slots: servers["primary"] for slots, servers in found.items()}
+
+    def _names(self, key: str) -> tuple[bytes, bytes]:
+        return super()._names(tagged(key))
+
+    def _is_miss(self, error: redis.ResponseError) -> bool:
+        if isinstance(error, redis.exceptions.MovedError):
+            self._on_moved()
+        return isinstance(error, ELSEWHERE) or super()._is_miss(error)
+
+
+def tagged(key: str) -> str:
+    """The key as it stands in a cluster: its last part in braces, which alone choose the server."""
+    rest, at, chunk_hash = key.rpartition("@")
+    return f"{rest}{at}{{{chunk_hash}}}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Server:
+    """A primary: as it is, and behind a breaker of its own, so that it costs one time-out only."""
+
+    node: ClusterNode
+    guarded: Guarded
+
+
+class Topology:
+    """The primaries of a cluster, and the slots that they serve.
+
+    `address` names some of the servers; `options` are those of `RedisStore`. Nothing connects
+    before the first use. All methods may be called from several threads. Raises SettingError for
+    an option that cannot work.
+
+    Attributes:
+        moved: Set when a server says that a key's place has changed.
+        failing: Servers whose last call failed. Replaced, never changed.
+    """
+
+    def __init__(self, address: Address, **options: Any) -> None:
+        self.moved = threading.Event()
+        self.failing: set[Server] = set()
+        self._address = address
+        self._options = options
+        self._met: dict[Host, Server] = {}
+        self._owners: list[Server | None] = []  # of each slot
+        self._lock = threading.Lock()
+        self._refreshed_at = 0.0
+        for host in address.hosts:
+            self._server(host)
+
+    @property
+    def primaries(self) -> set[Server]:
+        """The servers that have slots, as far as is known."""
+        return {owner for owner in self._owners if owner}
+
+    def share_out(self, keys: Sequence[str]) -> dict[Server, list[int]]:
+        """The positions in `keys` of what each server has.
+
+        Raises:
+            StoreError: No server is known, and none of those named says which there are.
+        """
+        if not keys:
+            return {}
+        if not self._owners:
+            self.refresh()
+        elif self.failing and time.monotonic() > self._refreshed_at + REFRESH_SECONDS:
+            with suppress(StoreError):  # the others go on
+                self.refresh()
+        owners = self._owners
+        shares: dict[Server, list[int]] = {}
+        for at, key in enumerate(keys):
+            owner = owners[key_slot(tagged(key).encode(errors="surrogatepass"))]
+            if owner is not None:
+                shares.setdefault(owner, []).append(at)
+        if sum(len(share) for share in shares.values()) < len(keys):
+            note_partial(
+                StoreError(
+                    f"store {self._address.label}: nobody serves a part of the slots; "
+                    "run redis-cli --cluster check on one of the servers"
+                )
+            )
+        return shares
+
+    def refresh(self) -> None:
+        """Ask one server after the other which slots are whose, until one answers.
+
+        Raises:
+            StoreError: None has answered within two times `read_timeout`.
+        """
+        asked_at = time.monotonic()
+        with self._lock:
+            if self._refreshed_at > asked_at:
+                return  # another thread has just done so
+            self.moved.clear()  # before asking: what moves from now on counts
+            failing = {server.node for server in self.failing}
+            nodes = sorted((met.node for met in self._met.values()), key=failing.__contains__)
+            errors: list[StoreError] = []
+            for node in nodes:
+                if errors and time.monotonic() > asked_at + self._address.read_timeout:
+                    break
+                try:
+                    found = node.primaries()
+                except StoreError as error:
+                    errors.append(error)
+                    continue
+                self._settle(found)
+                return
+            self._refreshed_at = time.monotonic()
+            raise errors[0]
+
+    def note(self, asked: Iterable[Server], failed: Iterable[Server]) -> None:
+        """Note which servers a call has asked, and which of them failed."""
+        with self._lock:
+            self.failing = self.failing.difference(asked).union(failed)
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        for server in list(self._met.values()):
+            server.node.close()
+
+    def _settle(self, found: dict[tuple[int, int], Host]) -> None:
+        owners: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        for (first, last), host in found.items():
+            owners[first : last + 1] = [self._server(host)] * (last + 1 - first)
+        self._owners = owners
+        primaries = self.primaries
+        self.failing = self.failing & primaries
+        # Those named stay: after a time of trouble they may be all that can be reached.
+        named = set(self._address.hosts)
+        self._met = {h: s for h, s in self._met.items() if s in primaries or h in named}
+        self._refreshed_at = time.monotonic()
+
+    def _server(self, host: Host) -> Server:
+        if host not in self._met:
+            node = ClusterNode(self._address.at(*host), self.moved.set, **self._options)
+            self._met[host] = Server(node, Guarded(node))
+        return self._met[host]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import FakeServer
+
+from chunkcache.stores.stream import WINDOW_REPLIES
+from chunkcache.stores.wire import BulkReader
+
+
+def reader_of(url: str, timeout: float = 5.0) -> BulkReader:
+    client = redis.Redis.from_url(url, protocol=2, socket_timeout=timeout)
+    return BulkReader(client, timeout, 1 << 30)
+
+
+def read_all(reader: BulkReader, names: Sequence[bytes]) -> list[bytes | None]:
+    return [None if view is None else bytes(view) for view in reader.read(names)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    values=st.lists(st.one_of(st.none(), st.binary(max_size=300)), max_size=30),
+    piece=st.integers(1, 200),
+)
+def test_replies_may_arrive_in_any_pieces(values: list[bytes | None], piece: int) -> None:
+    def answer(command: list[bytes]) -> bytes:
+        value = values[int(command[1])]
+        return b"$-1\r\n" if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
+
+    with FakeServer(answer, piece=piece) as fake:
+        found = read_all(reader_of(fake.tcp_url), [b"%d" % at for at in range(len(values))])
+    assert found == [value or None for value in values]
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [(100, 4, WINDOW_REPLIES), (3_000_000, 1, 2), (9_000_000, 1, 1)]
+)
+def test_few_bytes_are_in_flight(size: int, least: int, most: int) -> None:
+    reply = b"$%d\r\n%b\r\n" % (size, bytes(size))
+    with FakeServer(lambda command: reply) as fake:
+        for view in reader_of(fake.tcp_url).read([b"name"] * 12):
+            assert view is not None
+            assert len(view) == size
+    assert least <= fake.peak <= most
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"$12x\r\n",
+        b"$\r\n",
+        b"$-2\r\n",
+        b":5\r\n",
+        b"+OK\r\n",
+        b"*1\r\n$1\r\na\r\n",
+        b"$2\r\nabc\r\n",
+    ],
+)
+def test_what_is_no_bulk_reply_is_an_error(reply: bytes) -> None:
+    with FakeServer(lambda command: reply) as fake, pytest.raises(redis.InvalidResponse):
+        read_all(reader_of(fake.tcp_url), [b"a"])
+
+
+def test_a_line_without_end_is_an_error() -> None:
+    with (
+        FakeServer(lambda command: b"$" + b"1" * 100_000) as fake,
+        pytest.raises(redis.InvalidResponse, match="end of line"),
+    ):
+        read_all(reader_of(fake.tcp_url), [b"a"])
+
+
+def test_a_short_reply_is_an_error() -> None:
+    replies = iter([b"$5\r\nhello\r\n", b"$1000\r\nhel", b""])
+    with FakeServer(lambda command: next(replies, b"")) as fake:
+        found = reader_of(fake.tcp_url).read([b"a", b"b", b"c"])
+        assert bytes(next(found) or b"") == b"hello"
+        with pytest.raises(redis.ConnectionError):
+            next(found)
+
+
+def test_a_reply_that_trickles_is_given_up() -> None:
+    with (
+        FakeServer(lambda command: b"$500\r\n" + bytes(500), piece=1, pause=0.02) as fake,
+        pytest.raises(redis.TimeoutError, match="too slowly"),
+    ):
+        read_all(reader_of(fake.tcp_url, timeout=0.2), [b"a"])
+
+
+def test_keys_that_are_elsewhere_in_a_cluster_are_none() -> None:
+    replies = iter([b"$1\r\na\r\n", b"-MOVED 7 host:1\r\n", b"-ASK 7 host:1\r\n", b"$1\r\nb\r\n"])
+    with FakeServer(lambda command: next(replies)) as fake:
+        assert read_all(reader_of(fake.tcp_url), [b"k"] * 4) == [b"a", None, None, b"b"]

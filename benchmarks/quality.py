@@ -192,7 +192,7 @@ def show(table: list[dict[str, Any]]) -> None:
     for model in dict.fromkeys(row["model"] for row in table):
         mine = [row for row in table if row["model"] == model]
         view = Table(
-            title=f"{model}, float32, {mine[0]['prompts']} prompts, "
+            title=f"{model}, float32, {max(row['prompts'] for row in mine)} prompts, "
             f"{100 * mine[0]['found']:.0f} % of tokens met before"
         )
         for column in ("", "charged", "KL (nats)", "top-1", "answer (nats/token)", "facts right"):

@@ -8,10 +8,8 @@ them already is computed again, which is never less exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from chunkcache.errors import RepairError
 from chunkcache.index import Passage, is_exact, search
 from chunkcache.layers import GrowingLayer
 from chunkcache.matching import Piece, runs
-from chunkcache.plan import Kind, Span
+from chunkcache.plan import OTHER_ROW, Kind, Span, computed_too, stretches
 from chunkcache.probes import Probes
 from chunkcache.relocate import fill_pieces
 from chunkcache.repair import Head, Mask
@@ -31,8 +29,6 @@ from chunkcache.step import Held, Setup, Step
 
 NOT_IN_STORE = "not in the store"
 UNREADABLE = "its chunk could not be read"
-OTHER_ROW = "another row of the batch needs these columns computed"
-_FOR_OTHERS: dict[str, Any] = {"kind": Kind.COMPUTED, "origin": "", "reason": OTHER_ROW}
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,6 @@ class _Work:
 
     Attributes:
         passage: The passage.
-        tokens: Its tokens.
         found: All pieces that were found.
         exact: Those whose K/V are taken as they are.
         wanted: Those that spare the model a column.
@@ -224,7 +219,7 @@ def _describe(work: _Work, computed: Mask) -> Moved:
         work.passage,
         _spans(work, computed),
         work.passage.pad + int(kept[0]) if len(kept) else None,
-        [(a, b) for a, b, value in _stretches(work.unknown(work.placed)) if value],
+        [(a, b) for a, b, value in stretches(work.unknown(work.placed)) if value],
     )
 
 
@@ -243,25 +238,10 @@ def _spans(work: _Work, computed: Mask) -> list[Span]:
             reused = Span(piece.start, piece.stop, Kind.REUSED, key, "store")
             spans += computed_too([reused], computed)
             continue
-        for begin, stop, value in _stretches(computed[piece.start : piece.stop]):
+        for begin, stop, value in stretches(computed[piece.start : piece.stop]):
             kind = Kind.RECOMPUTED if value else Kind.MOVED
             origin = f"position {piece.old_start + begin}"
             spans.append(Span(piece.start + begin, piece.start + stop, kind, key, origin))
     if position < end:
         spans.append(Span(position, end, Kind.COMPUTED, reason=NOT_IN_STORE))
     return spans
-
-
-def computed_too(spans: Sequence[Span], computed: Mask) -> list[Span]:
-    """Spans of reused tokens, with those told apart that are computed for another row's sake."""
-    return [
-        replace(span, start=span.start + a, stop=span.start + b, **(_FOR_OTHERS if value else {}))
-        for span in spans
-        for a, b, value in _stretches(computed[span.start : span.stop])
-    ]
-
-
-def _stretches(mask: Mask) -> list[tuple[int, int, bool]]:
-    """Stretches of equal values."""
-    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
-    return [(a, b, bool(mask[a])) for a, b in pairwise(edges) if a < b]

@@ -6,11 +6,17 @@ to be bad, and is what the report shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from chunkcache.chunking import Chunk
+
+OTHER_ROW = "another row of the batch needs these columns computed"
 
 
 class Kind(StrEnum):
@@ -117,3 +123,26 @@ def plan_row(
             break
         reach = chunk.stop
     return RowPlan(tokens, held, tuple(chunks), reach, missing)
+
+
+def computed_too(spans: Sequence[Span], computed: npt.NDArray[np.bool_]) -> list[Span]:
+    """Spans of reused tokens, with those told apart that another row has computed again.
+
+    Args:
+        spans: Spans of one row.
+        computed: `[tokens]`, True for the row's tokens that the model computes.
+    """
+    parts = []
+    for span in spans:
+        for begin, end, again in stretches(computed[span.start : span.stop]):
+            part = replace(span, start=span.start + begin, stop=span.start + end)
+            if again:
+                part = replace(part, kind=Kind.COMPUTED, origin="", reason=OTHER_ROW)
+            parts.append(part)
+    return parts
+
+
+def stretches(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
+    """Start, stop and value of each stretch of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    return [(a, b, bool(mask[a])) for a, b in pairwise(edges) if a < b]

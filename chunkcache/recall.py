@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkcache.anywhere import computed_too, relocate
+from chunkcache.anywhere import relocate
 from chunkcache.chunking import Chunk, cut
 from chunkcache.errors import StoreError
 from chunkcache.index import Passage
 from chunkcache.layers import GrowingLayer, settle_all
-from chunkcache.plan import RowPlan, Span, plan_row
+from chunkcache.plan import RowPlan, Span, computed_too, plan_row
 from chunkcache.prefill import Rest
 from chunkcache.report import Report
 from chunkcache.restore import Filling, known_chunks

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache import RedisChunkCache
-from chunkcache.anywhere import OTHER_ROW
 from chunkcache.errors import StoreError
+from chunkcache.plan import OTHER_ROW
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from tests.prompts import (

@@ -355,6 +355,23 @@ def test_place_hold_peek_and_slice() -> None:
 
 
 @torch.no_grad()
+def test_one_row_is_a_layer_on_the_same_memory() -> None:
+    layer = settled(batch=2)[0]
+    layer.hold(5)
+    layer.keys.zero_()
+    layer.values.zero_()
+    row = layer.one_row(1, 2, 3)
+    assert row.keys.shape == (1, 2, 3, 3)  # row, heads, tokens, key_dim
+    row.columns = torch.tensor([0, 2])
+    keys, values = kv(2, 3, 5, 2)
+    room = row.update(keys[None], values[None])[0]
+    assert room.data_ptr() == row.keys.data_ptr() != layer.keys.data_ptr()
+    assert torch.equal(layer.keys[1][:, [2, 4]], keys)
+    assert not layer.keys[0].any()
+    assert not layer.keys[1][:, [0, 1, 3]].any()
+
+
+@torch.no_grad()
 def test_tokens_go_behind_what_was_placed() -> None:
     layers = settled(batch=1)
     keys, values = kv(2, 3, 5, 4)

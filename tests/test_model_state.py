@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from chunkcache import identity, model_state
+from chunkcache import identity, model_state, moving
 from chunkcache.errors import StoreError
-from chunkcache.model_state import PROOF_FORMAT, ModelState
+from chunkcache.model_state import MOVING_FORMAT, PROOF_FORMAT, ModelState
 from chunkcache.proof import Proof
+from chunkcache.rope import KeyMover
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
@@ -260,11 +261,13 @@ def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> No
     assert proven.calls == 1
 
 
-def stored(model: PreTrainedModel, fields: dict[str, str]) -> MemoryStore:
+def stored(
+    model: PreTrainedModel, fields: dict[str, str], format: str = PROOF_FORMAT
+) -> MemoryStore:
     """A store that holds this as the verdict on the model."""
     store = MemoryStore()
     found = ModelState.of(model).identity()
-    key = str(found.key(found.digest, PROOF_FORMAT))
+    key = str(found.key(found.digest, format))
     store.write([Entry(key, fields, memoryview(b""))])
     return store
 
@@ -293,3 +296,71 @@ def test_a_stored_verdict_is_no_shortcut_for_a_model_known_to_be_unfit() -> None
     digest = ModelState.of(model).identity().digest
     found = proof_of(model, stored(model, {"proven": "yes", "identity": digest}))
     assert "not supported" in found.obstacle
+
+
+# ------------------------------------------------------------------------ moving
+
+
+@pytest.fixture
+def scattered(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts how often the costly part of the test for moving is run."""
+    counter = Counter(moving._scatter_test)
+    monkeypatch.setattr(moving, "_scatter_test", counter)
+    return counter
+
+
+def mover_of(model: PreTrainedModel, store: MemoryStore) -> KeyMover | str:
+    state = ModelState.of(model)
+    found = state.identity()
+    layout = state.proof(found, store).layout
+    assert layout is not None
+    return state.mover(found, layout, store)
+
+
+def test_whether_a_model_may_be_moved_is_tested_once(scattered: Counter) -> None:
+    store = MemoryStore()
+    model = tiny("llama")
+    mover = mover_of(model, store)
+    assert isinstance(mover, KeyMover)
+    assert mover_of(model, store) is mover
+    # Another process finds the verdict in the store, and the rule on its own.
+    other = mover_of(tiny("llama"), store)
+    assert isinstance(other, KeyMover)
+    assert len(other.layers) == len(mover.layers)
+    assert scattered.calls == 1
+    assert isinstance(mover_of(tiny("llama", seed=1), store), KeyMover)
+    assert scattered.calls == 2
+
+
+def test_that_a_model_may_not_be_moved_is_not_kept_in_the_store() -> None:
+    store = MemoryStore()
+    model = tiny("gpt2")
+    assert isinstance(mover_of(model, store), str)
+    found = ModelState.of(model).identity()
+    assert store.read_metadata([str(found.key(found.digest, MOVING_FORMAT))]) == [None]
+
+
+def test_a_store_that_is_down_costs_no_more_than_the_test_for_moving(scattered: Counter) -> None:
+    model = tiny("llama")
+    for _ in range(2):
+        assert isinstance(mover_of(model, Down()), KeyMover)
+    assert scattered.calls == 1
+
+
+@pytest.mark.parametrize("fields", LIES.values(), ids=LIES.keys())
+def test_a_stored_verdict_on_moving_that_lies_is_not_believed(
+    fields: dict[str, str], scattered: Counter
+) -> None:
+    model = tiny("llama")
+    assert isinstance(mover_of(model, stored(model, fields, MOVING_FORMAT)), KeyMover)
+    assert scattered.calls == 1
+
+
+def test_a_stored_verdict_does_not_make_a_model_movable() -> None:
+    """The rule is found by each process: where there is none, nobody's word helps."""
+    model = tiny("gpt2")
+    digest = ModelState.of(model).identity().digest
+    proven = {"proven": "yes", "identity": digest}
+    found = mover_of(model, stored(model, proven, MOVING_FORMAT))
+    assert isinstance(found, str)
+    assert "no known rotation" in found

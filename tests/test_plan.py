@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.chunking import Chunk, Grid, cut
-from chunkcache.plan import Kind, RowPlan, Span, plan_row
+from chunkcache.plan import OTHER_ROW, Kind, RowPlan, Span, computed_too, plan_row, stretches
 
 
 @st.composite
@@ -118,4 +121,22 @@ def test_what_is_held_is_not_read() -> None:
         Span(0, 6, Kind.REUSED, origin="held"),
         Span(6, 8, Kind.REUSED, "b", "store"),
         Span(8, 12, Kind.REUSED, "c", "store"),
+    ]
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_stretches_are_those_of_equal_values(values: list[bool]) -> None:
+    found = stretches(np.array(values, dtype=bool))
+    assert [value for start, stop, value in found for _ in range(start, stop)] == values
+    assert all(a[2] != b[2] and a[1] == b[0] for a, b in pairwise(found))
+
+
+def test_what_another_row_has_computed_again_is_told_apart() -> None:
+    spans = [Span(0, 4, Kind.REUSED, "a", "store"), Span(4, 8, Kind.REUSED, "b", "store")]
+    computed = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1], dtype=bool)
+    assert computed_too(spans, computed) == [
+        Span(0, 3, Kind.REUSED, "a", "store"),
+        Span(3, 4, Kind.COMPUTED, "a", reason=OTHER_ROW),
+        Span(4, 6, Kind.COMPUTED, "b", reason=OTHER_ROW),
+        Span(6, 8, Kind.REUSED, "b", "store"),
     ]

@@ -353,6 +353,25 @@ def test_trim(skip: int) -> None:
     assert given_arguments["input_ids"].shape == (1, 6)  # type: ignore[attr-defined]
 
 
+def test_trim_to_scattered_columns() -> None:
+    positions, mask = torch.tensor([[0, 0, 3], [2, 3, 5]]), object()
+    ids = tokens(6).repeat(2, 1)
+    arguments = {
+        "input_ids": ids,
+        "position_ids": torch.arange(6)[None],
+        "cache_position": torch.arange(6),
+        "attention_mask": torch.ones(2, 6),
+        "logits_to_keep": 1,
+    }
+    rest = Rest(columns=torch.tensor([0, 2, 5]), positions=positions, mask=mask)
+    trimmed = trim(arguments, rest)
+    assert torch.equal(trimmed["input_ids"], ids[:, [0, 2, 5]])
+    assert torch.equal(trimmed["cache_position"], torch.tensor([0, 2, 5]))
+    assert trimmed["position_ids"] is positions
+    assert trimmed["attention_mask"] is mask
+    assert trimmed["logits_to_keep"] == 1
+
+
 def test_what_is_not_per_token_is_left_alone() -> None:
     trimmed = trim({"input_ids": tokens(6), "position_ids": torch.zeros(1, 1)}, Rest(2))
     assert trimmed["position_ids"].shape == (1, 1)

@@ -136,3 +136,28 @@ def test_a_single_piece_is_not_the_callers_memory_either() -> None:
     transcript.append(prompt)
     prompt.zero_()
     assert transcript.ids().tolist() == [[1, 2, 3]]
+
+
+def test_where_exactness_ends_is_forgotten_with_what_stood_behind() -> None:
+    transcript = Transcript()
+    transcript.start([0, 0])
+    transcript.append(row_of(1, 2, 3, 4, 5, 6).repeat(2, 1))
+    transcript.exact_until = [4, None]
+    transcript.crop(6)
+    transcript.crop(5)
+    assert transcript.exact_until == [4, None]
+    transcript.take_rows(torch.tensor([1, 0, 0]))
+    assert transcript.exact_until == [None, 4, 4]
+    transcript.crop(4)
+    assert transcript.exact_until == [None] * 3
+    transcript.exact_until = [2, 2, None]
+    transcript.start([0])
+    assert transcript.exact_until == [None]
+
+
+def test_rows_of_padding_alone_may_go_on_with_it() -> None:
+    transcript = Transcript()
+    transcript.start([0, 2, 3])
+    transcript.append(row_of(1, 2, 3).repeat(3, 1))
+    transcript.more_padding([5, 5, 5])
+    assert transcript.pads == [0, 2, 5]

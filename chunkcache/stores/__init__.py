@@ -182,7 +182,8 @@ def _open_sentinel(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
 def _open_cluster(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
     from chunkcache.stores.cluster import ClusterStore
 
-    return _behind(ClusterStore(url, **_redis_options(limits)), limits)
+    store = ClusterStore(url, max_delay=limits.max_delay, **_redis_options(limits))
+    return _behind(store, limits)
 
 
 def _open_embedded(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:

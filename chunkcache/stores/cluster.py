@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import CLUSTER, read_url
 from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.breaker import MAX_DELAY
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.redis import CONNECT_TIMEOUT, READ_TIMEOUT
 from chunkcache.stores.topology import Server, Topology
@@ -27,7 +28,8 @@ class ClusterStore(ChunkStore):
     """A store on all servers of a cluster.
 
     `url` is `redis+cluster://user:password@host1:6379,host2:6379`, `rediss+cluster://` for TLS;
-    one of the servers named must answer. The other arguments are those of `RedisStore`.
+    one of the servers named must answer. A server whose answer to a lookup takes longer than
+    `max_delay` seconds is left alone for a while. The other arguments are those of `RedisStore`.
 
     What belongs to a server that fails is missing and is not taken, and the prompt is told with
     `note_partial`. StoreError is raised when all servers fail, and by `delete` when one does.
@@ -39,10 +41,11 @@ class ClusterStore(ChunkStore):
         *,
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
+        max_delay: float = MAX_DELAY,
         **options: Any,
     ) -> None:
         self._address = read_url(url, CLUSTER, connect_timeout, read_timeout)
-        self._topology = Topology(self._address, **options)
+        self._topology = Topology(self._address, max_delay, **options)
 
     def __repr__(self) -> str:
         return f"ClusterStore({self._address.label!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
@@ -60,7 +61,7 @@ class RedisStore(Commands, ChunkStore):
         super().__init__(url)
         self._expire_ms = max(round(ttl * 1000), 1) if ttl else None
         self._renew_ms = self._expire_ms if refresh_ttl else None
-        self._sign = SIGN + uuid.uuid4().hex.encode()
+        self._name = uuid.uuid4().hex
         self._reader = BulkReader(self._client, url.read_timeout, max_blob_bytes)
 
     def __repr__(self) -> str:
@@ -185,11 +186,13 @@ class RedisStore(Commands, ChunkStore):
         should its writer end before the blob is written.
         """
 
+        own_sign = SIGN + f"{os.getpid()} {self._name}".encode()  # a fork has the same name
+
         def claim(pipe: Any, entry: Entry) -> None:
             metadata, blob = self._names(entry.key)
             pipe.strlen(blob)
             pipe.get(metadata)  # another's sign, or the error that real metadata are there
-            pipe.set(metadata, self._sign, nx=True, px=round(CLAIM_SECONDS * 1000))
+            pipe.set(metadata, own_sign, nx=True, px=round(CLAIM_SECONDS * 1000))
 
         there: list[Entry] = []
         settled: set[str] = set()
@@ -199,7 +202,7 @@ class RedisStore(Commands, ChunkStore):
                 if isinstance(sign, redis.ResponseError) and is_wrong_type(sign):
                     there += [entry] if size == entry.nbytes else []
                 elif isinstance(sign, bytes) and sign.startswith(SIGN):
-                    settled |= {entry.key} if sign != self._sign else set()
+                    settled |= {entry.key} if sign != own_sign else set()
                 elif isinstance(won, redis.ResponseError):
                     self._check(won)
                 elif sign is None and not won:  # another came in between

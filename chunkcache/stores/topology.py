@@ -72,31 +72,31 @@ class Server:
 class Topology:
     """The primaries of a cluster, and the slots that they serve.
 
-    `address` names some of the servers; `options` are those of `RedisStore`. Nothing connects
+    `address` names some of the servers; `max_delay` (seconds) is how long a server's answer to a
+    lookup may take; `options` are those of `RedisStore`. Nothing connects
     before the first use. All methods may be called from several threads. Raises SettingError for
     an option that cannot work.
 
     Attributes:
+        primaries: The servers that have slots, as far as is known.
         moved: Set when a server says that a key's place has changed.
         failing: Servers whose last call failed. Replaced, never changed.
     """
 
-    def __init__(self, address: Address, **options: Any) -> None:
+    def __init__(self, address: Address, max_delay: float, **options: Any) -> None:
+        self.primaries: frozenset[Server] = frozenset()
         self.moved = threading.Event()
         self.failing: set[Server] = set()
         self._address = address
+        self._max_delay = max_delay
         self._options = options
         self._met: dict[Host, Server] = {}
         self._owners: list[Server | None] = []  # of each slot
         self._lock = threading.Lock()
         self._refreshed_at = 0.0
+        self._failure = ""  # of the last refresh
         for host in address.hosts:
             self._server(host)
-
-    @property
-    def primaries(self) -> set[Server]:
-        """The servers that have slots, as far as is known."""
-        return {owner for owner in self._owners if owner}
 
     def share_out(self, keys: Sequence[str]) -> dict[Server, list[int]]:
         """The positions in `keys` of what each server has.
@@ -134,8 +134,10 @@ class Topology:
         """
         asked_at = time.monotonic()
         with self._lock:
-            if self._refreshed_at > asked_at:
-                return  # another thread has just done so
+            if self._refreshed_at > asked_at:  # another thread has just done so
+                if self._failure:
+                    raise StoreError(self._failure)
+                return
             self.moved.clear()  # before asking: what moves from now on counts
             failing = {server.node for server in self.failing}
             nodes = sorted((met.node for met in self._met.values()), key=failing.__contains__)
@@ -150,6 +152,7 @@ class Topology:
                     continue
                 self._settle(found)
                 return
+            self._failure = str(errors[0])
             self._refreshed_at = time.monotonic()
             raise errors[0]
 
@@ -168,15 +171,16 @@ class Topology:
         for (first, last), host in found.items():
             owners[first : last + 1] = [self._server(host)] * (last + 1 - first)
         self._owners = owners
-        primaries = self.primaries
-        self.failing = self.failing & primaries
+        self.primaries = frozenset(owner for owner in owners if owner)
+        self.failing = self.failing & self.primaries
         # Those named stay: after a time of trouble they may be all that can be reached.
         named = set(self._address.hosts)
-        self._met = {h: s for h, s in self._met.items() if s in primaries or h in named}
+        self._met = {h: s for h, s in self._met.items() if s in self.primaries or h in named}
+        self._failure = ""
         self._refreshed_at = time.monotonic()
 
     def _server(self, host: Host) -> Server:
         if host not in self._met:
             node = ClusterNode(self._address.at(*host), self.moved.set, **self._options)
-            self._met[host] = Server(node, Guarded(node))
+            self._met[host] = Server(node, Guarded(node, max_delay=self._max_delay))
         return self._met[host]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -270,6 +272,53 @@ def test_a_cluster_that_was_never_reached_is_a_store_error() -> None:
             with pytest.raises(StoreError, match="check that the server runs") as caught:
                 verb()
             assert "secret" not in str(caught.value) + repr(store)
+
+
+def test_a_server_that_answers_late_is_left_alone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "Guarded", Guarded)  # with its own cool-down
+    with ClusterStore(cluster.url, read_timeout=5.0, max_delay=0.1) as store:
+        fill(store)
+        late = cluster.owner(slot_of(KEYS[0]))
+        with late.client() as client:
+            client.execute_command("CLIENT", "PAUSE", "300", "ALL")
+        assert store.sizes(KEYS[:1]) == [1000]
+        with calls_of_prompt() as calls:
+            assert store.sizes(KEYS[:1]) == [0]
+    assert "max_delay" in str(calls.errors[0])
+
+
+def test_threads_that_wait_for_the_same_look_around_share_its_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def fail(node: topology.ClusterNode) -> None:
+        asked.append(node)
+        wait_until(lambda: waiting == [True] * 4)
+        time.sleep(0.05)
+        raise StoreError("nobody is there")
+
+    waiting: list[bool] = []
+    found: list[str] = []
+
+    def look() -> None:
+        waiting.append(True)
+        try:
+            store.sizes(["a"])
+        except StoreError as error:
+            found.append(str(error))
+
+    monkeypatch.setattr(topology.ClusterNode, "primaries", fail)
+    store = ClusterStore("redis+cluster://localhost")
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["nobody is there"] * 4
+    assert len(asked) < 4
 
 
 def test_a_slot_that_has_moved_is_followed_at_once(store: ClusterStore, cluster: Cluster) -> None:

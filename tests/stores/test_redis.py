@@ -635,9 +635,8 @@ def test_a_blob_that_another_is_writing_is_left_to_it_until_it_is_late(
     assert other.read_metadata(["a"]) == [{"by": "two"}]
 
 
-def write_many(url: str, name: str, number: int, begin: Event) -> None:
+def write_many(store: RedisStore, name: str, number: int, begin: Event) -> None:
     """What a process does."""
-    store = RedisStore(url, read_timeout=20.0)
     store.connect()
     begin.wait()
     for at in range(number):
@@ -647,7 +646,8 @@ def write_many(url: str, name: str, number: int, begin: Event) -> None:
 
 def test_processes_with_the_same_chunks_write_each_once(redis_server: Server) -> None:
     begin = FORK.Event()
-    arguments = [(redis_server.unix_url, name, 20, begin) for name in "abc"]
+    store = RedisStore(redis_server.unix_url, read_timeout=20.0)
+    arguments = [(store, name, 20, begin) for name in "abc"]
     processes = [FORK.Process(target=write_many, args=each) for each in arguments]
     with redis_server.client() as client:
         before = client.info("stats")["total_net_input_bytes"]
@@ -661,7 +661,6 @@ def test_processes_with_the_same_chunks_write_each_once(redis_server: Server) ->
             assert process.exitcode == 0
         sent = client.info("stats")["total_net_input_bytes"] - before
     assert 20_000_000 < sent < 21_000_000
-    store = RedisStore(redis_server.unix_url)
     assert store.sizes([f"k{at}" for at in range(20)]) == [1_000_000] * 20
     assert None not in store.read_metadata([f"k{at}" for at in range(20)])
 
@@ -669,10 +668,10 @@ def test_processes_with_the_same_chunks_write_each_once(redis_server: Server) ->
 def test_a_process_killed_amid_a_write_leaves_whole_entries(redis_server: Server) -> None:
     begin = FORK.Event()
     begin.set()
-    writer = FORK.Process(target=write_many, args=(redis_server.unix_url, "victim", 10**6, begin))
+    store = RedisStore(redis_server.unix_url, read_timeout=20.0)
+    writer = FORK.Process(target=write_many, args=(store, "victim", 10**6, begin))
     writer.start()
     keys = [f"k{at}" for at in range(300)]
-    store = RedisStore(redis_server.unix_url)
     wait_until(lambda: store.sizes(["k20"]) == [1_000_000])
     with redis_server.client() as client:
         before = len(client.client_list())

@@ -131,7 +131,7 @@ def search(origin: Origin, passages: Sequence[Passage]) -> Found:
     stale = {}
     for anchor, fields, variants in zip(places, answers, newest, strict=True):
         good = {name: offset for name, offset in variants.items() if name in chunks}
-        if len(good) < len(variants) or len(fields) > 2 * MOST_VARIANTS:
+        if len(good) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
             key = origin.anchor_key(anchor)
             rest = {name: fields[name] for name in good}
             pinned = any(chunks[name].pinned for name in good)
@@ -164,12 +164,10 @@ def _anchor_places(origin: Origin, passages: Sequence[Passage]) -> dict[str, lis
     for number, passage in enumerate(passages):
         if passage.start >= passage.stop:
             continue
-        # A text may begin within the part that is known.
-        begin = max(passage.start - WINDOW + 1, 0)
-        for anchor in anchors(passage.tokens[begin : passage.stop], origin.salt):
+        for anchor in anchors(passage.tokens[passage.start : passage.stop], origin.salt):
             there = places[anchor.hash]
             if len(there) < MOST_PLACES or there[-MOST_PLACES][0] != number:
-                there.append((number, begin + anchor.start))
+                there.append((number, passage.start + anchor.start))
     return dict(places)
 
 

@@ -111,7 +111,7 @@ class Sequence:
             self._checks.append(call.follows(step.past, self.transcript.pads))
             return Rest(step.held - step.past)
         rest, spans = self._recall(call, step, report)
-        report.approximate = any(end is not None for end in self.transcript.exact_until)
+        report.approximate = not self.transcript.is_exact
         self._report(spans, [max(step.past - pad, 0) for pad in self.transcript.pads], report)
         step.trimmed = rest.skip > 0 or rest.columns is not None
         step.prefill_from = perf_counter()
@@ -239,6 +239,7 @@ class Sequence:
 
     def _report_aside(self, call: ForwardCall, step: Step, report: Report) -> None:
         report.skipped = self.opaque
+        report.approximate = step.past > 0 and not self.transcript.is_exact
         step.prefill_from = perf_counter()
         rows = 1 if call.ids is None else call.ids.shape[0]
         span = Span(step.past, step.total, Kind.COMPUTED, reason=self.opaque)

@@ -32,6 +32,11 @@ class Transcript:
         """Columns recorded."""
         return sum(piece.shape[1] for piece in self._pieces)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all K/V are those of a run without the cache."""
+        return all(end is None for end in self.exact_until)
+
     def start(self, pads: list[int]) -> None:
         """Begin anew with rows that have so many columns of left padding."""
         self._pieces, self.pads = [], list(pads)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from chunkcache import RedisChunkCache, UnsupportedModelError, recall
 from chunkcache.probes import Probes
+from chunkcache.repair import Repair
 from chunkcache.rope import KeyMover
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
@@ -284,6 +289,20 @@ def test_models_whose_kv_cannot_be_moved_are_refused(kind, reason):
     assert "reuse='prefix'" in str(raised.value)
 
 
+def test_attention_that_takes_no_mask_is_refused_at_once():
+    """As flash attention; in the default mode such a model is served."""
+    AttentionInterface.register("unmaskable", sdpa_attention_forward)
+    AttentionMaskInterface.register("unmaskable", sdpa_mask)
+    model, store = build(attn_implementation="unmaskable"), MemoryStore()
+    with pytest.raises(UnsupportedModelError, match="takes no mask: load the model with"):
+        anywhere(model, store)
+    ids = joined(300)
+    for reused in (0, 299):
+        cache = RedisChunkCache(model, store)
+        assert close(logits(model, ids, cache), logits(model, ids))
+        assert cache.report.reused == reused
+
+
 # ------------------------------------------------------------------------ repair
 
 
@@ -307,6 +326,20 @@ def test_every_repair(kind, repair):
         "deviation" not in repair and "query" not in repair
     )
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_strategy_picks_among_moved_tokens_only():
+    class Everything(Repair):
+        def pick(self, situation):
+            return np.ones(situation.tokens, dtype=bool)
+
+    model, store = build(), MemoryStore()
+    meet(model, store)
+    ids = joined(first_prompt()[:, :400], 30, DOCUMENTS[3], 9)
+    found, report = prefill(model, store, ids, repair=Everything())
+    assert close(found, logits(model, ids))
+    assert report.reused == 384
+    assert report.charged == report.recomputed > 300
 
 
 def test_a_failing_repair_falls_back(monkeypatch):

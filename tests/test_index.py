@@ -128,16 +128,6 @@ def test_only_what_was_asked_for_is_covered():
     assert pieces[0].old_start == 90
 
 
-def test_a_text_that_begins_in_the_known_part_is_found():
-    """Of a window that reaches over the start, the rest is known."""
-    place = origin()
-    keep(place, text(200, 1))
-    rest = 33  # tokens behind the start, too few for an anchor of their own in this text
-    prompt = np.concatenate([text(50, 2), text(200, 1)])
-    starts = range(len(prompt) - 120, len(prompt) - rest)
-    assert all(covered(find_pieces(place, prompt, s, len(prompt))) == 250 - s for s in starts)
-
-
 def test_salts_are_worlds_of_their_own():
     store, a = MemoryStore(), text(300)
     keep(origin(store), a)
@@ -186,7 +176,10 @@ def test_places_that_make_no_sense_are_misses(place_text):
     for chunk in keep(place, a):
         for entry in index_entries(place, chunk, a, "1"):
             place.store.write([Entry(entry.key, {chunk.hash: place_text}, NOTHING)])
-    assert search(place, [Passage(a, 0, 299)]).pieces == [[]]
+    found = search(place, [Passage(a, 0, 299)])
+    assert found.pieces == [[]]
+    assert found.stale
+    assert all(not entry.metadata for entry in found.stale.values())
 
 
 @pytest.mark.parametrize("overlap", [0, 16])

@@ -90,13 +90,11 @@ def sound(report, prompt):
         assert stops[-1] == row.prompt_tokens == tokens
         assert row.reused + row.moved + row.recomputed + row.computed == tokens
     # What the model computes, it computes for all rows; padding aside.
-    computed = [set() for _ in rows]
     width = prompt["input_ids"].shape[1]
-    for number, (row, tokens) in enumerate(zip(report.rows, rows, strict=True)):
-        for span in row.spans:
-            if span.kind in ("computed", "recomputed"):
-                pad = width - tokens
-                computed[number] |= set(range(pad + span.start, pad + span.stop))
+    computed = [
+        {width - tokens + position for position in again(row)}
+        for row, tokens in zip(report.rows, rows, strict=True)
+    ]
     union = set().union(*computed)
     for number, tokens in enumerate(rows):
         assert computed[number] == {c for c in union if c >= width - tokens}
@@ -215,23 +213,31 @@ def test_what_is_exact_in_a_batch_is_stored_as_exact_and_nothing_else(model, sto
 
 @pytest.mark.parametrize("repair", ["head:4", "deviation:0.2", "query:0.2+head:2"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_row_of_a_batch_does_as_it_does_alone(kind, repair):
-    """Up to what other rows have computed again; here they are as the row, but for a few tokens."""
+def test_each_row_of_a_batch_is_repaired_as_it_is_alone(kind, repair):
+    """What it would pick alone is computed again, and what others pick."""
     model, store = build(kind), MemoryStore()
     meet(model, store)
-    one = joined(40, A, 12, C, 9)
-    other = one.clone()
-    other[0, -3] += 1 if other[0, -3] < 100 else -1
-    short = one[:, 11:]
-    alone, first = prefill(model, ReadOnly(store), one, repair=repair)
-    together, report = prefill(model, ReadOnly(store), padded(one, other, short), repair=repair)
+    rows = [joined(40, A, 12, C, 9), joined(17, A, 12, C, 9), joined(66, C, 25, A, 30)]
+    alone = [prefill(model, ReadOnly(store), row, repair=repair)[1].rows[0] for row in rows]
+    _, report = prefill(model, ReadOnly(store), padded(*rows), repair=repair)
     assert report.errors == []
-    assert report.rows[0].moved <= first.moved
-    assert report.rows[0].moved > 300
-    found = report.rows[0].moved + report.rows[0].recomputed
-    assert found == first.moved + first.recomputed
-    if repair == "head:4":
-        assert close(together[:1], alone)
+    for one, together in zip(alone, report.rows, strict=True):
+        picked, computed = again(one), again(together)
+        assert picked
+        assert len(picked & computed) > 0.95 * len(picked)  # but for ties that rounding decides
+        assert computed & moved(together) == set()
+
+
+def again(row):
+    return positions(row, "recomputed", "computed")
+
+
+def moved(row):
+    return positions(row, "moved")
+
+
+def positions(row, *kinds):
+    return {p for span in row.spans if span.kind in kinds for p in range(span.start, span.stop)}
 
 
 @given(
@@ -288,7 +294,6 @@ def test_a_prompt_in_pieces_moves_in_all_of_them(flat, store, size):
     prompt = padded(shuffled_prompt(), joined(51, B, 13, C, 9))
     options = {"max_new_tokens": 6, "do_sample": False}
     del prompt["position_ids"]
-    logits(flat, joined(8), anywhere(flat, store))  # hooks were watched once
     cache = anywhere(flat, ReadOnly(store), repair="none")
     out = flat.generate(**prompt, past_key_values=cache, prefill_chunk_size=size, **options)
     assert torch.equal(out, flat.generate(**prompt, **options))
@@ -323,7 +328,8 @@ def test_the_next_turn_of_a_conversation_moves_too(flat, store):
     found = flat.generate(longer, past_key_values=cache, **options)
     assert torch.equal(found, flat.generate(longer, **options))
     assert cache.report.reused == out.shape[1] - 1
-    assert cache.report.moved > 250
+    assert cache.report.moved > 200
+    assert cache._sequence.transcript.exact_until == [20]  # the first moved token of all
 
 
 def test_the_taint_of_moved_text_stays_until_it_is_dropped(model, store):
@@ -343,6 +349,19 @@ def test_the_taint_of_moved_text_stays_until_it_is_dropped(model, store):
     plain = RedisChunkCache(model, ReadOnly(store))
     assert close(logits(model, other, plain), logits(model, other))
     assert plain.report.reused == 319  # so it was stored under exact keys
+
+
+def test_the_taint_is_told_also_when_the_cache_stands_aside(model, store):
+    meet(model, store)
+    cache = anywhere(model, store, repair="none")
+    logits(model, joined(150, A, 9), cache)
+    more = {"input_ids": joined(40), "position_ids": torch.arange(415, 455)[None]}
+    logits(model, {**more, "pixel_values": torch.ones(1)}, cache)
+    assert "pixel_values" in cache.report.skipped
+    assert not cache.report.exact  # what is held is what these tokens saw
+    cache.reset()
+    logits(model, {"input_ids": joined(40), "pixel_values": torch.ones(1)}, cache)
+    assert cache.report.exact
 
 
 def test_the_taint_follows_the_rows(model, store):

@@ -142,7 +142,9 @@ def test_where_exactness_ends_is_forgotten_with_what_stood_behind() -> None:
     transcript = Transcript()
     transcript.start([0, 0])
     transcript.append(row_of(1, 2, 3, 4, 5, 6).repeat(2, 1))
+    assert transcript.is_exact
     transcript.exact_until = [4, None]
+    assert not transcript.is_exact
     transcript.crop(6)
     transcript.crop(5)
     assert transcript.exact_until == [4, None]

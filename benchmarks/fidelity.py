@@ -6,7 +6,6 @@ step its next-token distribution is compared with the full run's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,33 +16,12 @@ from transformers import DynamicCache
 from chunkcache import RedisChunkCache
 from chunkcache.probes import Probes
 from chunkcache.repair import Repair, Scores, Share
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.memory import MemoryStore
+from chunkcache.stores.readonly import ReadOnly
 
 ANSWER_TOKENS = 32
 FACT_TOKENS = 16
-
-
-class Frozen(ChunkStore):
-    """A store that keeps what it has: no arm may find what another arm has computed."""
-
-    def __init__(self, store: ChunkStore) -> None:
-        self.store = store
-
-    def sizes(self, keys: Sequence[str]) -> list[int]:
-        return self.store.sizes(keys)
-
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        return self.store.read(keys)
-
-    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
-        return self.store.read_metadata(keys)
-
-    def write(self, entries: Sequence[Entry]) -> int:
-        return 0
-
-    def delete(self, keys: Sequence[str]) -> int:
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +114,7 @@ class Oracle(Share):
 def run_full(model: Any, tokenizer: Any, question: Question) -> Full:
     """Answer without reuse."""
     # Its layers hold all tokens, those of a plain cache forget what is out of a layer's window.
-    cache = RedisChunkCache(model, Frozen(MemoryStore()), reuse="off")
+    cache = RedisChunkCache(model, ReadOnly(MemoryStore()), reuse="off")
     out = model.generate(
         question.ids, past_key_values=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False,
         output_logits=True, return_dict_in_generate=True,
@@ -164,7 +142,7 @@ def run_arm(
     repair: Repair | str,
 ) -> Outcome:
     """The same prompt with text reused at any position."""
-    cache = RedisChunkCache(model, Frozen(store), reuse="anywhere", repair=repair)
+    cache = RedisChunkCache(model, ReadOnly(store), reuse="anywhere", repair=repair)
     first = model(input_ids=question.ids, past_key_values=cache, logits_to_keep=1).logits
     report = cache.report
     result = _compare(model, tokenizer, question, full, cache, first[0, -1], question.ids)

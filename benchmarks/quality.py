@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import KINDS, Document, Prompt, documents, draw, history
-from fidelity import Frozen, Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
+from fidelity import Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -133,7 +133,7 @@ def measure(name: str, prompts: int, seed: int, progress: Progress) -> Iterator[
         question = ask(tokenizer, draw(pools[kind], rng))
         full = run_full(model, tokenizer, question)
         outcomes: dict[str, Outcome] = {
-            arm: run_arm(model, tokenizer, question, full, Frozen(store), repair)
+            arm: run_arm(model, tokenizer, question, full, store, repair)
             for arm, repair in arms_of(full, index).items()
         }
         outcomes["no documents"] = run_bare(model, tokenizer, question, full)

@@ -18,7 +18,6 @@ Prints tables and writes `rag.csv`, `rag_2000.csv` and `rag.png` to benchmarks/r
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import statistics
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from corpus import documents, draw
-from quality import ask
+from quality import ask, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -159,14 +158,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from chunkcache.errors import RepairError
 from chunkcache.index import Passage, is_exact, search
 from chunkcache.layers import GrowingLayer
 from chunkcache.matching import Piece, runs
-from chunkcache.plan import OTHER_ROW, Kind, Span, computed_too, stretches
+from chunkcache.plan import NOT_IN_STORE, OTHER_ROW, Kind, Span, computed_too, stretches
 from chunkcache.probes import Probes
 from chunkcache.relocate import fill_pieces
 from chunkcache.repair import Head, Mask
@@ -27,7 +27,6 @@ from chunkcache.report import Report
 from chunkcache.rope import KeyMover
 from chunkcache.step import Held, Setup, Step
 
-NOT_IN_STORE = "not in the store"
 UNREADABLE = "its chunk could not be read"
 
 

@@ -6,10 +6,8 @@ of like length, and another look tells whether it has arrived.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -21,9 +19,12 @@ from chunkcache.cache import RedisChunkCache
 from chunkcache.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.codec import FORMAT
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.index import MOST_VARIANTS, Origin, index_entries
+from chunkcache.index import MOST_VARIANTS, Origin, created_now, index_entries
 from chunkcache.model_check import check_model
 from chunkcache.model_state import ModelState
+from chunkcache.prefill import TRAINING
+from chunkcache.prompt import Prompt
+from chunkcache.proof import forward, takes
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.patient import PatientStore
 
@@ -83,7 +84,7 @@ class Compiler:
     ) -> None:
         self.model = check_model(model)
         if self.model.training:
-            raise UnsupportedCallError("the model is in training mode: call model.eval()")
+            raise UnsupportedCallError(TRAINING)
         cache = RedisChunkCache(model, store, **settings)
         self.store, self.settings = PatientStore(cache.store), cache.settings
         self.batch_tokens = batch_tokens
@@ -102,7 +103,7 @@ class Compiler:
         row, begin = np.concatenate([prefix, ids]), len(prefix)
         chunks = cut(row, self._grid, self._origin.salt, self.settings.store_tail)
         chunks = [chunk for chunk in chunks if chunk.stop > begin]
-        created = datetime.now(UTC).isoformat(timespec="seconds")
+        created = created_now()
         index: list[Entry] = []
         for chunk in chunks:
             # Of the document's own tokens only: by what all documents begin with, none is found.
@@ -179,20 +180,13 @@ class Compiler:
         for row, doc in enumerate(batch):
             ids[row, width - len(doc.row) :] = torch.from_numpy(doc.row)
             mask[row, width - len(doc.row) :] = 1
-        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        device = next(embedding.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        takes_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        positions = Prompt(ids, mask).positions
+        keep = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
         for begin, end in pieces(width, self._grid, self.batch_tokens):
-            self.model(
-                input_ids=ids[:, begin:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, begin:end],
-                past_key_values=cache,
-                use_cache=True,
-                **({"logits_to_keep": 1} if takes_keep else {}),
-            )
+            forward(
+                self.model, ids[:, begin:end], cache, attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end], **keep,
+            )  # fmt: skip
         self.computed += cache.report.computed
         self._aside = cache.report.skipped
 

@@ -7,7 +7,7 @@ key wanted, can be told from text that is new.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,13 +19,14 @@ from chunkcache.errors import StoreError
 from chunkcache.explanation import Explanation, Finding
 from chunkcache.index import Origin, Passage, is_exact, search
 from chunkcache.matching import Piece
-from chunkcache.plan import Kind, RowPlan, plan_row
+from chunkcache.plan import NOT_IN_STORE, Kind, RowPlan, plan_row
+from chunkcache.prefill import TRAINING
 from chunkcache.prompt import Prompt
 from chunkcache.repair import Mask
+from chunkcache.restore import blob_sizes
 from chunkcache.step import Setup
 
 LAST_TOKEN = "the last token is always computed"
-NOT_IN_STORE = "not in the store"
 TAIL_NOT_IN_STORE = "not in the store (a shorter last chunk is kept only where a prompt ended)"
 GAP_BEFORE = "in the store, but a chunk before it is missing"
 OTHER_ROW = "in the store, but another row of the batch needs these columns computed"
@@ -53,7 +54,9 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
     origin = Origin(setup.store, identity, identity.salt(setup.settings.namespace), FORMAT)
     cuts = [cut(tokens, setup.grid, origin.salt, tail=True) for tokens in rows]
     try:
-        sizes = _sizes(origin, (chunk.hash for chunks in cuts for chunk in chunks))
+        sizes = blob_sizes(
+            setup.store, (chunk.hash for chunks in cuts for chunk in chunks), origin.key
+        )
     except StoreError as error:
         _raise_if_asked(setup, error)
         return Explanation(_all_computed(rows, "the store failed"), errors=(str(error),))
@@ -68,7 +71,9 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
     pieces: list[list[Piece]] = [[] for _ in rows]
     try:
         found = search(origin, passages).pieces
-        sizes |= _sizes(origin, (piece.chunk.hash for row in found for piece in row))
+        sizes |= blob_sizes(
+            setup.store, (piece.chunk.hash for row in found for piece in row), origin.key
+        )
         pieces = found
     except StoreError as error:
         _raise_if_asked(setup, error)
@@ -96,7 +101,7 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
 
 def _why_aside(setup: Setup, prompt: Prompt) -> str:
     if setup.model.training:
-        return "the model is in training mode: call model.eval()"
+        return TRAINING
     state, call = setup.state, prompt.as_call()
     if obstacle := state.proof(state.identity(), setup.store).obstacle:
         return obstacle
@@ -111,13 +116,6 @@ def _all_computed(rows: Sequence[Tokens], why: str) -> tuple[Finding, ...]:
         for row, tokens in enumerate(rows)
         if len(tokens)
     )
-
-
-def _sizes(origin: Origin, hashes: Iterable[str]) -> dict[str, int]:
-    """Bytes of each chunk's blob, 0 where there is none."""
-    unique = list(dict.fromkeys(hashes))
-    sizes = origin.store.sizes([origin.key(name) for name in unique]) if unique else []
-    return dict(zip(unique, sizes, strict=True))
 
 
 def _raise_if_asked(setup: Setup, error: StoreError) -> None:

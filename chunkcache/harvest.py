@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 
 import numpy as np
 
 from chunkcache.chunking import Chunk, Tokens, cut
 from chunkcache.codec import BlobForm, encode
-from chunkcache.index import index_entries
+from chunkcache.index import created_now, index_entries
 from chunkcache.layers import row_slice
 from chunkcache.matching import SHORTEST_RUN
 from chunkcache.step import Held, Setup, Step
@@ -60,8 +58,7 @@ def _chunks(
     """The chunks of a row that may be kept, in order, and what their context was."""
     exact = held.transcript.exact_until[row] is None
     length = exact_lengths(held, step)[row]
-    whole_prompt = step.is_prompt and step.certain == step.total
-    tail = whole_prompt and exact and setup.settings.store_tail
+    tail = step.is_whole_prompt and exact and setup.settings.store_tail
     chunks = cut(tokens[:length], setup.grid, held.origin.salt, tail)
     found = [(chunk, EXACT) for chunk in chunks]
     if not exact and step.is_prompt:
@@ -113,7 +110,7 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
         "context": context,
         "parent": parent,
         "pinned": "yes" if setup.settings.pin else "no",
-        "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
+        "created": created_now(),
     }
     return Entry(origin.key(chunk.hash), metadata, blob, pinned=setup.settings.pin)
 

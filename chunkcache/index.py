@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -78,6 +79,11 @@ class Found:
 
     pieces: list[list[Piece]]
     stale: dict[str, Entry]
+
+
+def created_now() -> str:
+    """When a chunk is made, as metadata and index say it: later ones sort behind earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def index_entries(

@@ -264,6 +264,14 @@ def settle_all(
             )
 
 
+def peek_all(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[LayerKV | None]:
+    """Views of one row's room in all layers, held or not: `[kv_heads, tokens, head_dim]` each."""
+    return [
+        layer.peek(row, column, tokens) if isinstance(layer, GrowingLayer) else None
+        for layer in layers
+    ]
+
+
 def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[LayerKV | None]:
     """Views of one row's K/V in columns `start` to `stop`, each `[kv_heads, tokens, head_dim]`."""
     return [

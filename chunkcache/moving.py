@@ -9,7 +9,6 @@ pass gives.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from chunkcache.codec import KVLayout, LayerKV
 from chunkcache.layers import GrowingLayer, settle_all
-from chunkcache.proof import ROUNDING, cache_of, forward, growing_layers, probe_ids
+from chunkcache.proof import ROUNDING, cache_of, forward, growing_layers, probe_ids, takes
 from chunkcache.rope import KeyMover, find_rules
 from chunkcache.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
@@ -48,7 +47,7 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
 def _known_obstacle(model: nn.Module) -> str:
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes(model, "position_ids"):
         return "the model takes no position_ids, so its positions cannot be set"
     if text_config._attn_implementation not in MASKED_ATTENTION:
         return (

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from chunkcache.chunking import Chunk
 
+NOT_IN_STORE = "not in the store"
 OTHER_ROW = "another row of the batch needs these columns computed"
 
 

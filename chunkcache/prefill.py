@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from chunkcache.errors import UnsupportedCallError
 
+TRAINING = "the model is in training mode: call model.eval()"
 # Tensors with one entry per new token along their last dimension: trimmed together.
 _PER_TOKEN = ("input_ids", "position_ids", "cache_position")
 _UNDERSTOOD = frozenset(
@@ -229,7 +230,7 @@ def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: Any) -> str:
 
 def _why_opaque(module: nn.Module, kwargs: dict[str, Any], ids: Any, mask: Any) -> str:
     if module.training:
-        return "the model is in training mode: call model.eval()"
+        return TRAINING
     if not isinstance(ids, Tensor) or ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
         return "the prompt has no input_ids (embeddings have no tokens to look up)"
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):

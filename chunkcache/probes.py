@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,7 @@ class Probes:
     Attributes:
         model: The model.
         layers: Cache layers with everything that is known in place.
-        ids: `[rows, tokens]` token ids; all rows alike.
+        ids: `[1, tokens]` token ids.
         known: `[tokens]`, True where K/V are in place.
         start: Where the exact beginning ends.
         runs: Start and stop of each moved run.
@@ -50,7 +50,6 @@ class Probes:
     start: int
     runs: list[tuple[int, int]]
     charged: float = 0.0
-    _sums: list[Tensor] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -73,14 +72,12 @@ class Probes:
         scores = np.zeros(self.tokens)
 
         def compare(keys: Tensor, values: Tensor) -> None:
-            stored = layer.values[:1, :, self.start :].float()
-            distance = (values[:1].float() - stored).pow(2).sum(dim=(0, 1, 3)).sqrt()
+            stored = layer.values[:, :, self.start :].float()
+            distance = (values.float() - stored).pow(2).sum(dim=(0, 1, 3)).sqrt()
             scores[self.start :] = distance.cpu().double().numpy()
             raise _EnoughError
 
-        self._run(
-            columns, scatter_mask(self.model, columns, self.tokens, self._rows), {second: compare}
-        )
+        self._run(columns, scatter_mask(self.model, columns, self.tokens, 1), {second: compare})
         self.charged += self._moved * 2 / len(self._growing())
         return scores
 
@@ -109,16 +106,11 @@ class Probes:
         """
         seen = self.known.clone()
         seen[columns] = True
-        mask = _hide(scatter_mask(self.model, columns, self.tokens, self._rows), ~seen)
+        mask = _hide(scatter_mask(self.model, columns, self.tokens, 1), ~seen)
         behind = [index for index in self._growing() if index > max(layers)]
-        self._sums.clear()
-        with self._recorded_attention(set(layers)):
+        with self._recorded_attention(set(layers)) as sums:
             self._run(columns, mask, dict.fromkeys(behind[:1], _stop))
-        return torch.stack(self._sums).cpu()
-
-    @property
-    def _rows(self) -> int:
-        return self.ids.shape[0]
+        return torch.stack(sums).cpu()
 
     @property
     def _moved(self) -> int:
@@ -145,7 +137,7 @@ class Probes:
         try:
             self.model(
                 input_ids=self.ids[:, columns.cpu()].to(device),
-                position_ids=columns.expand(self._rows, -1),
+                position_ids=columns[None],
                 attention_mask=mask,
                 past_key_values=cache_of(list(self.layers)),
                 use_cache=True,
@@ -156,7 +148,10 @@ class Probes:
             close_layers(self.layers)
 
     @contextmanager
-    def _recorded_attention(self, layers: set[int]) -> Iterator[None]:
+    def _recorded_attention(self, layers: set[int]) -> Iterator[list[Tensor]]:
+        """Attention, and a list that takes what each of these layers pays to every token."""
+        # The registry keeps what it was given: nothing that holds a prompt's K/V.
+        sums: list[Tensor] = []
         config: Any = self.model.config
         text_config = config.get_text_config(decoder=True)
         usual = text_config._attn_implementation
@@ -183,14 +178,14 @@ class Probes:
                     scores = scores + seen
             weights = scores.softmax(dim=-1)
             if getattr(module, "layer_idx", None) in layers:
-                self._sums.append(weights[0].sum(dim=(0, 1, 2)))
+                sums.append(weights[0].sum(dim=(0, 1, 2)))
             out = weights.to(value.dtype).flatten(2, 3) @ value
             return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
         AttentionInterface.register(_ATTENTION, attend)
         text_config._attn_implementation = _ATTENTION
         try:
-            yield
+            yield sums
         finally:
             text_config._attn_implementation = usual
 

@@ -8,6 +8,7 @@ the store under the model's identity, so that the next process does not repeat t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,11 @@ def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
     """Layers filled with the K/V of a prompt, and its logits."""
     layers = _test_layers(model)
     return layers, forward(model, ids, cache_of(layers))
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of that name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> Tensor:

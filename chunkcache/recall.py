@@ -20,7 +20,7 @@ from chunkcache.chunking import Chunk, cut
 from chunkcache.errors import StoreError
 from chunkcache.index import Passage
 from chunkcache.layers import GrowingLayer, settle_all
-from chunkcache.plan import RowPlan, Span, computed_too, plan_row
+from chunkcache.plan import NOT_IN_STORE, RowPlan, Span, computed_too, plan_row
 from chunkcache.prefill import Rest
 from chunkcache.report import Report
 from chunkcache.restore import Filling, known_chunks
@@ -96,7 +96,7 @@ class Recall:
         known: set[str] = set()
         why = self.report.skipped or "reuse is off"
         if self.setup.settings.reuse != "off" and self.limit > self.step.held:
-            why = "not in the store"
+            why = NOT_IN_STORE
             try:
                 known = known_chunks(self.setup.store, rows, held, self.held.origin.key)
             except StoreError as error:

@@ -15,7 +15,7 @@ import torch
 from chunkcache.codec import BlobForm, KVLayout, LayerKV
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.index import Origin, Passage
-from chunkcache.layers import GrowingLayer
+from chunkcache.layers import peek_all
 from chunkcache.matching import Piece, StoredChunk
 from chunkcache.restore import discard
 from chunkcache.rope import KeyMover
@@ -53,7 +53,7 @@ def fill_pieces(
     reads = []
     for chunk, users in uses.items():
         if chunk.hash in at_hand:
-            _place(layers, _peek(layers, *at_hand[chunk.hash], len(chunk.tokens)), mover, users)
+            _place(layers, peek_all(layers, *at_hand[chunk.hash], len(chunk.tokens)), mover, users)
             placed |= {piece for _, piece in users}
         else:
             reads.append(chunk)
@@ -82,13 +82,6 @@ def fill_pieces(
         end_iteration(answers)
     discard(origin.store, damaged, trouble)
     return placed, bytes_read
-
-
-def _peek(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[LayerKV | None]:
-    return [
-        layer.peek(row, column, tokens) if isinstance(layer, GrowingLayer) else None
-        for layer in layers
-    ]
 
 
 def _checked(form: BlobForm, blob: memoryview) -> list[LayerKV | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,22 @@ from torch import Tensor
 from chunkcache.chunking import Chunk
 from chunkcache.codec import BlobForm, KVLayout
 from chunkcache.errors import BlobError, StoreError
-from chunkcache.layers import GrowingLayer
+from chunkcache.layers import GrowingLayer, peek_all
 from chunkcache.plan import RowPlan
 from chunkcache.stores.base import ChunkStore
 
 KeyOf = Callable[[str], str]
+
+
+def blob_sizes(store: ChunkStore, hashes: Iterable[str], key_of: KeyOf) -> dict[str, int]:
+    """Bytes of each chunk's blob, 0 where there is none, in one round trip.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    keys = {hash: key_of(hash) for hash in hashes}
+    sizes = store.sizes(list(keys.values())) if keys else []
+    return dict(zip(keys, sizes, strict=True))
 
 
 def known_chunks(
@@ -38,14 +49,13 @@ def known_chunks(
     Raises:
         StoreError: The store failed.
     """
-    wanted = {
-        chunk.hash: key_of(chunk.hash)
+    wanted = [
+        chunk.hash
         for chunks, h in zip(rows, held, strict=True)
         for chunk in chunks
         if chunk.stop > h
-    }
-    sizes = store.sizes(list(wanted.values())) if wanted else []
-    return {hash for hash, size in zip(wanted, sizes, strict=True) if size}
+    ]
+    return {hash for hash, size in blob_sizes(store, wanted, key_of).items() if size}
 
 
 @dataclass
@@ -201,12 +211,7 @@ class _Read:
             return
         if self.direct:
             column = filling.pads[self.rows[0]] + chunk.start
-            parts = [
-                layer.peek(self.rows[0], column, chunk.stop - chunk.start)
-                if isinstance(layer, GrowingLayer)
-                else None
-                for layer in filling.layers
-            ]
+            parts = peek_all(filling.layers, self.rows[0], column, chunk.stop - chunk.start)
         else:
             parts = self.form.views(self.blob)
         for row in rows:

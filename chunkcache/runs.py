@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from chunkcache.codec import LayerKV
 from chunkcache.errors import SettingError, UnsupportedCallError
 from chunkcache.prompt import Prompt, read_ids
-from chunkcache.proof import forward
+from chunkcache.proof import forward, takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ def run_both(
         raise UnsupportedCallError(
             "audit needs a model whose outputs repeat: call model.eval() first"
         )
-    if not _takes(model, "past_key_values"):
+    if not takes(model, "past_key_values"):
         raise UnsupportedCallError(
             f"audit runs a model with past_key_values, which {type(model).__name__} does not take"
         )
@@ -94,9 +93,9 @@ def _run(
 def _last_logits(model: nn.Module, cache: DynamicCache, text: Prompt, new: int) -> Tensor:
     """`[batch, vocabulary]` behind a text of which all but the last `new` columns are cached."""
     arguments: dict[str, Any] = {"attention_mask": text.mask}
-    if _takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         arguments["position_ids"] = text.positions[:, -new:]
-    if _takes(model, "logits_to_keep"):
+    if takes(model, "logits_to_keep"):
         arguments["logits_to_keep"] = 1
     return forward(model, text.ids[:, -new:], cache, **arguments)[:, -1].cpu()
 
@@ -108,7 +107,3 @@ def _held(layer: Any) -> LayerKV | None:
         assert values is not None
         return keys, values
     return None
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters

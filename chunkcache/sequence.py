@@ -207,8 +207,7 @@ class Sequence:
             return
         held = self._held
         complete = [self.setup.grid.complete(length) for length in exact_lengths(held, step)]
-        whole_prompt = step.is_prompt and step.certain == step.total
-        if complete == self._complete and not whole_prompt:
+        if complete == self._complete and not step.is_whole_prompt:
             return  # no chunk ends here: nearly every step of decoding
         self._complete = complete
         if not all(bool(check) for check in self._checks):

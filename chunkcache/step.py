@@ -93,3 +93,8 @@ class Step:
     prefill_from: float = 0.0
     fresh: list[list[tuple[int, int]]] = field(default_factory=list)
     stale: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def is_whole_prompt(self) -> bool:
+        """Whether a prompt ends here, so that its last, shorter chunk may be kept."""
+        return self.is_prompt and self.certain == self.total

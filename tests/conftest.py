@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from servers import Server, redis_binary, valkey_binary
+from shelf import Shelf
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,15 @@ def server(request: pytest.FixtureRequest) -> Server:
 def server_url(request: pytest.FixtureRequest, server: Server) -> str:
     """Each transport of each server in turn."""
     return server.url(request.param)
+
+
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    """A store in a dict, let go at the end, whatever the test held back."""
+    shelf = Shelf()
+    yield shelf
+    shelf.error = None
+    shelf.gate.set()
 
 
 @pytest.fixture(autouse=True)

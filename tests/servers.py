@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -200,7 +201,31 @@ class SentinelServer(Server):
 SERVICE = "chunks"
 
 
-class Watched:
+class Together(ABC):
+    """Servers that start and stop together, once they agree with each other."""
+
+    _stack: ExitStack
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._begin(stack)
+            wait_until(self._is_complete)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @abstractmethod
+    def _begin(self, stack: ExitStack) -> None:
+        """Start them, and let `stack` stop them."""
+
+    @abstractmethod
+    def _is_complete(self) -> bool:
+        """Whether they know each other."""
+
+
+class Watched(Together):
     """A primary, a replica of it, and three sentinels that put the one in the other's place.
 
     `password` is that of primary and replica.
@@ -213,7 +238,6 @@ class Watched:
             Server(redis_binary(), *options, password=password) for _ in range(2)
         )
         self.sentinels = [SentinelServer(self.primary, password) for _ in range(3)]
-        self._stack = ExitStack()
 
     @property
     def hosts(self) -> str:
@@ -232,20 +256,13 @@ class Watched:
             port = client.sentinel_masters()[SERVICE]["port"]
         return self.primary if port == self.primary.port else self.replica
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for server in (self.primary, self.replica):
-                stack.enter_context(server)
-            with self.replica.client() as client:
-                client.execute_command("REPLICAOF", "127.0.0.1", str(self.primary.port))
-            for sentinel in self.sentinels:
-                stack.enter_context(sentinel)
-            wait_until(self._is_complete)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def _begin(self, stack: ExitStack) -> None:
+        for server in (self.primary, self.replica):
+            stack.enter_context(server)
+        with self.replica.client() as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", str(self.primary.port))
+        for sentinel in self.sentinels:
+            stack.enter_context(sentinel)
 
     def _is_complete(self) -> bool:
         for sentinel in self.sentinels:
@@ -267,12 +284,11 @@ class ClusterServer(Server):
         super().__init__(redis_binary(), *options)
 
 
-class Cluster:
+class Cluster(Together):
     """Three primaries without replicas, that share the slots."""
 
     def __init__(self) -> None:
         self.servers = [ClusterServer() for _ in range(3)]
-        self._stack = ExitStack()
 
     @property
     def url(self) -> str:
@@ -317,23 +333,16 @@ class Cluster:
             with server.client() as client:
                 client.flushall()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for server in self.servers:
-                stack.enter_context(server)
-            for at, server in enumerate(self.servers):
-                with server.client() as client:
-                    slots = at * 16384 // 3, (at + 1) * 16384 // 3 - 1
-                    client.execute_command("CLUSTER ADDSLOTSRANGE", *slots)
-                    for other in self.servers[:at]:
-                        where = other.port, other.bus_port
-                        client.execute_command("CLUSTER MEET", "127.0.0.1", *where)
-            wait_until(self._is_complete)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def _begin(self, stack: ExitStack) -> None:
+        for server in self.servers:
+            stack.enter_context(server)
+        for at, server in enumerate(self.servers):
+            with server.client() as client:
+                slots = at * 16384 // 3, (at + 1) * 16384 // 3 - 1
+                client.execute_command("CLUSTER ADDSLOTSRANGE", *slots)
+                for other in self.servers[:at]:
+                    where = other.port, other.bus_port
+                    client.execute_command("CLUSTER MEET", "127.0.0.1", *where)
 
     def _is_complete(self) -> bool:
         for server in self.servers:

@@ -133,3 +133,24 @@ class ChunkStore(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ReadsFrom(ChunkStore):
+    """A base for stores that read from `store` as it is, and write in a way of their own."""
+
+    def __init__(self, store: ChunkStore) -> None:
+        self.store = store
+
+    def sizes(self, keys: Sequence[str]) -> list[int]:
+        return self.store.sizes(keys)
+
+    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        return self.store.read(keys)
+
+    def read_into(
+        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
+    ) -> Generator[bool]:
+        return self.store.read_into(keys, places)
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        return self.store.read_metadata(keys)

@@ -6,14 +6,14 @@ answer it is the other way round: the work pauses until the queue has room.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, ReadsFrom
 from chunkcache.stores.calls import calls_of_prompt
 
 
-class PatientStore(ChunkStore):
+class PatientStore(ReadsFrom):
     """`store`, whose writes wait for room instead of being dropped.
 
     Attributes:
@@ -22,7 +22,7 @@ class PatientStore(ChunkStore):
     """
 
     def __init__(self, store: ChunkStore) -> None:
-        self.store = store
+        super().__init__(store)
         self.bytes_written = 0
 
     def write(self, entries: Sequence[Entry]) -> int:
@@ -57,20 +57,6 @@ class PatientStore(ChunkStore):
 
     def check_writable(self) -> None:
         self.store.check_writable()
-
-    def sizes(self, keys: Sequence[str]) -> list[int]:
-        return self.store.sizes(keys)
-
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        return self.store.read(keys)
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        return self.store.read_into(keys, places)
-
-    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
-        return self.store.read_metadata(keys)
 
     def delete(self, keys: Sequence[str]) -> int:
         return self.store.delete(keys)

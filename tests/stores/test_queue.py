@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,6 @@ from chunkcache.stores import queue
 from chunkcache.stores.base import Entry
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.writer import WriteBehind
-
-
-@pytest.fixture
-def shelf() -> Iterator[Shelf]:
-    shelf = Shelf()
-    yield shelf
-    shelf.error = None
-    shelf.gate.set()
 
 
 def test_what_does_not_fit_is_dropped_at_once(shelf: Shelf) -> None:

@@ -35,6 +35,18 @@ def read(store: RedisStore, keys: Sequence[str]) -> list[bytes | None]:
     return [None if view is None else bytes(view) for view in store.read(keys)]
 
 
+def pipelines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Commands in each pipeline that is sent from now on."""
+    sent: list[int] = []
+    execute = redis.client.Pipeline.execute
+    monkeypatch.setattr(
+        redis.client.Pipeline,
+        "execute",
+        lambda pipe, **options: (sent.append(len(pipe)), execute(pipe, **options))[1],
+    )
+    return sent
+
+
 def use_every_verb(store: RedisStore) -> list[str]:
     """The messages of the StoreErrors that the verbs raise."""
     verbs = [
@@ -91,13 +103,7 @@ def test_writing_again_replaces_both_halves(server: Server, server_url: str) -> 
 def test_many_entries_without_a_blob_cost_one_round_trip(
     redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = []
-    execute = redis.client.Pipeline.execute
-    monkeypatch.setattr(
-        redis.client.Pipeline,
-        "execute",
-        lambda pipe, **options: (sent.append(len(pipe)), execute(pipe, **options))[1],
-    )
+    sent = pipelines(monkeypatch)
     store = RedisStore(redis_server.unix_url)
     small = [Entry(f"k{i}", {f"f{i}": "1"}, memoryview(b""), merge=i % 2 == 0) for i in range(300)]
     store.write([entry("k0", b"blob", f="0"), *small, *small, entry("k1", b"blob")])
@@ -430,13 +436,7 @@ def test_a_hit_renews_both_halves_if_asked_to(server: Server, refresh: bool, loo
 def test_renewing_costs_no_round_trip(
     redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trips = []
-    execute = redis.client.Pipeline.execute
-    monkeypatch.setattr(
-        redis.client.Pipeline,
-        "execute",
-        lambda pipe, **options: (trips.append(1), execute(pipe, **options))[1],
-    )
+    trips = pipelines(monkeypatch)
     RedisStore(redis_server.tcp_url, ttl=9).sizes(["a", "b", "c"])
     assert len(trips) == 1
 

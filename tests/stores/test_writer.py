@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -18,14 +17,6 @@ from chunkcache.stores.base import Entry
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind
-
-
-@pytest.fixture
-def shelf() -> Iterator[Shelf]:
-    shelf = Shelf()
-    yield shelf
-    shelf.error = None
-    shelf.gate.set()
 
 
 def test_writes_arrive_in_order_one_by_one(shelf: Shelf) -> None:

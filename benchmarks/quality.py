@@ -1,7 +1,7 @@
 """What reuse at any position does to the answers, against what its repair costs.
 
-    python benchmarks/quality.py            # 201 prompts, two models: some hours on 2 cores
-    python benchmarks/quality.py --quick    # 6 prompts, one model: about two minutes
+    python -m benchmarks.quality            # 201 prompts, two models: some hours on 2 cores
+    python -m benchmarks.quality --quick    # 6 prompts, one model: about two minutes
 
 Real documents of 128 to 300 tokens, each met once in an earlier prompt among others, come back 4 to
 8 at a time in random order, with a question about one of them. A full run answers; every arm is
@@ -35,12 +35,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from corpus import KINDS, Document, Prompt, documents, draw, history
-from fidelity import Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.corpus import KINDS, Document, Prompt, documents, draw, history
+from benchmarks.fidelity import Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
 from chunkcache import RedisChunkCache
 from chunkcache.repair import Repair
 from chunkcache.samples import converted, load_folder, load_smollm2

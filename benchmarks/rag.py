@@ -1,7 +1,7 @@
 """Time to the first token over a stream of retrieval prompts, and of one prompt of 2,000 tokens.
 
-    python benchmarks/rag.py            # about 15 minutes on 2 cores
-    python benchmarks/rag.py --quick    # about 2 minutes
+    python -m benchmarks.rag            # about 15 minutes on 2 cores
+    python -m benchmarks.rag --quick    # about 2 minutes
 
 Every prompt of the stream draws 4 to 8 of 50 documents (leads of an encyclopedia) in random order
 and asks about one of them. Three arms see the same prompts in turn, each with a namespace of its
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import documents, draw
-from quality import ask, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.corpus import documents, draw
+from benchmarks.quality import ask, write
 from chunkcache import RedisChunkCache
 from chunkcache.report import Report
 from chunkcache.samples import load_smollm2

@@ -1,7 +1,7 @@
 """Time to the first token, and of decoding, with and without chunkcache, in one run.
 
-    python benchmarks/ttft.py            # about 15 minutes on 2 cores
-    python benchmarks/ttft.py --quick    # about 1 minute, for a first look
+    python -m benchmarks.ttft            # about 15 minutes on 2 cores
+    python -m benchmarks.ttft --quick    # about 1 minute, for a first look
 
 All arms see the same prompts and take turns, so that a machine that gets slower or faster in the
 course of the run does so for all of them. What is compared are medians of one run; times of

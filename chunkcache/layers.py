@@ -179,8 +179,13 @@ class GrowingLayer(DynamicLayer):
             self._move(key_states, value_states, held, held)
             self.hold(held)
         columns = columns.to(key_states.device)
-        self.keys.index_copy_(2, columns, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, columns, value_states.to(self.values.dtype))
+        new = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        if torch.is_grad_enabled():  # as in `update`
+            self.keys = self.keys.index_copy(2, columns, new[0])
+            self.values = self.values.index_copy(2, columns, new[1])
+        else:
+            self.keys.index_copy_(2, columns, new[0])
+            self.values.index_copy_(2, columns, new[1])
         return self.keys, self.values
 
     def reserve(self, tokens: int) -> None:

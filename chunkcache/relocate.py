@@ -99,11 +99,10 @@ def _place(
     users: Sequence[tuple[Passage, Piece]],
 ) -> None:
     for passage, piece in users:
-        inside = slice(piece.offset, piece.offset + piece.stop - piece.start)
+        tokens = piece.stop - piece.start
+        inside = slice(piece.offset, piece.offset + tokens)
         part = [(pair[0][:, inside], pair[1][:, inside]) if pair else None for pair in kv]
-        old = torch.arange(piece.old_start, piece.old_start + piece.stop - piece.start)
-        moved = mover.move_all(part, old, torch.arange(piece.start, piece.stop))
-        for layer, pair in zip(layers, moved, strict=True):
-            if pair is not None:
-                for row in passage.rows:
-                    layer.place(row, passage.pad + piece.start, *pair)
+        old, new = (torch.arange(p, p + tokens) for p in (piece.old_start, piece.start))
+        for row in passage.rows:
+            target = peek_all(layers, row, passage.pad + piece.start, tokens)
+            mover.move_into(target, part, old, new)

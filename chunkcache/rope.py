@@ -12,7 +12,6 @@ Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -50,34 +49,42 @@ class Rotation:
     sign: int
 
     def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """Rotate `[..., tokens, head_dim]` from positions `old` to `new`, each `[tokens]`.
+        """Rotate `[..., tokens, head_dim]` from positions `old` to `new`, each `[tokens]`."""
+        moved = torch.empty_like(x)
+        self.turn(x, moved, self.angles(old, new))
+        return moved
+
+    def angles(self, old: Tensor, new: Tensor) -> Tensor:
+        """Cosine and sine, `[2, tokens, pairs]` in float64, of the angles from `old` to `new`."""
+        freq = self.inv_freq.to(old.device)
+        then, now = (p.float()[:, None] * freq * self.sign for p in (old, new))
+        between = now.double() - then.double()
+        return torch.stack((between.cos(), between.sin()))
+
+    def turn(self, x: Tensor, out: Tensor, angles: Tensor) -> None:
+        """Write `x`, `[..., tokens, head_dim]`, to `out`, elsewhere in memory, turned by `angles`.
 
         Computed in float32 (float64 for float64) and rounded once.
         """
-        pairs = self.inv_freq.shape[0]
+        end = self.first + 2 * self.inv_freq.shape[0]
+        if end - self.first < x.shape[-1]:
+            out.copy_(x)
+        part, target = x[..., self.first : end], out[..., self.first : end]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (part.to(dtype) for part in self._between(old, new))
-        part = x[..., self.first : self.first + 2 * pairs].to(dtype)
-        moved = x.clone()
-        target = moved[..., self.first : self.first + 2 * pairs]
-        if self.interleaved:
-            a, b = part[..., 0::2], part[..., 1::2]
-            target[..., 0::2] = a * cos - b * sin
-            target[..., 1::2] = b * cos + a * sin
-        else:
-            a, b = part[..., :pairs], part[..., pairs:]
-            target[..., :pairs] = a * cos - b * sin
-            target[..., pairs:] = b * cos + a * sin
-        return moved
+        wide = target if dtype == x.dtype else torch.empty_like(target, dtype=dtype)
+        cos, sin = angles.to(x.device, dtype)
+        (a, b), (c, d) = self._pairs(part.to(dtype)), self._pairs(wide)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        if wide is not target:
+            target.copy_(wide)
 
-    def _between(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, `[tokens, pairs]` in float64, of the angles from `old` to `new`."""
-        freq = self.inv_freq.to(old.device)
-        a, b = (p.float()[:, None] * freq * self.sign for p in (old, new))
-        a, b = a.double(), b.double()
-        cos = b.cos() * a.cos() + b.sin() * a.sin()
-        sin = b.sin() * a.cos() - b.cos() * a.sin()
-        return cos, sin
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second of each pair."""
+        if self.interleaved:
+            return x[..., 0::2], x[..., 1::2]
+        first, second = x.chunk(2, dim=-1)
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -103,21 +110,29 @@ class KeyMover:
         values = rule.values.move(kv[1], old, new) if rule.values else kv[1]
         return keys, values
 
-    def move_all(
-        self, layers: Sequence[LayerKV | None], old: Tensor, new: Tensor
-    ) -> list[LayerKV | None]:
-        """All layers' `[kv_heads, tokens, head_dim]` at once: layers that turn alike, together."""
-        parts = [list(kv) if kv else [] for kv in layers]
-        groups: defaultdict[tuple[Rotation, int, torch.Size], list[int]] = defaultdict(list)
-        for index, (rule, kv) in enumerate(zip(self.layers, parts, strict=True)):
-            for part, rotation in enumerate((rule.keys, rule.values) if rule and kv else ()):
-                if rotation is not None:
-                    groups[rotation, part, kv[part].shape].append(index)
-        for (rotation, part, _), alike in groups.items():
-            stacked = torch.stack([parts[index][part] for index in alike])
-            for index, turned in zip(alike, rotation.move(stacked, old, new), strict=True):
-                parts[index][part] = turned
-        return [(kv[0], kv[1]) if kv else None for kv in parts]
+    def move_into(
+        self,
+        targets: Sequence[LayerKV | None],
+        sources: Sequence[LayerKV | None],
+        old: Tensor,
+        new: Tensor,
+    ) -> None:
+        """Write all layers' keys and values to other memory, as they are at other positions.
+
+        Layer by layer, straight into place: a copy of K/V costs as much as their turning does.
+        """
+        known: dict[Rotation, Tensor] = {}
+        for rule, target, source in zip(self.layers, targets, sources, strict=True):
+            if target is None or source is None:
+                continue
+            turns = (rule.keys, rule.values) if rule else (None, None)
+            for rotation, out, x in zip(turns, target, source, strict=True):
+                if rotation is None:
+                    out.copy_(x)
+                    continue
+                if rotation not in known:
+                    known[rotation] = rotation.angles(old, new)
+                rotation.turn(x, out, known[rotation])
 
 
 LoneToken = Sequence[LayerKV | None]

@@ -63,6 +63,19 @@ def test_computing_everything_again_is_a_full_run(kind, attention):
     assert report.exact
 
 
+def test_with_gradients_on_too():
+    """A model that is called outside of `no_grad` keeps what autograd needs."""
+    model, store = build(), MemoryStore()
+    meet(model, store)
+    cache = anywhere(model, ReadOnly(store), repair="full")
+    with torch.enable_grad():
+        out = model(input_ids=shuffled_prompt(), past_key_values=cache, logits_to_keep=1).logits
+        step = model(input_ids=out[:, -1:].argmax(-1), past_key_values=cache).logits
+        step.sum().backward()
+    assert cache.report.recomputed > 1000
+    assert close(out[:, -1], logits(model, shuffled_prompt()))
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_so_it_is_on_other_models(kind):
     model, store = build(kind), MemoryStore()
@@ -115,9 +128,9 @@ def test_text_moved_with_all_that_it_sees_is_exact():
 def test_a_wrong_rotation_would_be_noticed(monkeypatch):
     model, store = build(num_hidden_layers=1), MemoryStore()
     meet(model, store)
-    move = KeyMover.move_all
+    move = KeyMover.move_into
     monkeypatch.setattr(
-        KeyMover, "move_all", lambda self, kv, old, new: move(self, kv, old, new + 1)
+        KeyMover, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
     )
     found, _ = prefill(model, store, shuffled_prompt(), repair="none")
     assert not close(found, logits(model, shuffled_prompt()), 1e-3)

@@ -157,9 +157,9 @@ def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill(model, store, first_prompt(), reuse="anywhere")
     cache = RedisChunkCache(model, store, reuse="anywhere", repair="none")
     assert is_exact(cache.audit(moved_prompt()))
-    move = KeyMover.move_all
+    move = KeyMover.move_into
     monkeypatch.setattr(
-        KeyMover, "move_all", lambda self, kv, old, new: move(self, kv, old, new + 1)
+        KeyMover, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
     )
     audit = cache.audit(moved_prompt())
     assert audit.key_deviation[0] > 0.05

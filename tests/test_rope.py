@@ -66,10 +66,21 @@ def test_all_layers_at_once_are_each_on_its_own(kind):
         for s in layout.layers
     ]
     old, new = torch.arange(5), torch.arange(50, 55)
-    for index, (k, v) in enumerate(mover.move_all(layers, old, new)):
+    targets = [(torch.empty_like(k), torch.empty_like(v)) for k, v in layers]
+    mover.move_into(targets, layers, old, new)
+    for index, (k, v) in enumerate(targets):
         alone = mover.move(layers[index], index, old, new)
         assert torch.equal(k, alone[0])
         assert torch.equal(v, alone[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(positions, positions, st.booleans())
+def test_sixteen_bits_are_rounded_once(dtype, old, new, interleaved):
+    rule = rotation(interleaved)
+    x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(6)).to(dtype)
+    a, b = torch.arange(old, old + 3), torch.arange(new, new + 3)
+    assert torch.equal(rule.move(x, a, b), rule.move(x.float(), a, b).to(dtype))
 
 
 @given(positions, st.integers(-100, 100), st.booleans(), st.sampled_from([1, -1]))

@@ -3,6 +3,7 @@
 from chunkcache.audit import Audit
 from chunkcache.cache import RedisChunkCache
 from chunkcache.documents import DocumentFailure, DocumentsSummary, add_documents
+from chunkcache.enable import Enabled, enabled
 from chunkcache.errors import (
     ChunkCacheError,
     SettingError,
@@ -23,6 +24,7 @@ __all__ = [
     "ChunkCacheError",
     "DocumentFailure",
     "DocumentsSummary",
+    "Enabled",
     "Explanation",
     "RedisChunkCache",
     "Report",
@@ -32,6 +34,7 @@ __all__ = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "add_documents",
+    "enabled",
     "open_store",
     "uninstall",
 ]

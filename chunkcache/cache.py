@@ -85,6 +85,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if anywhere:
                 self._sequence.mover()  # or refuse the model at once
         install(inner)
+        state.caches.add(self)
 
     @property
     def store(self) -> ChunkStore:
@@ -149,6 +150,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         memo[id(self)] = twin
         memo[id(self._setup)] = self._setup
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        self._setup.state.caches.add(twin)
         return twin
 
     # ------------------------------------------------------------------ what the hook calls

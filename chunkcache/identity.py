@@ -21,6 +21,7 @@ from torch import nn
 
 from chunkcache.errors import SettingError
 from chunkcache.foreign import patches
+from chunkcache.ranks import Ranks
 from chunkcache.weights import digest_adapters, digest_weights
 
 # Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
@@ -91,7 +92,9 @@ class ModelIdentity:
         )
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return cls(model_name(model), revision, dtype, digest, parts)
+        ranks = Ranks.of(model)
+        name = model_name(model)
+        return cls(name, revision, dtype, digest, parts, ranks.size, ranks.rank)
 
     def salt(self, namespace: str) -> bytes:
         """What every chunk hash of this model starts from. A namespace is a world of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,12 @@ def check_model(model: Any) -> nn.Module:
         raise UnsupportedModelError(
             f"{name} has a cache class of its own and takes no DynamicCache: "
             "generate without chunkcache"
+        )
+    parameters = inspect.signature(inner.forward).parameters
+    if "cache_params" in parameters and "past_key_values" not in parameters:
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent state, passed as cache_params, and takes no "
+            "past_key_values: generate without chunkcache"
         )
     generation_config = getattr(inner, "generation_config", None)
     implementation = getattr(generation_config, "cache_implementation", None)

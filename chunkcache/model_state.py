@@ -17,6 +17,7 @@ from chunkcache.identity import ModelIdentity, digest_config, numerics
 from chunkcache.layers import SpareMemory
 from chunkcache.moving import prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
+from chunkcache.ranks import Ranks
 from chunkcache.rope import KeyMover
 from chunkcache.stores import open_store
 from chunkcache.stores.base import ChunkStore, Entry
@@ -38,6 +39,7 @@ class ModelState:
     foreign: list[tuple[str, Hooks, int]] = field(default_factory=list)
     hooks: HookWatch = field(default_factory=HookWatch)
     memory: SpareMemory = field(default_factory=SpareMemory)
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those alive
     _watched: Watched | None = None
     _edited: set[str] = field(default_factory=set)
     _rest: tuple[object, ...] = ()
@@ -103,6 +105,11 @@ class ModelState:
             return self._movers[identity.digest]
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that share the model."""
+        return Ranks.of(self.model)
+
+    @property
     def is_known(self) -> bool:
         """Whether the model was looked at before."""
         return self._identity is not None
@@ -116,9 +123,10 @@ class ModelState:
             return self._stores[key]
 
     def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
-        if _was_proven(store, identity, PROOF_FORMAT):
+        # Tests are forwards, which all ranks run or none.
+        if self.ranks.all(_was_proven(store, identity, PROOF_FORMAT)):
             proof = measure_layout(self.model)
-            if not proof.obstacle:
+            if self.ranks.all(not proof.obstacle):
                 return proof
         proof = prove(self.model)
         if not proof.obstacle:

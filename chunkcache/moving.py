@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from chunkcache.codec import KVLayout, LayerKV
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.proof import ROUNDING, cache_of, forward, growing_layers, probe_ids, takes
+from chunkcache.ranks import Ranks
 from chunkcache.rope import KeyMover, find_rules
 from chunkcache.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
@@ -47,6 +48,8 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
 def _known_obstacle(model: nn.Module) -> str:
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
+    if Ranks.of(model).size > 1:
+        return "the model is shared by several processes (tensor parallel)"
     if not takes(model, "position_ids"):
         return "the model takes no position_ids, so its positions cannot be set"
     if text_config._attn_implementation not in MASKED_ATTENTION:

@@ -143,9 +143,14 @@ class PrefillAware(ABC):
         """Take note that the forward raised an exception."""
 
 
+def is_installed(model: nn.Module) -> bool:
+    """Whether a model has the hook."""
+    return _before in model._forward_pre_hooks.values()
+
+
 def install(model: nn.Module) -> None:
     """Put the hook on a model that has none yet."""
-    if _before not in model._forward_pre_hooks.values():
+    if not is_installed(model):
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
@@ -172,7 +177,8 @@ def _before(
         return None
     if kwargs.get("use_cache") is False:
         raise UnsupportedCallError(
-            "use_cache=False contradicts past_key_values=RedisChunkCache(...): leave one out"
+            "use_cache=False, of this call or of the model's generation settings, contradicts "
+            "past_key_values=RedisChunkCache(...): pass use_cache=True, or no cache"
         )
     rest = cache.begin_forward(module, read_call(module, kwargs))
     cache.untrimmed = kwargs

@@ -67,7 +67,7 @@ class Recall:
         self.report.read_ms += 1e3 * (perf_counter() - started)
         if self.mover and (found := self._move(ids, filling, self.mover)):
             return found
-        known = min(filling.stops)
+        known = self.setup.state.ranks.least(min(filling.stops))
         if known > step.held and any(pad < known for pad in pads):
             self._hold(known)
         else:

@@ -97,8 +97,10 @@ class Sequence:
 
     def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
         self.opaque = self.opaque or call.opaque
-        if step.is_prompt and not self.opaque:
-            self.opaque = self._why_aside(module, call, step)
+        if step.is_prompt:
+            self.opaque = self.opaque or self._why_aside(module, call, step)
+            if not self.setup.state.ranks.all(not self.opaque):
+                self.opaque = self.opaque or "another process of this model stands aside"
         if self.opaque:
             if step.held > step.past:
                 self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
@@ -186,6 +188,8 @@ class Sequence:
     def end(self, step: Step, report: Report) -> bool:
         """Hand over what is new. True if the forward must be done again, with nothing left out."""
         changed = self.setup.state.hooks.end()
+        if step.trimmed:
+            changed = not self.setup.state.ranks.all(not changed)
         if changed:
             self.opaque = self.setup.state.hooks.reason(self._hooks)
         if changed and step.trimmed:

@@ -18,6 +18,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from chunkcache.ranks import local
+
 # Up to this many bytes of weights every byte counts (about 0.4 s at memory speed).
 WHOLE_MODEL_BYTES = 4 << 30
 # Tensors up to this size count whole in any case: norms and biases, the usual targets of edits.
@@ -111,6 +113,7 @@ def watch(model: nn.Module, parts: Parts | None = None) -> Watched:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
+                tensor = local(tensor)
                 dtype, device = tensor.dtype, tensor.device
                 kinds.append((path, name, dtype, tensor.shape, device))
                 # Inference tensors have no version counter: an in-place change could not be
@@ -136,8 +139,8 @@ def _storage(tensor: Tensor) -> object:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name, local(tensor)
 
 
 def _adapter_state(module: Any) -> str:

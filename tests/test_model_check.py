@@ -122,3 +122,9 @@ def test_wrappers_are_looked_through(wrap: Any) -> None:
 def test_what_a_wrapper_hides_is_refused_all_the_same() -> None:
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         check_model(compiled(t5()))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_a_recurrent_state_is_no_cache_of_this_kind(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="cache_params"):
+        check_model(tiny(model_type))

@@ -268,3 +268,9 @@ def test_the_layout_is_measured() -> None:
     for kind in ("gemma3_text", "deepseek_v3", "gpt2"):
         model = tiny(kind)
         assert measure_layout(model).layout == prove(model).layout
+
+
+def test_a_model_that_makes_much_of_rounding_is_an_obstacle() -> None:
+    """Many turns through the same layers: a prompt of another length already rounds otherwise."""
+    assert "changes this model's logits" in prove(tiny("hrm_text")).obstacle
+    assert prove(tiny("hrm_text", dtype=torch.float64)).obstacle == ""

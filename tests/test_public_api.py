@@ -16,6 +16,7 @@ PUBLIC = [
     "ChunkCacheError",
     "DocumentFailure",
     "DocumentsSummary",
+    "Enabled",
     "Explanation",
     "RedisChunkCache",
     "Report",
@@ -25,6 +26,7 @@ PUBLIC = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "add_documents",
+    "enabled",
     "open_store",
     "uninstall",
 ]

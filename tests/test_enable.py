@@ -1,0 +1,199 @@
+"""enabled(): every generate() inside uses the cache; the model is as before afterwards."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, GenerationConfig, pipeline
+
+from chunkcache import (
+    RedisChunkCache,
+    SettingError,
+    UnsupportedModelError,
+    enabled,
+)
+from chunkcache.prefill import is_installed
+from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny, tokens
+from tests.words import word_tokenizer, words
+
+HOW = {"max_new_tokens": 6, "do_sample": False}
+IDS = tokens(300, seed=1)
+
+
+@pytest.fixture
+def model():
+    return tiny("llama")
+
+
+@pytest.fixture
+def store():
+    return MemoryStore()
+
+
+def is_as_before(model):
+    hooks = (model._forward_hooks, model._forward_pre_hooks)
+    return "generate" not in vars(model) and not any(hooks)
+
+
+def test_every_generate_inside_uses_the_cache(model, store):
+    plain = model.generate(IDS, **HOW)
+    with enabled(model, store) as context:
+        assert torch.equal(model.generate(IDS, **HOW), plain)
+        assert context.report.computed == 300
+        assert context.flush()
+        for inputs in ({"input_ids": IDS}, {"inputs": IDS}):
+            assert torch.equal(model.generate(**inputs, **HOW), plain)
+            assert context.report.computed < 50
+    assert is_as_before(model)
+    assert torch.equal(model.generate(IDS, **HOW), plain)
+
+
+def test_settings_are_those_of_the_cache(model, store):
+    with enabled(model, store, reuse="anywhere", repair="full", namespace="a") as context:
+        model.generate(IDS, **HOW)
+        context.flush()
+        moved = torch.cat([tokens(30, seed=2), IDS], 1)
+        out = model.generate(moved, **HOW)
+        assert context.report.recomputed > 200
+    assert torch.equal(out, model.generate(moved, **HOW))
+    with enabled(model, store, namespace="b") as context:
+        model.generate(IDS, **HOW)
+        assert context.report.computed == 300
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"generation_config": GenerationConfig(use_cache=False, **HOW)},
+    ],
+)
+def test_calls_that_want_no_cache_are_left_alone(model, store, own):
+    plain = model.generate(IDS, **HOW)
+    with enabled(model, store) as context:
+        assert torch.equal(model.generate(IDS, **{**HOW, **own}), plain)
+        assert context.report.prompt_tokens == 0
+
+
+def test_a_cache_of_the_callers_is_used(model, store):
+    theirs = DynamicCache(config=model.config)
+    with enabled(model, store) as context:
+        model.generate(IDS, past_key_values=theirs, **HOW)
+        assert context.report.prompt_tokens == 0
+    assert theirs.get_seq_length() == 305
+
+
+def test_afterwards_the_model_is_as_before_also_after_an_exception(model, store):
+    with pytest.raises(ZeroDivisionError), enabled(model, store):
+        raise ZeroDivisionError
+    assert is_as_before(model)
+    with pytest.raises(ValueError, match="max_new_tokens"), enabled(model, store):
+        model.generate(IDS, max_new_tokens=0)
+    assert is_as_before(model)
+    with pytest.raises(SettingError, match="chunk_size"), enabled(model, store, chunk_size=-1):
+        pass
+    assert is_as_before(model)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"), enabled(model, store):
+        pass
+
+
+def test_a_generate_of_someone_elses_comes_back(model, store):
+    calls = []
+    model.generate = lambda *args, **kwargs: calls.append(kwargs["past_key_values"])
+    theirs = model.generate
+    with enabled(model, store):
+        model.generate(IDS)
+    assert model.generate is theirs
+    assert isinstance(calls[0], RedisChunkCache)
+
+
+def test_a_cache_that_lives_keeps_its_hook(model, store):
+    with enabled(model, store):
+        cache = RedisChunkCache(model, store)
+        out = model.generate(IDS, return_dict_in_generate=True, **HOW)
+    assert is_installed(model)
+    for mine in (cache, out.past_key_values):
+        found = model.generate(IDS, past_key_values=mine, **HOW)
+        assert torch.equal(found, model.generate(IDS, **HOW))
+        assert mine.report.prompt_tokens == 300
+
+
+def test_nested_the_innermost_counts(model, store):
+    other = MemoryStore()
+    with enabled(model, store) as outer:
+        model.generate(IDS, **HOW)
+        with enabled(model, other) as inner:
+            model.generate(IDS, **HOW)
+            assert inner.report.computed == 300
+        outer.flush()
+        model.generate(IDS, **HOW)
+        assert outer.report.computed < 50
+    assert is_as_before(model)
+
+
+def test_threads_each_have_their_own(model, store):
+    prompts = [tokens(200 + 10 * n, seed=50 + n) for n in range(4)]
+    plain = [model.generate(ids, **HOW) for ids in prompts]
+    together = Barrier(4)
+
+    def work(n):
+        together.wait()
+        with enabled(model, store, namespace=str(n)) as context:
+            together.wait()
+            outs = [model.generate(prompts[n], **HOW)]
+            context.flush()
+            outs.append(model.generate(prompts[n], **HOW))
+            skipped = context.report.prompt_tokens - context.report.computed
+            together.wait()
+        return outs, context.report.prompt_tokens, skipped
+
+    with ThreadPoolExecutor(4) as pool:
+        for n, (outs, length, skipped) in enumerate(pool.map(work, range(4))):
+            assert length == prompts[n].shape[1]
+            assert skipped > 100
+            assert all(torch.equal(out, plain[n]) for out in outs)
+    assert is_as_before(model)
+
+
+def test_a_thread_without_one_takes_the_latest(model, store):
+    with enabled(model, store) as context, ThreadPoolExecutor(1) as pool:
+        pool.submit(model.generate, IDS, **HOW).result()
+        assert context.report.prompt_tokens == 300
+
+
+def test_pipelines_use_it(model, store):
+
+    pipe = pipeline("text-generation", model=model, tokenizer=word_tokenizer())
+    text = words(IDS[0].tolist())
+    plain = pipe(text, **HOW)
+    with enabled(model, store) as context:
+        assert pipe(text, **HOW) == plain
+        context.flush()
+        assert pipe([text, text], **HOW) == [plain, plain]
+        assert context.report.computed < context.report.prompt_tokens / 2
+
+
+def test_a_peft_model_uses_it_and_adapters_are_told_apart(store):
+
+    model = get_peft_model(
+        tiny("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    on = model.generate(input_ids=IDS, **HOW)
+    with model.disable_adapter():
+        off = model.generate(input_ids=IDS, **HOW)
+    assert not torch.equal(on, off)
+    with enabled(model, store) as context:
+        for _ in range(2):
+            assert torch.equal(model.generate(input_ids=IDS, **HOW), on)
+            context.flush()
+            with model.disable_adapter():
+                assert torch.equal(model.generate(input_ids=IDS, **HOW), off)
+                context.flush()
+        assert context.report.computed < 50

@@ -166,6 +166,8 @@ def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> 
     """Logits of `[batch, tokens]` ids, computed where the model's embeddings are."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = next(embedding.parameters()).device
+    if device.type == "meta":  # offloaded: accelerate brings inputs to where weights will be
+        device = ids.device
     placed = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in more.items()

@@ -35,8 +35,8 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
     """SHA-256 over name, shape, dtype and content of every parameter and buffer (64 hex digits).
 
     The content of each tensor enters through xxh3-128: fast, and against mistakes, not against
-    somebody who forges weights. What cannot be read (offloaded, or of a foreign kind) enters as
-    random bytes: such a model shares with nobody.
+    somebody who forges weights. What accelerate has offloaded is read where it is. What cannot be
+    read (of a foreign kind) enters as random bytes: such a model shares with nobody.
 
     Args:
         model: The model.
@@ -113,15 +113,18 @@ def watch(model: nn.Module, parts: Parts | None = None) -> Watched:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                tensor = local(tensor)
+                elsewhere = tensor.is_meta
+                tensor = local(_offloaded(module, name) if elsewhere else tensor)
                 dtype, device = tensor.dtype, tensor.device
                 kinds.append((path, name, dtype, tensor.shape, device))
                 # Inference tensors have no version counter: an in-place change could not be
                 # seen, so they never compare equal and are hashed again.
                 version = object() if tensor.is_inference() else tensor._version
-                memory.append((_storage(tensor), tensor.storage_offset(), version))
+                # What is kept elsewhere is loaded anew each time: its numbers must do.
+                place = None if elsewhere else (_storage(tensor), version)
+                memory.append((place, tensor.storage_offset()))
                 count = min(PULSE, tensor.numel())
-                if count and device.type != "meta" and tensor.is_contiguous():
+                if count and not tensor.is_meta and tensor.is_contiguous():
                     step = tensor.numel() // count
                     samples[device, dtype].append(tensor.detach().as_strided((count,), (step,)))
     pulse = b"".join(
@@ -139,8 +142,25 @@ def _storage(tensor: Tensor) -> object:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name, local(tensor)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    full = f"{path}.{name}" if path else name
+                    yield full, local(_offloaded(module, name) if tensor.is_meta else tensor)
+
+
+def _offloaded(module: Any, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere, in memory or on disk, until it is needed."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        weights = getattr(part, "weights_map", None)
+        if weights is not None and name in weights:
+            weight: Tensor = weights[name]
+            return weight
+    return torch.empty(0, device="meta")
 
 
 def _adapter_state(module: Any) -> str:
@@ -152,7 +172,7 @@ def _adapter_state(module: Any) -> str:
 
 
 def _content(tensor: Tensor, whole: bool) -> bytes:
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return os.urandom(16)
     try:
         data = tensor.contiguous().reshape(-1).view(torch.uint8)

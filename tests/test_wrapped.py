@@ -1,0 +1,184 @@
+"""Models in wrappers: adapters, weights kept elsewhere, images, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from chunkcache import RedisChunkCache
+from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny, tokens
+
+IDS = tokens(300, seed=1)
+HOW = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def run(model: Any, store: MemoryStore, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    cache = RedisChunkCache(model, store)
+    out = model.generate(**({"input_ids": IDS} | inputs), past_key_values=cache, **HOW)
+    cache.flush()
+    return out, cache.report
+
+
+def lora(rank: int = 4) -> LoraConfig:
+    return LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+# ------------------------------------------------------------------------------- adapters
+
+
+def test_every_state_of_an_adapter_is_a_model_of_its_own(store):
+    model: Any = get_peft_model(tiny(), lora()).eval()
+    model.add_adapter("other", lora(2))
+
+    def check(reused: bool) -> None:
+        plain = model.generate(input_ids=IDS, **HOW)
+        out, report = run(model, store)
+        assert torch.equal(out, plain)
+        assert (report.reused > 200) == reused
+
+    for again in (False, True):
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            check(reused=again)
+        with model.disable_adapter():
+            check(reused=again)
+    model.set_adapter("default")
+    check(reused=True)
+    model.merge_adapter()  # the sums are rounded: another model
+    check(reused=False)
+    model.unmerge_adapter()
+
+
+# ------------------------------------------------------------------------------- devices
+
+
+def spread(model: Any, folder: Any) -> Any:
+    return dispatch_model(
+        model,
+        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
+         "model.layers.2": "disk", "model.layers.3": "cpu", "model.norm": "cpu",
+         "model.rotary_emb": "cpu", "lm_head": "cpu"},
+        main_device="cpu", offload_dir=folder,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["cache", "dispatch"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda model, folder: cpu_offload(model, "cpu"),
+        lambda model, folder: disk_offload(model, folder, "cpu"),
+        spread,
+    ],
+    ids=["cpu", "disk", "spread"],
+)
+def test_weights_kept_elsewhere(store, tmp_path, how, first):
+    plain = tiny().generate(IDS, **HOW)
+    model: Any = tiny()
+    if first == "cache":
+        run(model, MemoryStore())
+    how(model, tmp_path)
+    for _ in range(2):
+        out, report = run(model, store)
+        assert torch.equal(out, plain)
+    assert report.reused > 200
+    # Another model of this kind, kept elsewhere too, is told apart.
+    other: Any = tiny(seed=1)
+    plain = other.generate(IDS, **HOW)
+    how(other, tmp_path / "other")
+    out, report = run(other, store)
+    assert torch.equal(out, plain)
+    assert report.reused == 0
+
+
+def test_an_edit_of_a_weight_kept_elsewhere(store):
+    model: Any = tiny()
+    cpu_offload(model, "cpu")
+    run(model, store)
+    weights = model.model.layers[1].self_attn.k_proj._hf_hook.weights_map
+    weights["weight"].mul_(1.5)
+    out, report = run(model, store)
+    assert report.reused == 0
+    assert torch.equal(out, model.generate(IDS, **HOW))
+
+
+def test_moved_to_another_type_after_the_cache_was_made(store):
+    model: Any = tiny()
+    cache = RedisChunkCache(model, store)
+    model.generate(IDS, past_key_values=cache, **HOW)
+    cache.flush()
+    model.to(torch.bfloat16)
+    plain = model.generate(IDS, **HOW)
+    out = model.generate(IDS, past_key_values=cache, **HOW)
+    assert torch.equal(out, plain)
+    assert cache.report.reused == 0
+
+
+# ------------------------------------------------------------------------------- images
+
+
+def a_vision_model() -> Any:
+    text = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+            "max_position_embeddings": 512, "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+            }}  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4,
+              "spatial_merge_size": 2, "temporal_patch_size": 1}  # fmt: skip
+    config = CONFIG_MAPPING["qwen2_vl"](
+        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6,
+        vision_start_token_id=7, vision_end_token_id=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def test_a_vision_model_reuses_text_and_stands_aside_for_images(store):
+    model = a_vision_model()
+    plain = model.generate(input_ids=IDS, **HOW)
+    for _ in range(2):
+        out, report = run(model, store)
+        assert torch.equal(out, plain)
+    assert report.reused > 200
+    ids = IDS.clamp(min=9)
+    ids[0, 10], ids[0, 11:15], ids[0, 15] = 7, 5, 8
+    for seed in (1, 2):  # the same tokens, two images
+        pixels = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
+        image = {
+            "input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]),
+            "mm_token_type_ids": (ids == 5).int(),
+        }  # fmt: skip
+        plain = model.generate(**image, **HOW)
+        out, report = run(model, store, **image)
+        assert torch.equal(out, plain)
+        assert report.reused == 0
+        assert "image" in report.skipped
+
+
+# ------------------------------------------------------------------------------- compilation
+
+
+def test_a_compiled_forward(store):
+    model: Any = tiny()
+    plain = model.generate(IDS, **HOW)
+    model.forward = torch.compile(model.forward, backend="eager")
+    for _ in range(2):
+        out, report = run(model, store)
+        assert torch.equal(out, plain)
+    assert report.reused > 200

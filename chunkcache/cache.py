@@ -60,6 +60,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     _step: Step
     _parked: bool  # generate() has begun and its prompt is awaited
     _in_flight: bool  # a forward has begun and not come back
+    _records_past = False  # drafts may have to be taken back
 
     def __init__(
         self,
@@ -109,6 +110,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         # Seem empty until the prompt has been seen. Told a length, generate() would cut off that
         # many ids unseen, whether or not they are those whose K/V are held.
         self._parked = True
+        self._records_past = False
 
     @property
     def is_compileable(self) -> bool:
@@ -127,6 +129,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Remove the last tokens; the number is negative, as in `DynamicCache`."""
         super().crop(tokens_to_remove)
         self._sequence.transcript.crop(self._sequence.length)
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs to take tokens back, also in layers that come later."""
+        self._records_past = True
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
@@ -184,7 +191,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if starts or not past or past != self._reported:
                 self.report = Report()
             self._reported = total
-        return self._sequence.begin(module, call, self._step, self.report)
+        rest = self._sequence.begin(module, call, self._step, self.report)
+        if self._records_past:  # a prompt's layers may be new ones
+            self.activate_past_recording()
+        return rest
 
     def end_forward(self, module: nn.Module) -> bool:
         """Keep the chunks that this forward has completed. True if it must be done again."""

@@ -446,6 +446,20 @@ def test_prompt_lookup_and_assistant(llama, store):
 # ---------------------------------------------------------------------- who shares with whom
 
 
+@pytest.mark.parametrize("kind", ["lfm2", "gemma3_text"])
+def test_drafts_are_taken_back_where_the_cache_stands_aside(kind, store, monkeypatch):
+    """Layers of Transformers' own forget what they were not told to keep."""
+    model = tiny(kind)
+    monkeypatch.setattr("chunkcache.proof._known_obstacle", lambda model: "for a test")
+    ids = random_ids(60, seed=70).repeat(1, 2)
+    how = {"new": 12, "prompt_lookup_num_tokens": 3}
+    for _ in range(2):
+        cache = RedisChunkCache(model, store)
+        assert torch.equal(generate(model, ids, cache, **how), generate(model, ids, **how))
+        assert cache.report.skipped == "for a test"
+        assert torch.equal(generate(model, ids, cache), generate(model, ids))
+
+
 def test_nothing_is_shared_across_namespaces(llama, store):
     ids = random_ids(300)
     generate(llama, ids, RedisChunkCache(llama, store, namespace="a"))

@@ -82,7 +82,8 @@ def stream(model: Any, tokenizer: Any, url: str, prompts: int, seed: int) -> lis
 def two_thousand(model: Any, tokenizer: Any, url: str, repeats: int) -> list[dict[str, Any]]:
     """Times of prompts of 2,021 tokens, one row per repeat and arm.
 
-    What was met before are 8 texts of 240 tokens: 15 whole chunks, so that prefix mode gets all of it.
+    What was met before are 8 texts of 240 tokens: 15 whole chunks, so that prefix mode
+    finds all of it too.
     """
     everything = [d.text for d in documents("encyclopedia", "test", tokenizer)[DOCUMENTS:]]
     ids = tokenizer("\n\n".join(everything), return_tensors="pt").input_ids

@@ -10,16 +10,20 @@ measured against it on the same prompts (see `fidelity.py`). The arms:
     full             everything computed again, through the same code: must be at 0
     none             moved, nothing repaired
     head:4, head:16  the first tokens of each run (head:16: EPIC)
-    seam:8           8 tokens on both sides of each seam (HYPIC)
+    seam:4, seam:8   tokens on both sides of each seam (seam:8: HYPIC)
     deviation:0.15   15 % of tokens by deviation at layer 1 (CacheBlend); probe layers are charged
     query:…          tokens that the question looks at; the probe is charged
     random:…         control: as many tokens as the other arms pay for, at random
     oracle:…         control: as many tokens, by their true error, which nobody knows
-    no documents     the question alone
+    no documents     control: the question alone
+
+Controls are run on the first 100 prompts, `full` on the first 20.
 
 Nothing was tuned on these documents: strategies were chosen on those of the other split. Prints a
 table with 95 % bootstrap intervals and writes to benchmarks/results: all outcomes, one CSV per
-model, as they come; a summary and a plot of all models whose outcomes are there.
+model, as they come; a summary and a plot of all models whose outcomes are there. Outcomes that are
+in the CSV already are kept (prompts depend on the seed alone), so a run may be stopped and gone on
+with, and arms may be added: remove the CSV when the code that it measures has changed.
 """
 
 from __future__ import annotations
@@ -50,12 +54,13 @@ RESULTS = Path(__file__).parent / "results"
 SYSTEM = "Answer from the documents."
 POOL = 72  # documents of each kind
 ARMS = (
-    "none", "head:4", "head:16", "seam:8", "deviation:0.15", "query:0.035", "query:0.135",
-    "random:0.05", "random:0.15",
+    "none", "head:4", "head:16", "seam:4", "seam:8", "deviation:0.15", "query:0.035",
+    "query:0.135",
 )  # fmt: skip
+CONTROLS = ("random:0.05", "random:0.15", "oracle:0.05", "oracle:0.15")
 BEST = "query:0.135"
-ORACLE = 0.15
-FULL_PROMPTS = 20  # the arm that computes all again has nothing to say beyond 0
+# The arm that computes all again has nothing to say beyond 0; controls show their order soon.
+FULL_PROMPTS, CONTROL_PROMPTS = 20, 100
 REFERENCE_TOKENS = 32
 
 
@@ -111,15 +116,18 @@ def meet(model: Any, tokenizer: Any, pool: list[Document], rng: random.Random, s
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
 
-def arms_of(full: Full, index: int) -> dict[str, Repair | str]:
-    """Every arm but the bare question."""
-    arms: dict[str, Repair | str] = {name: name for name in ARMS}
-    arms[f"oracle:{ORACLE}"] = Oracle(ORACLE, full.truth, full.attention)
-    return {"full": "full", **arms} if index < FULL_PROMPTS else arms
+def arms_of(index: int) -> list[str]:
+    """Names of the arms that a prompt is run through."""
+    arms = ["full", *ARMS] if index < FULL_PROMPTS else [*ARMS]
+    if index < CONTROL_PROMPTS:
+        arms += [*CONTROLS, "no documents"]
+    return arms
 
 
-def measure(name: str, prompts: int, seed: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """One row per prompt and arm."""
+def measure(
+    name: str, prompts: int, seed: int, known: set[tuple[int, str]], progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """One row per prompt and arm that is not known yet."""
     model, tokenizer = MODELS[name]()
     rng = random.Random(seed)
     store = MemoryStore(1 << 36)
@@ -131,16 +139,25 @@ def measure(name: str, prompts: int, seed: int, progress: Progress) -> Iterator[
     for index in range(prompts):
         kind = list(KINDS)[index % len(KINDS)]
         question = ask(tokenizer, draw(pools[kind], rng))
-        full = run_full(model, tokenizer, question)
-        outcomes: dict[str, Outcome] = {
-            arm: run_arm(model, tokenizer, question, full, store, repair)
-            for arm, repair in arms_of(full, index).items()
-        }
-        outcomes["no documents"] = run_bare(model, tokenizer, question, full)
-        base = {"model": name, "prompt": index, "kind": kind, "full_right": full.right}
-        for arm, outcome in outcomes.items():
-            yield {**base, "arm": arm, **asdict(outcome), "full_reference": full.reference}
+        if arms := [arm for arm in arms_of(index) if (index, arm) not in known]:
+            full = run_full(model, tokenizer, question)
+            base = {"model": name, "prompt": index, "kind": kind, "full_right": full.right}
+            for arm in arms:
+                outcome = outcome_of(arm, model, tokenizer, question, full, store)
+                yield {**base, "arm": arm, **asdict(outcome), "full_reference": full.reference}
         progress.advance(bar)
+
+
+def outcome_of(
+    arm: str, model: Any, tokenizer: Any, question: Question, full: Full, store: Any
+) -> Outcome:
+    """One arm on one prompt."""
+    if arm == "no documents":
+        return run_bare(model, tokenizer, question, full)
+    repair: Repair | str = arm
+    if arm.startswith("oracle:"):
+        repair = Oracle(float(arm.removeprefix("oracle:")), full.truth, full.attention)
+    return run_arm(model, tokenizer, question, full, store, repair)
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -154,6 +171,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per model and arm."""
+    rows = sorted(rows, key=lambda row: list(MODELS).index(row["model"]))
     table = []
     for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows):
         mine = [row for row in rows if row["model"] == model and row["arm"] == arm]
@@ -179,8 +197,8 @@ def differences(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The best arm against the others, prompt by prompt."""
     for model in dict.fromkeys(row["model"] for row in rows):
         kl = {(r["arm"], r["prompt"]): r["kl"] for r in rows if r["model"] == model}
-        prompts = sorted({prompt for _, prompt in kl})
         for arm in ("head:16", "deviation:0.15", "random:0.15"):
+            prompts = [p for name, p in kl if name == arm and (BEST, p) in kl]
             gap = interval([kl[arm, prompt] - kl[BEST, prompt] for prompt in prompts])
             low_to_high = f"{gap[1]:.4f} to {gap[2]:.4f}"
             yield f"{model}: KL of {arm} minus that of {BEST}: {gap[0]:.4f} ({low_to_high})"
@@ -240,14 +258,15 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def write(rows: Iterable[dict[str, Any]], path: Path, mode: str = "w") -> None:
     """Write rows as they come, numbers rounded to what they are good for."""
-    with path.open("w", newline="") as file:
+    with path.open(mode, newline="") as file:
         writer = None
         for row in rows:
             if writer is None:
                 writer = csv.DictWriter(file, fieldnames=list(row))
-                writer.writeheader()
+                if not file.tell():
+                    writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
             file.flush()
 
@@ -271,9 +290,11 @@ def main() -> None:
         options.models, options.prompts = list(MODELS)[:1], 6
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models:
+        path = options.out / f"quality_{model}.csv"
+        known = {(row["prompt"], row["arm"]) for row in read(path)} if path.exists() else set()
         with Progress() as progress:
-            outcomes = measure(model, options.prompts, options.seed, progress)
-            write(outcomes, options.out / f"quality_{model}.csv")
+            outcomes = measure(model, options.prompts, options.seed, known, progress)
+            write(outcomes, path, "a")
     rows = [
         row for model in MODELS if (path := options.out / f"quality_{model}.csv").exists()
         for row in read(path)

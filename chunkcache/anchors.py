@@ -8,7 +8,7 @@ store names the chunks that hold it; the matches are then grown token by token.
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +22,14 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, bits well mixed: 2^64 over the g
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A window that begins at `start`; `hash` is SHA-256 over salt and tokens, 64 hex digits."""
+    """A window that begins at `start`; `hash` is HMAC-SHA256 of its tokens, 64 hex digits."""
 
     start: int
     hash: str
 
 
 def anchors(tokens: Tokens, salt: bytes) -> list[Anchor]:
-    """The anchors of a text, in order. `salt` keeps models and namespaces apart."""
+    """The anchors of a text, in order. `salt`, the key of the hashes, keeps models apart."""
     ids = np.ascontiguousarray(tokens, dtype="<i8")
     count = len(ids) - WINDOW + 1
     if count <= 0:
@@ -41,7 +41,7 @@ def anchors(tokens: Tokens, salt: bytes) -> list[Anchor]:
         # A sum of products alone would choose by a pattern where ids follow one.
         mixed = (mixed ^ (mixed >> np.uint64(32))) * _FACTOR
         chosen = np.flatnonzero((mixed >> np.uint64(40)) % np.uint64(ONE_IN) == 0)
-    prefix = hashlib.sha256(b"chunkcache/anchor/1" + salt)
+    prefix = hmac.new(salt, b"chunkcache/anchor/2", "sha256")
     found = []
     for start in chosen.tolist():
         digest = prefix.copy()

@@ -169,12 +169,13 @@ def _fill(
     for work in works:
         here = computed[work.passage.pad :]
         work.wanted = [p for p in work.found if not here[p.start : p.stop].all()]
-    placed, bytes_read = fill_pieces(
+    placed, bytes_read, bytes_spared = fill_pieces(
         held.origin, held.layers, held.layout, mover,
         [(work.passage, work.wanted) for work in works], at_hand,
         lambda error: setup.trouble(error, report),
     )  # fmt: skip
     report.bytes_read += bytes_read
+    report.bytes_spared += bytes_spared
     for work in works:
         work.placed = [piece for piece in work.wanted if piece in placed]
 

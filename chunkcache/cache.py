@@ -13,9 +13,11 @@ from transformers.cache_utils import DynamicCache
 
 from chunkcache.audit import Audit, compare
 from chunkcache.chunking import Grid
+from chunkcache.coding import INT8
 from chunkcache.errors import UnsupportedCallError
 from chunkcache.explain import explain
 from chunkcache.explanation import Explanation
+from chunkcache.metrics import Meter
 from chunkcache.model_check import check_model
 from chunkcache.model_state import ModelState
 from chunkcache.prefill import ForwardCall, PrefillAware, Rest, install
@@ -75,13 +77,16 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         state = ModelState.of(inner)
         if not isinstance(store, ChunkStore):
             store = state.open(store, **chosen.of_store)
+        if not chosen.write:
+            store = ReadOnly(store)
         grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
         self._setup = Setup(inner, state, store, chosen, grid)
         self.report = Report()
         self._reported = 0
         self._forget()
         anywhere = chosen.reuse == "anywhere"
-        if not inner.training and (anywhere or not state.is_known):
+        turns = anywhere or chosen.codec.startswith(INT8)
+        if not inner.training and (turns or not state.is_known):
             self._sequence.identify()  # now, rather than within the time to the first token
             if anywhere:
                 self._sequence.mover()  # or refuse the model at once
@@ -200,6 +205,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Keep the chunks that this forward has completed. True if it must be done again."""
         self._in_flight = False
         again = self._sequence.end(self._step, self.report)
+        self._meter.read(self.report, self._step.is_prompt)
         if again:
             self._forget()
         return again
@@ -244,6 +250,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Become empty, as new."""
         self._parked = self._in_flight = False
         self._sequence = Sequence(self._setup)
+        self._meter = Meter()
         self.layers = self._sequence.layers
 
     # ------------------------------------------------------------------ what users call

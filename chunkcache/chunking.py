@@ -1,13 +1,14 @@
 """Tokens to chunks: where a row of tokens is cut, and the chained hash of each cut.
 
 A chunk is known by everything its K/V depend on: the model (the salt), all tokens before it and
-its own. The tokens before it enter as a running SHA-256 chain, one link per stride, so that hashing
-a prompt costs one pass over its tokens.
+its own. The tokens before it enter as a running chain of hashes, one link per stride, so that
+hashing a prompt costs one pass over its tokens. Hashes are HMAC-SHA256 (RFC 2104) under the salt:
+where that comes of a secret, nobody else can tell which text a hash is of.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,18 +66,25 @@ def cut(tokens: Sequence[int] | Tokens, grid: Grid, salt: bytes, tail: bool = Fa
     Args:
         tokens: `[tokens]`, the row's token ids without padding.
         grid: Where to cut.
-        salt: Digest of what the K/V depend on besides the tokens (model, namespace, layout).
+        salt: Stands for what the K/V depend on besides the tokens (see `ModelIdentity.salt`).
         tail: Whether the shorter chunk at the end counts.
 
     Returns:
-        The chunks in order. `hash` is SHA-256 in 64 hexadecimal digits.
+        The chunks in order. `hash` has 64 hexadecimal digits.
     """
     ids = np.ascontiguousarray(tokens, dtype="<i8")
     chunks = []
-    link = hashlib.sha256(b"chunkcache/chain/1" + salt).digest()
+    link = keyed_hash(salt, b"chunkcache/chain/2")
     for start, stop in grid.spans(len(ids), tail):
         if start:
-            link = hashlib.sha256(link + ids[start - grid.stride : start].tobytes()).digest()
-        digest = hashlib.sha256(b"chunk" + link + ids[start:stop].tobytes())
-        chunks.append(Chunk(start, stop, digest.hexdigest()))
+            link = keyed_hash(
+                salt, b"chunkcache/link/2", link, ids[start - grid.stride : start].tobytes()
+            )
+        digest = keyed_hash(salt, b"chunkcache/chunk/2", link, ids[start:stop].tobytes())
+        chunks.append(Chunk(start, stop, digest.hex()))
     return chunks
+
+
+def keyed_hash(salt: bytes, *parts: bytes) -> bytes:
+    """HMAC-SHA256 of all parts together; the first names what is hashed."""
+    return hmac.digest(salt, b"".join(parts), "sha256")

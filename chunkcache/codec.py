@@ -14,9 +14,10 @@ https://github.com/huggingface/safetensors#format, written here to be built in o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int8: "I8",
 }
 
 
@@ -49,6 +51,16 @@ class LayerShape:
     def token_elements(self) -> int:
         """Numbers cached per token."""
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+class Slot(NamedTuple):
+    """One tensor of a blob; its bytes are `begin` to `end` of the tensor data."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,8 @@ class KVLayout:
         elements = sum(layer.token_elements() for layer in self.layers if layer)
         return elements * self.dtype.itemsize
 
-    def tensors(self, tokens: int) -> list[tuple[str, tuple[int, int, int], int, int]]:
-        """Name, shape, begin and end (bytes in the data) of each tensor of a chunk's blob."""
+    def slots(self, tokens: int) -> list[Slot]:
+        """The tensors of a chunk's blob, in order: each layer's keys and values as they are."""
         out = []
         end = 0
         for index, layer in enumerate(self.layers):
@@ -79,12 +91,16 @@ class KVLayout:
                 ("values", layer.value_heads, layer.value_dim),
             ):
                 begin, end = end, end + heads * tokens * dim * self.dtype.itemsize
-                out.append((f"layers.{index}.{name}", (heads, tokens, dim), begin, end))
+                shape = (heads, tokens, dim)
+                out.append(Slot(f"layers.{index}.{name}", shape, begin, end, self.dtype))
         return out
 
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys and values of one layer, each `[kv_heads, tokens, head_dim]`."""
+
+Arrange = Callable[[KVLayout, int], list[Slot]]
+"""The tensors of a blob for so many tokens of a layout, without a gap between them."""
 
 _NO_CHECKSUM = b"0" * 32
 _CHECKSUM_MARK = b'"checksum":"xxh3_128:'
@@ -95,33 +111,48 @@ class BlobForm:
     """The form of one chunk's blob.
 
     Attributes:
-        layout: What the model's layers cache.
+        layout: Layers, shapes and the data type of the numbers.
         tokens: Number of tokens in the chunk.
         header: All bytes before the tensor data, zeros standing where the checksum goes.
         size: Bytes of the whole blob.
+        arrange: Which tensors it has.
     """
 
     layout: KVLayout
     tokens: int
     header: bytes
     size: int
+    arrange: Arrange = KVLayout.slots
 
     @classmethod
-    def of(cls, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobForm:
-        """The form of the chunk with these token ids, whose first one stands at `start`."""
+    def of(
+        cls,
+        layout: KVLayout,
+        tokens: Sequence[int],
+        start: int,
+        chunk_hash: str,
+        arrange: Arrange = KVLayout.slots,
+        **notes: str,
+    ) -> BlobForm:
+        """The form of the chunk with these token ids, whose first one stands at `start`.
+
+        `notes` are more for the header's metadata.
+        """
         metadata = {
             "format": "pt",
             "chunk_hash": chunk_hash,
             "tokens": json.dumps(list(tokens), separators=(",", ":")),
             "positions": f"{start}-{start + len(tokens)}",
             "layout": LAYOUT,
+            **notes,
             "checksum": f"xxh3_128:{_NO_CHECKSUM.decode()}",
         }
         described = json.dumps(metadata, separators=(",", ":"))
-        text = f'{{"__metadata__":{described},{_tensor_table(layout, len(tokens))}'.encode()
+        table, nbytes = _tensor_table(arrange, layout, len(tokens))
+        text = f'{{"__metadata__":{described},{table}'.encode()
         offset = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT
         header = (offset - 8).to_bytes(8, "little") + text.ljust(offset - 8)
-        return cls(layout, len(tokens), header, offset + len(tokens) * layout.token_bytes)
+        return cls(layout, len(tokens), header, offset + nbytes, arrange)
 
     def with_checksum(self, data: Iterable[memoryview]) -> bytes:
         """The header for these tensor data, given in order in any number of pieces."""
@@ -146,43 +177,52 @@ class BlobForm:
             raise BlobError("the blob is damaged: its checksum differs")
         raise BlobError("the blob is not of this chunk: its header differs")
 
-    def views(self, blob: memoryview) -> list[LayerKV | None]:
-        """The tensors of a whole blob in writable memory, as views of it."""
+    def tensors(self, blob: memoryview) -> list[Tensor]:
+        """The tensors of a whole blob in writable memory, in order, as views of it."""
         data = torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
-        dtype = self.layout.dtype
-        parts = iter(
-            data[begin:end].view(dtype).view(shape)
-            for _, shape, begin, end in self.layout.tensors(self.tokens)
-        )
+        return [
+            data[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
+            for slot in self.arrange(self.layout, self.tokens)
+        ]
+
+    def views(self, blob: memoryview) -> list[LayerKV | None]:
+        """The same by layer, for blobs that hold keys and values as they are."""
+        parts = iter(self.tensors(blob))
         return [(next(parts), next(parts)) if layer else None for layer in self.layout.layers]
+
+    def build(self, tensors: Iterable[Tensor]) -> memoryview:
+        """A blob in memory of its own, of its tensors in order; on any device, of any type."""
+        blob = np.empty(self.size, dtype=np.uint8).data
+        for target, tensor in zip(self.tensors(blob), tensors, strict=True):
+            target.copy_(tensor.detach())
+        offset = len(self.header)
+        blob[:offset] = self.with_checksum([blob[offset:]])
+        return blob
 
 
 @lru_cache(maxsize=64)
-def _tensor_table(layout: KVLayout, tokens: int) -> str:
-    """The header's entries for the tensors, with the closing brace. Alike for all whole chunks."""
+def _tensor_table(arrange: Arrange, layout: KVLayout, tokens: int) -> tuple[str, int]:
+    """The header's entries for the tensors, with the closing brace, and the bytes of their data.
+
+    Alike for all whole chunks.
+    """
+    slots = arrange(layout, tokens)
     table = {
-        name: {
-            "dtype": _DTYPE_NAMES[layout.dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
+        slot.name: {
+            "dtype": _DTYPE_NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [slot.begin, slot.end],
         }
-        for name, shape, begin, end in layout.tensors(tokens)
+        for slot in slots
     }
-    return json.dumps(table, separators=(",", ":"))[1:]
+    return json.dumps(table, separators=(",", ":"))[1:], slots[-1].end
 
 
 def encode(form: BlobForm, layers: Iterable[LayerKV | None]) -> memoryview:
-    """Build a blob in memory of its own.
+    """Build a blob that holds keys and values as they are.
 
     Args:
         form: The chunk's form.
         layers: Keys and values per layer, `None` for layers that cache nothing; on any device.
     """
-    blob = np.empty(form.size, dtype=np.uint8).data
-    for target, source in zip(form.views(blob), layers, strict=True):
-        if target and source:
-            for part, tensor in zip(target, source, strict=True):
-                part.copy_(tensor.detach())
-    offset = len(form.header)
-    blob[:offset] = form.with_checksum([blob[offset:]])
-    return blob
+    return form.build(part for kv in layers if kv for part in kv)

@@ -17,14 +17,14 @@ from torch import nn
 
 from chunkcache.cache import RedisChunkCache
 from chunkcache.chunking import Chunk, Grid, Tokens, cut
-from chunkcache.codec import FORMAT
-from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.index import MOST_VARIANTS, Origin, created_now, index_entries
+from chunkcache.errors import SettingError, StoreError, UnsupportedCallError
+from chunkcache.index import MOST_VARIANTS, created_now, index_entries
 from chunkcache.model_check import check_model
 from chunkcache.model_state import ModelState
 from chunkcache.prefill import TRAINING
 from chunkcache.prompt import Prompt
 from chunkcache.proof import forward, takes
+from chunkcache.step import Setup
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.patient import PatientStore
 
@@ -86,13 +86,15 @@ class Compiler:
         if self.model.training:
             raise UnsupportedCallError(TRAINING)
         cache = RedisChunkCache(model, store, **settings)
+        if not cache.settings.write:
+            raise SettingError("write=False is not for add_documents, which only writes")
         self.store, self.settings = PatientStore(cache.store), cache.settings
         self.batch_tokens = batch_tokens
         self.computed = 0
         self._grid = Grid(self.settings.chunk_size, self.settings.chunk_overlap)
-        identity = ModelState.of(self.model).identity()
-        salt = identity.salt(self.settings.namespace)
-        self._origin = Origin(self.store, identity, salt, FORMAT)
+        state = ModelState.of(self.model)
+        setup = Setup(self.model, state, self.store, self.settings, self._grid)
+        self._origin = setup.origin(state.identity())
         # Never "anywhere" here: what documents have in common would be moved from one to the other,
         # and bring its context along.
         self._exact = {**settings, "reuse": "prefix", "on_error": "raise"}

@@ -2,7 +2,9 @@
 
 
 class ChunkCacheError(Exception):
-    """Base of all errors raised by chunkcache."""
+    """Base of all errors raised by chunkcache. `cause` is one word for it, for counting."""
+
+    cause = "other"
 
 
 class SettingError(ChunkCacheError, ValueError):
@@ -18,12 +20,31 @@ class UnsupportedCallError(ChunkCacheError, ValueError):
 
 
 class StoreError(ChunkCacheError):
-    """A store could not be reached or answered with an error. Raised to users only on request."""
+    """A store could not be reached or answered with an error. Raised to users only on request.
+
+    `cause` is `"connection"`, `"timeout"`, `"authentication"`, `"full"`, `"read_only"`,
+    `"wrong_url"`, `"server"` (any other error of a server), `"disk"`, `"left_alone"` (it failed
+    before, and was not asked) or `"other"`.
+    """
+
+    def __init__(self, message: str, cause: str = "other") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class BlobError(ChunkCacheError):
     """A blob is damaged, or is not the chunk it should be. Treated as a miss."""
 
+    cause = "damaged"
+
+
+class SealedBlobError(BlobError):
+    """A blob is sealed with a key that is not ours. A miss; it is left to those who can open it."""
+
+    cause = "sealed"
+
 
 class RepairError(ChunkCacheError):
     """A repair strategy could not look at this model. Reported; a simpler one is used."""
+
+    cause = "repair"

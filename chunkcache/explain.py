@@ -14,10 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from chunkcache.chunking import Chunk, Tokens, cut
-from chunkcache.codec import FORMAT
 from chunkcache.errors import StoreError
 from chunkcache.explanation import Explanation, Finding
-from chunkcache.index import Origin, Passage, is_exact, search
+from chunkcache.index import Passage, is_exact, search
 from chunkcache.matching import Piece
 from chunkcache.plan import NOT_IN_STORE, Kind, RowPlan, plan_row
 from chunkcache.prefill import TRAINING
@@ -25,6 +24,7 @@ from chunkcache.prompt import Prompt
 from chunkcache.repair import Mask
 from chunkcache.restore import blob_sizes
 from chunkcache.step import Setup
+from chunkcache.stores.calls import calls_of_prompt
 
 LAST_TOKEN = "the last token is always computed"
 TAIL_NOT_IN_STORE = "not in the store (a shorter last chunk is kept only where a prompt ended)"
@@ -44,6 +44,15 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
     Raises:
         StoreError: The store failed, and `on_error="raise"` was asked for.
     """
+    with calls_of_prompt() as calls:
+        explanation = _explain(setup, prompt)
+    for error in calls.errors:  # of a tier or a server, without which the rest went on
+        _raise_if_asked(setup, error)
+    partly = (str(error) for error in calls.errors)
+    return replace(explanation, errors=tuple(dict.fromkeys([*explanation.errors, *partly])))
+
+
+def _explain(setup: Setup, prompt: Prompt) -> Explanation:
     pads = prompt.as_call().pads()
     rows: list[Tokens] = [prompt.ids[row, pad:].numpy() for row, pad in enumerate(pads)]
     if why := _why_aside(setup, prompt):
@@ -51,7 +60,9 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
     if setup.settings.reuse == "off":
         return Explanation(_all_computed(rows, "reuse is off"))
     identity = setup.state.identity()
-    origin = Origin(setup.store, identity, identity.salt(setup.settings.namespace), FORMAT)
+    origin = setup.origin(identity)
+    layout = setup.state.proof(identity, setup.store).layout
+    assert layout is not None, "a model without a layout is set aside"
     cuts = [cut(tokens, setup.grid, origin.salt, tail=True) for tokens in rows]
     try:
         sizes = blob_sizes(
@@ -96,6 +107,7 @@ def explain(setup: Setup, prompt: Prompt) -> Explanation:
         tuple(finding for look in looks for finding in look.findings(computed)),
         sum(sizes[name] for name in reused | moved),
         errors=errors,
+        lossy=origin.lossy(layout),
     )
 
 

@@ -58,12 +58,14 @@ class Explanation(Counts):
         bytes_to_read: Bytes of all blobs that would be read.
         skipped: Why the cache would stand aside, or `""`.
         errors: What went wrong with the store.
+        lossy: The codec, where it rounds K/V.
     """
 
     chunks: tuple[Finding, ...]
     bytes_to_read: int = 0
     skipped: str = ""
     errors: tuple[str, ...] = ()
+    lossy: str = ""
 
     def _spans(self) -> tuple[Finding, ...]:
         return self.chunks
@@ -71,13 +73,14 @@ class Explanation(Counts):
     @property
     def exact(self) -> bool:
         """Whether the outputs would be those of a run without the cache."""
-        return not self.moved
+        return not self.moved and not (self.lossy and self.reused)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers and findings, ready for JSON."""
         names = ("prompt_tokens", "reused", "moved", "computed", "exact", "bytes_to_read")
         return {
             **{name: getattr(self, name) for name in names},
+            "lossy": self.lossy,
             "skipped": self.skipped,
             "errors": list(self.errors),
             "chunks": [{**asdict(found), "kind": str(found.kind)} for found in self.chunks],
@@ -101,6 +104,8 @@ class Explanation(Counts):
         parts.append(f"{self.computed:,} computed")
         if self.bytes_to_read:
             parts.append(f"{self.bytes_to_read / 1e6:,.1f} MB to read")
+        if self.lossy and self.reused + self.moved:
+            parts.append(f"approximate: K/V rounded to {self.lossy}")
         if self.skipped:
             parts.append(f"the cache would stand aside: {self.skipped}")
         return ", ".join([*parts, *self.errors])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from chunkcache.chunking import Chunk, Tokens, cut
-from chunkcache.codec import BlobForm, encode
+from chunkcache.chunking import Chunk, Tokens, cut, keyed_hash
 from chunkcache.index import created_now, index_entries
 from chunkcache.layers import row_slice
 from chunkcache.matching import SHORTEST_RUN
@@ -81,10 +79,10 @@ def _approximate(tokens: Tokens, start: int, stop: int, size: int, salt: bytes) 
     chunks = []
     for begin in range(start, stop if stop - start >= SHORTEST_RUN else start, size):
         end = min(begin + size, stop)
-        digest = hashlib.sha256(b"chunkcache/approximate/1" + salt)
-        digest.update(begin.to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(tokens[:end], dtype="<i8").tobytes())
-        chunks.append(Chunk(begin, end, digest.hexdigest()))
+        before = np.ascontiguousarray(tokens[:end], dtype="<i8").tobytes()
+        place = begin.to_bytes(8, "little")
+        digest = keyed_hash(salt, b"chunkcache/approximate/2", place, before)
+        chunks.append(Chunk(begin, end, digest.hex()))
     return chunks
 
 
@@ -92,16 +90,16 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
     origin, layout, pad = held.origin, held.layout, held.transcript.pads[row]
     start, stop = pad + chunk.start, pad + chunk.stop
     tokens = held.transcript.ids()[row, start:stop].tolist()
-    form = BlobForm.of(layout, tokens, chunk.start, chunk.hash)
-    blob = encode(form, row_slice(held.layers, row, start, stop))
+    form = origin.form(layout, tokens, chunk.start, chunk.hash)
+    blob = form.encode(row_slice(held.layers, row, start, stop))
     metadata = {
         "model": origin.identity.name,
         "revision": origin.identity.revision,
         "identity": origin.identity.digest,
         "dtype": str(layout.dtype).removeprefix("torch."),
-        "codec": origin.format,
+        "codec": origin.codec.format,
         "tokens": str(chunk.stop - chunk.start),
-        "token_ids": json.dumps(tokens, separators=(",", ":")),
+        "token_ids": origin.codec.hide(json.dumps(tokens, separators=(",", ":")), form.key),
         "positions": f"{chunk.start}-{chunk.stop}",
         "layers": str(len(layout.layers)),
         "bytes": str(blob.nbytes),
@@ -111,8 +109,9 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
         "parent": parent,
         "pinned": "yes" if setup.settings.pin else "no",
         "created": created_now(),
+        **setup.settings.metadata,
     }
-    return Entry(origin.key(chunk.hash), metadata, blob, pinned=setup.settings.pin)
+    return Entry(form.key, metadata, blob, pinned=setup.settings.pin)
 
 
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:

@@ -7,6 +7,7 @@ checkpoint in two processes must. So the identity is a digest of content, never 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 from collections.abc import Collection
@@ -96,10 +97,17 @@ class ModelIdentity:
         name = model_name(model)
         return cls(name, revision, dtype, digest, parts, ranks.size, ranks.rank)
 
-    def salt(self, namespace: str) -> bytes:
-        """What every chunk hash of this model starts from. A namespace is a world of its own."""
-        text = json.dumps([self.digest, namespace, self.world_size, self.worker])
-        return hashlib.sha256(text.encode()).digest()
+    def salt(self, namespace: str, secret: str = "", codec: str = "") -> bytes:
+        """The key of every chunk hash of this model, 32 bytes.
+
+        Args:
+            namespace: Each is a world of its own.
+            secret: Who does not know it can compute no hash, unless it is `""`.
+            codec: The codec's own part, as `Codec.world` gives it.
+        """
+        text = json.dumps([self.digest, namespace, self.world_size, self.worker, codec])
+        key = hashlib.sha256(secret.encode()).digest()  # HMAC pads short keys: "x" would be "x\0"
+        return hmac.digest(key, text.encode(), "sha256")
 
     def key(self, chunk_hash: str, format: str) -> ChunkKey:
         """The key of a chunk of this model."""
@@ -154,7 +162,7 @@ class ChunkKey:
     """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
 
     `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
-    a store adds `@metadata` and `@kv_bytes`.
+    a store adds `@metadata` and `@kv_bytes`, and in a cluster the hash stands in braces.
     """
 
     format: str
@@ -169,12 +177,13 @@ class ChunkKey:
 
     @classmethod
     def parse(cls, text: str) -> ChunkKey:
-        """Read a key back, with or without `@metadata` or `@kv_bytes` behind it.
+        """Read a key back, also as a cluster writes it, with or without its half behind it.
 
         Raises:
             SettingError: The text is not a key of ours.
         """
         name = text.removesuffix("@metadata").removesuffix("@kv_bytes")
+        name = re.sub(r"@\{([0-9a-f]{64})\}\Z", r"@\1", name)
         if match := _KEY.fullmatch(name):
             format, model, world_size, worker, chunk_hash = match.groups()
             try:

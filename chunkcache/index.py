@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
 
 from chunkcache.anchors import WINDOW, anchors
 from chunkcache.chunking import Chunk, Grid, Tokens, cut
+from chunkcache.codec import KVLayout
+from chunkcache.coding import Codec, Form
+from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.identity import ModelIdentity
 from chunkcache.matching import Piece, StoredChunk, cover
 from chunkcache.stores.base import ChunkStore, Entry
@@ -32,16 +35,24 @@ REACH = 2 * WINDOW - 1  # tokens beside a chunk that lead to it
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where chunks of one model and namespace are found, and under which format."""
+    """Where chunks of one model and namespace are found, by which hashes, and in which form."""
 
     store: ChunkStore
     identity: ModelIdentity
-    salt: bytes
-    format: str
+    salt: bytes = field(repr=False)
+    codec: Codec
 
     def key(self, chunk_hash: str) -> str:
         """The store's key of a chunk."""
-        return str(self.identity.key(chunk_hash, self.format))
+        return str(self.identity.key(chunk_hash, self.codec.format))
+
+    def lossy(self, layout: KVLayout) -> str:
+        """The codec's name if K/V come back rounded, else `""`."""
+        return "" if self.codec.is_exact(layout.dtype) else self.codec.name
+
+    def form(self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
+        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
+        return self.codec.form(layout, tokens, start, chunk_hash, self.key(chunk_hash))
 
     def anchor_key(self, anchor_hash: str) -> str:
         """The store's key of an anchor's entry."""
@@ -128,18 +139,22 @@ def search(origin: Origin, passages: Sequence[Passage]) -> Found:
     newest = [_newest(fields) for fields in answers]
     hashes = list(dict.fromkeys(name for variants in newest for name in variants))
     records = origin.store.read_metadata([origin.key(name) for name in hashes]) if hashes else []
-    chunks = {
-        name: chunk
-        for name, fields in zip(hashes, records, strict=True)
-        if fields and (chunk := _read_record(name, fields))
-    }
+    chunks: dict[str, StoredChunk] = {}
+    sealed: set[str] = set()  # with another key: of no use here, and good for others
+    for name, fields in zip(hashes, records, strict=True):
+        try:
+            if fields and (chunk := _read_record(origin, name, fields)):
+                chunks[name] = chunk
+        except SealedBlobError:
+            sealed.add(name)
     shifts: list[set[tuple[str, int]]] = [set() for _ in passages]
     stale = {}
     for anchor, fields, variants in zip(places, answers, newest, strict=True):
         good = {name: offset for name, offset in variants.items() if name in chunks}
-        if len(good) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
+        kept = [name for name in variants if name in good or name in sealed]
+        if len(kept) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
             key = origin.anchor_key(anchor)
-            rest = {name: fields[name] for name in good}
+            rest = {name: fields[name] for name in kept}
             pinned = any(chunks[name].pinned for name in good)
             stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
         for number, start in places[anchor]:
@@ -188,12 +203,18 @@ def _newest(fields: Mapping[str, str]) -> dict[str, int]:
     return variants
 
 
-def _read_record(chunk_hash: str, fields: dict[str, str]) -> StoredChunk | None:
-    """A chunk's metadata as a candidate. Only a hint: the blob is checked against it later."""
+def _read_record(origin: Origin, chunk_hash: str, fields: dict[str, str]) -> StoredChunk | None:
+    """A chunk's metadata as a candidate. Only a hint: the blob is checked against it later.
+
+    Raises SealedBlobError if its tokens are sealed with another key.
+    """
     try:
-        ids = np.array(json.loads(fields["token_ids"]), dtype=np.int64)
+        text = origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash))
+        ids = np.array(json.loads(text), dtype=np.int64)
         start = int(fields["positions"].partition("-")[0])
-    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
+    except SealedBlobError:
+        raise
+    except (BlobError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     if ids.ndim != 1 or not 0 < len(ids) < 1 << 20 or not 0 <= start < 1 << 31:
         return None

@@ -15,7 +15,7 @@ from chunkcache.errors import StoreError
 from chunkcache.foreign import Hooks, HookWatch, foreign_hooks, patches
 from chunkcache.identity import ModelIdentity, digest_config, numerics
 from chunkcache.layers import SpareMemory
-from chunkcache.moving import prove_moving
+from chunkcache.moving import find_rotation, prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
 from chunkcache.ranks import Ranks
 from chunkcache.rope import KeyMover
@@ -46,6 +46,7 @@ class ModelState:
     _identity: ModelIdentity | None = None
     _proofs: dict[str, Proof] = field(default_factory=dict)
     _movers: dict[str, KeyMover | str] = field(default_factory=dict)
+    _rotations: dict[str, KeyMover | None] = field(default_factory=dict)
     _stores: dict[tuple[object, ...], ChunkStore] = field(default_factory=dict)
 
     @classmethod
@@ -103,6 +104,16 @@ class ModelState:
                     _keep_proven(store, identity, MOVING_FORMAT)
                 self._movers[identity.digest] = mover
             return self._movers[identity.digest]
+
+    def rotation(self, identity: ModelIdentity) -> KeyMover | None:
+        """How keys of that identity, the model's present one, turn with their position, if known.
+
+        Unlike `mover`, not proven: good for turning them and turning them back.
+        """
+        with self._lock:
+            if identity.digest not in self._rotations:
+                self._rotations[identity.digest] = find_rotation(self.model)
+            return self._rotations[identity.digest]
 
     @property
     def ranks(self) -> Ranks:

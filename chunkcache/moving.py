@@ -28,6 +28,20 @@ _SCATTERED = (2, 3, 7, 11, 12, 18, 21, 23)
 _SCATTER_TOKENS = 24
 
 
+def find_rotation(model: nn.Module) -> KeyMover | None:
+    """The rule by which a model's keys turn with their position; `None` if it is not known.
+
+    Good for turning keys and turning them back, which needs no proof. For models that passed
+    `proof.prove`.
+    """
+    try:
+        with torch.no_grad():
+            found = _lone_token_test(model) if takes(model, "position_ids") else ""
+    except Exception:  # a model may fail in any way on positions that are not its own
+        return None
+    return None if isinstance(found, str) else found
+
+
 def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyMover | str:
     """The model's proven mover, or why there is none. For models that passed `proof.prove`.
 

@@ -60,16 +60,17 @@ class Recall:
         step, pads, ids = self.step, self.held.transcript.pads, self.held.transcript.ids()
         self._make_room()
         started = perf_counter()
-        plans = self._plan([self._cut(ids[row, pad:]) for row, pad in enumerate(pads)])
+        plans, sizes = self._plan([self._cut(ids[row, pad:]) for row, pad in enumerate(pads)])
         self.report.lookup_ms += 1e3 * (perf_counter() - started)
         started = perf_counter()
-        filling = self._fill(ids, plans)
+        filling = self._fill(ids, plans, sizes)
         self.report.read_ms += 1e3 * (perf_counter() - started)
         if self.mover and (found := self._move(ids, filling, self.mover)):
             return found
         known = self.setup.state.ranks.least(min(filling.stops))
         if known > step.held and any(pad < known for pad in pads):
             self._hold(known)
+            self._note_rounding(step.held)
         else:
             known = step.held
         used = [max(known - pad, 0) for pad in pads]
@@ -90,10 +91,14 @@ class Recall:
     def _cut(self, tokens: Tensor) -> list[Chunk]:
         return cut(tokens.numpy(), self.setup.grid, self.held.origin.salt, tail=True)
 
-    def _plan(self, rows: list[list[Chunk]]) -> list[RowPlan]:
-        """Ask which chunks are known, and how far each row is known from its start."""
+    def _plan(self, rows: list[list[Chunk]]) -> tuple[list[RowPlan], dict[str, int]]:
+        """Ask which chunks are known, and how far each row is known from its start.
+
+        Returns:
+            The rows' plans, and the bytes of each known chunk's blob.
+        """
         held = [max(self.step.held - pad, 0) for pad in self.held.transcript.pads]
-        known: set[str] = set()
+        known: dict[str, int] = {}
         why = self.report.skipped or "reuse is off"
         if self.setup.settings.reuse != "off" and self.limit > self.step.held:
             why = NOT_IN_STORE
@@ -104,12 +109,13 @@ class Recall:
                 why = str(error)
         self.held.known.update(known)
         lengths = [self.step.total - pad for pad in self.held.transcript.pads]
-        return [
+        plans = [
             plan_row(chunks, length, start, known, why)
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
+        return plans, known
 
-    def _fill(self, ids: Tensor, plans: list[RowPlan]) -> Filling:
+    def _fill(self, ids: Tensor, plans: list[RowPlan], sizes: dict[str, int]) -> Filling:
         """Read what is known exactly; `plans` are revised where that fails."""
         pads = self.held.transcript.pads
         stops = [
@@ -117,11 +123,12 @@ class Recall:
             for pad, plan in zip(pads, plans, strict=True)
         ]
         filling = Filling(
-            self.setup.store, self.held.origin.key, self.held.layers, self.held.layout, ids, pads,
-            plans, stops, self.mover is None, self._trouble,
+            self.held.origin, sizes, self.held.layers, self.held.layout, ids, pads, plans, stops,
+            self.mover is None, self._trouble,
         )  # fmt: skip
         filling.run()
         self.report.bytes_read += filling.bytes_read
+        self.report.bytes_spared += filling.bytes_spared
         self.held.known.difference_update(filling.bad)  # so that they are written anew
         return filling
 
@@ -131,6 +138,12 @@ class Recall:
                 for row, pad in enumerate(self.held.transcript.pads):
                     layer.blank(row, self.step.held, min(pad, columns))
                 layer.hold(columns)
+
+    def _note_rounding(self, column: int) -> None:
+        """K/V from this column on came from the store, or will be computed behind such."""
+        transcript, origin = self.held.transcript, self.held.origin
+        if transcript.lossy_from is None and origin.lossy(self.held.layout):
+            transcript.lossy_from = column
 
     def _move(
         self, ids: Tensor, filling: Filling, mover: KeyMover
@@ -162,6 +175,8 @@ class Recall:
                 if transcript.exact_until[row] is None:
                     transcript.exact_until[row] = part.exact_until
         self._hold(step.total)
+        if taken := np.flatnonzero(~computed[step.held :]).tolist():
+            self._note_rounding(step.held + taken[0])
         columns = columns.to(self.device)
         open_layers(self.held.layers, columns, step.total)
         first = torch.tensor(pads, device=self.device)[:, None]

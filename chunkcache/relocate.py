@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from chunkcache.codec import BlobForm, KVLayout, LayerKV
-from chunkcache.errors import BlobError, StoreError
+from chunkcache.codec import KVLayout, LayerKV
+from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.index import Origin, Passage
 from chunkcache.layers import peek_all
 from chunkcache.matching import Piece, StoredChunk
@@ -30,7 +30,7 @@ def fill_pieces(
     wanted: Iterable[tuple[Passage, Sequence[Piece]]],
     at_hand: Mapping[str, tuple[int, int]],
     trouble: Callable[[Exception], None],
-) -> tuple[set[Piece], int]:
+) -> tuple[set[Piece], int, int]:
     """Put pieces into the layers' room, their keys turned. Each chunk is read once.
 
     Args:
@@ -43,7 +43,8 @@ def fill_pieces(
         trouble: Told of a failing store and of damaged blobs.
 
     Returns:
-        The pieces that are in place (others stay holes), and the bytes read.
+        The pieces that are in place (others stay holes), the bytes read, and how many more they
+        would be as the model has them.
     """
     uses: defaultdict[StoredChunk, list[tuple[Passage, Piece]]] = defaultdict(list)
     for passage, pieces in wanted:
@@ -57,7 +58,7 @@ def fill_pieces(
             placed |= {piece for _, piece in users}
         else:
             reads.append(chunk)
-    bytes_read = 0
+    bytes_read = bytes_spared = 0
     damaged: list[str] = []
     answers: Iterator[memoryview | None] = iter(())
     try:
@@ -67,12 +68,14 @@ def fill_pieces(
             if blob is None:
                 continue
             bytes_read += blob.nbytes
-            form = BlobForm.of(layout, chunk.tokens.tolist(), chunk.start, chunk.hash)
+            form = origin.form(layout, chunk.tokens.tolist(), chunk.start, chunk.hash)
+            bytes_spared += form.spared(blob.nbytes)
             try:
-                kv = _checked(form, blob)
+                kv = form.decode(blob)
             except BlobError as error:
                 trouble(error)
-                damaged.append(origin.key(chunk.hash))
+                if not isinstance(error, SealedBlobError):
+                    damaged.append(form.key)
                 continue
             _place(layers, kv, mover, uses[chunk])
             placed |= {piece for _, piece in uses[chunk]}
@@ -81,15 +84,7 @@ def fill_pieces(
     finally:
         end_iteration(answers)
     discard(origin.store, damaged, trouble)
-    return placed, bytes_read
-
-
-def _checked(form: BlobForm, blob: memoryview) -> list[LayerKV | None]:
-    """The tensors of a blob that is what its chunk's must be. Raises BlobError."""
-    head = len(form.header)
-    form.check(blob[:head], [blob[head:]])
-    # torch warns of memory that may not be written, though nobody writes to it here.
-    return form.views(memoryview(bytearray(blob)) if blob.readonly else blob)
+    return placed, bytes_read, bytes_spared
 
 
 def _place(

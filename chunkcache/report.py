@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from chunkcache.errors import ChunkCacheError
 from chunkcache.plan import Kind, Span
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Report(Counts):
     Attributes:
         rows: One `RowReport` per row of the batch.
         bytes_read: Bytes of blobs read from the store.
+        bytes_spared: How many more they would have been as the model has them.
         bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
         bytes_dropped: Bytes that the store did not take: its write queue was full, or it failed.
         lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
@@ -88,13 +90,16 @@ class Report(Counts):
         prefill_ms: Computing the rest of the prompt.
         charged: Cost of repairing moved tokens, probe passes included, in tokens computed.
         approximate: K/V of moved tokens are held, from this prompt or from one before it.
+        lossy: The codec that has rounded K/V that are held, or `""`.
         store_errors: Failed calls to the store.
+        causes: The same by cause (`StoreError.cause`).
         errors: What went wrong, each cause once.
         skipped: Why the cache stood aside, or `""`.
     """
 
     rows: list[RowReport] = field(default_factory=list)
     bytes_read: int = 0
+    bytes_spared: int = 0
     bytes_written: int = 0
     bytes_dropped: int = 0
     lookup_ms: float = 0.0
@@ -103,7 +108,9 @@ class Report(Counts):
     prefill_ms: float = 0.0
     charged: float = 0.0
     approximate: bool = False
+    lossy: str = ""
     store_errors: int = 0
+    causes: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     skipped: str = ""
 
@@ -113,7 +120,7 @@ class Report(Counts):
     @property
     def exact(self) -> bool:
         """Whether the outputs are those of a run without the cache."""
-        return not self.approximate
+        return not self.approximate and not self.lossy
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
@@ -127,6 +134,8 @@ class Report(Counts):
     def note_error(self, error: Exception) -> None:
         """Count a failed call to the store."""
         self.store_errors += 1
+        cause = error.cause if isinstance(error, ChunkCacheError) else "other"
+        self.causes[cause] = self.causes.get(cause, 0) + 1
         if str(error) not in self.errors:
             self.errors.append(str(error))
 
@@ -137,6 +146,7 @@ class Report(Counts):
         return {
             **{name: getattr(self, name) for name in counts},
             **plain,
+            "causes": dict(self.causes),
             "errors": list(self.errors),
             "exact": self.exact,
             "rows": [{name: getattr(row, name) for name in counts} for row in self.rows],
@@ -164,13 +174,16 @@ class Report(Counts):
             if (count := getattr(self, kind))
         ]
         if self.bytes_read:
-            parts.append(f"{self.bytes_read / 1e6:,.1f} MB read")
+            spared = f" ({self.bytes_spared / 1e6:,.1f} MB spared)" if self.bytes_spared else ""
+            parts.append(f"{self.bytes_read / 1e6:,.1f} MB read{spared}")
         if self.bytes_written:
             parts.append(f"{self.bytes_written / 1e6:,.1f} MB to the store")
         parts.append(
             f"lookup {self.lookup_ms:.1f} + read {self.read_ms:.1f} "
             f"+ prefill {self.prefill_ms:.1f} ms"
         )
+        if self.lossy:
+            parts.append(f"approximate: K/V rounded to {self.lossy}")
         if self.skipped:
             parts.append(f"stood aside: {self.skipped}")
         if self.bytes_dropped:

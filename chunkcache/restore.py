@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from chunkcache.chunking import Chunk
-from chunkcache.codec import BlobForm, KVLayout
-from chunkcache.errors import BlobError, StoreError
+from chunkcache.codec import KVLayout, LayerKV
+from chunkcache.errors import BlobError, SealedBlobError, StoreError
+from chunkcache.index import Origin
 from chunkcache.layers import GrowingLayer, peek_all
 from chunkcache.plan import RowPlan
 from chunkcache.stores.base import ChunkStore
@@ -34,7 +35,7 @@ def blob_sizes(store: ChunkStore, hashes: Iterable[str], key_of: KeyOf) -> dict[
 
 def known_chunks(
     store: ChunkStore, rows: Sequence[list[Chunk]], held: Sequence[int], key_of: KeyOf
-) -> set[str]:
+) -> dict[str, int]:
     """Ask the store, in one round trip, which chunks it has.
 
     Args:
@@ -44,7 +45,7 @@ def known_chunks(
         key_of: The store's key of a chunk's hash.
 
     Returns:
-        The hashes that the store has.
+        Bytes of the blobs that the store has, by hash.
 
     Raises:
         StoreError: The store failed.
@@ -55,7 +56,7 @@ def known_chunks(
         for chunk in chunks
         if chunk.stop > h
     ]
-    return {hash for hash, size in blob_sizes(store, wanted, key_of).items() if size}
+    return {hash: size for hash, size in blob_sizes(store, wanted, key_of).items() if size}
 
 
 @dataclass
@@ -63,8 +64,8 @@ class Filling:
     """The reading of planned chunks into the layers of one prompt.
 
     Attributes:
-        store: Where to read.
-        key_of: The store's key of a chunk's hash.
+        origin: Where to read, and in which form.
+        sizes: Bytes of each chunk's blob, by hash.
         layers: Cache layers with room for the whole prompt.
         layout: What they cache.
         ids: `[batch, columns]` token ids, on the CPU.
@@ -75,13 +76,14 @@ class Filling:
         together: A row is not read further than the one that is known least far.
         trouble: Told of a failing store and of damaged blobs.
         bytes_read: Bytes of blobs read.
+        bytes_spared: How many more they would be as the model has them.
         bad: Hashes of chunks whose blob is missing or damaged.
-        damaged: Those that are damaged.
+        damaged: Keys of those that are damaged.
         at_hand: Row and column of whole chunks that are in the layers now, by hash.
     """
 
-    store: ChunkStore
-    key_of: KeyOf
+    origin: Origin
+    sizes: Mapping[str, int]
     layers: Sequence[Any]
     layout: KVLayout
     ids: Tensor
@@ -91,6 +93,7 @@ class Filling:
     together: bool
     trouble: Callable[[Exception], None]
     bytes_read: int = 0
+    bytes_spared: int = 0
     bad: set[str] = field(default_factory=set)
     damaged: list[str] = field(default_factory=list)
     at_hand: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -113,12 +116,18 @@ class Filling:
         # Nearest the start first: what follows a failure need not be read.
         reads = [_Read(self, chunk, users[chunk.hash]) for chunk in chunks.values()]
         reads.sort(key=lambda read: read.first_column)
+        reads = [read for read in reads if self._can_be_sound(read)]
+        self._read([read for read in reads if read.is_wanted()])
+        discard(self.origin.store, self.damaged, self.trouble)
+
+    def _read(self, reads: Sequence[_Read]) -> None:
         if not reads:
             return
-        keys = [self.key_of(read.chunk.hash) for read in reads]
         done = 0
         try:
-            answers = self.store.read_into(keys, [read.place for read in reads])
+            answers = self.origin.store.read_into(
+                [read.form.key for read in reads], [read.open_place() for read in reads]
+            )
             with closing(answers):
                 for read, arrived in zip(reads, answers, strict=True):
                     if read.is_wanted():
@@ -130,29 +139,44 @@ class Filling:
             for read in reads[done:]:
                 self._cut(read, str(error))
             self.trouble(error)
-        discard(self.store, [self.key_of(hash) for hash in self.damaged], self.trouble)
+
+    def _can_be_sound(self, read: _Read) -> bool:
+        """Whether a blob has a length that it may have: no memory is taken for others."""
+        if read.form.may_have(self.sizes[read.chunk.hash]):
+            return True
+        self._reject(
+            read, BlobError("the blob is damaged: it has not the length that it must have")
+        )
+        return False
 
     def _align(self) -> None:
         if self.together:
             self.stops = [min(self.stops)] * len(self.stops)
 
     def _take(self, read: _Read, arrived: bool) -> None:
-        try:
-            if not arrived:
-                raise BlobError("it went from the store before it was read")
-            self.bytes_read += read.form.size
-            read.form.check(read.place[0], read.place[1:])
-        except BlobError as error:
-            if arrived:
-                self.trouble(error)
-                self.damaged.append(read.chunk.hash)
+        if not arrived:
             self.bad.add(read.chunk.hash)
-            self._cut(read, str(error))
+            self._cut(read, "it went from the store before it was read")
+            return
+        nbytes = self.sizes[read.chunk.hash]
+        self.bytes_read += nbytes
+        self.bytes_spared += read.form.spared(nbytes)
+        try:
+            read.check()
+        except BlobError as error:
+            self._reject(read, error)
             return
         read.spread()
         if read.direct:
             row = read.rows[0]
             self.at_hand[read.chunk.hash] = row, self.pads[row] + read.chunk.start
+
+    def _reject(self, read: _Read, error: BlobError) -> None:
+        self.trouble(error)
+        if not isinstance(error, SealedBlobError):  # which is good for others
+            self.bad.add(read.chunk.hash)
+            self.damaged.append(read.form.key)
+        self._cut(read, str(error))
 
     def _cut(self, read: _Read, why: str) -> None:
         for row in read.rows:
@@ -174,29 +198,43 @@ def discard(store: ChunkStore, keys: Sequence[str], trouble: Callable[[Exception
 class _Read:
     """One blob on its way into the layers.
 
-    `place` is its header's memory, and then either the very runs of the first row's layers that
-    it belongs to or, where that cannot be, a scratch buffer.
+    A blob that is a header and then the very bytes of the layers is read straight to where they
+    belong in the first row, if that may be; any other into memory of its own.
     """
 
     def __init__(self, filling: Filling, chunk: Chunk, rows: list[int]) -> None:
         self.filling, self.chunk, self.rows = filling, chunk, rows
         first = rows[0]
-        column = filling.pads[first] + chunk.start
+        self.column = filling.pads[first] + chunk.start
         self.first_column = min(filling.pads[row] for row in rows) + chunk.start
-        tokens = filling.ids[first, column : column + chunk.stop - chunk.start].tolist()
-        self.form = BlobForm.of(filling.layout, tokens, chunk.start, chunk.hash)
-        layers = [layer for layer in filling.layers if isinstance(layer, GrowingLayer)]
+        self.tokens = chunk.stop - chunk.start
+        ids = filling.ids[first, self.column : self.column + self.tokens].tolist()
+        self.form = filling.origin.form(filling.layout, ids, chunk.start, chunk.hash)
+        self.growing = [layer for layer in filling.layers if isinstance(layer, GrowingLayer)]
         # What is held already must not be overwritten by bytes that are not checked yet.
-        self.direct = chunk.start >= filling.plans[first].held and layers[0].device.type == "cpu"
+        self.direct = (
+            self.form.is_direct
+            and chunk.start >= filling.plans[first].held
+            and self.growing[0].device.type == "cpu"
+        )
+        self.place: list[memoryview] = []
+        self.kv: list[LayerKV | None] = []
+
+    def open_place(self) -> list[memoryview]:
+        """The memory that the blob is to be read into."""
+        head = len(self.form.file.header) if self.direct else self.filling.sizes[self.chunk.hash]
+        self.place = [np.empty(head, dtype=np.uint8).data]
         if self.direct:
-            header = np.empty(len(self.form.header), dtype=np.uint8).data
-            self.place = [header]
-            for layer in layers:
-                self.place += layer.runs(first, column, chunk.stop - chunk.start)
+            for layer in self.growing:
+                self.place += layer.runs(self.rows[0], self.column, self.tokens)
+        return self.place
+
+    def check(self) -> None:
+        """Make K/V of the bytes that have arrived. Raises BlobError if that cannot be done."""
+        if self.direct:
+            self.form.file.check(self.place[0], self.place[1:])
         else:
-            self.blob = np.empty(self.form.size, dtype=np.uint8).data
-            cut = len(self.form.header)
-            self.place = [self.blob[:cut], self.blob[cut:]]
+            self.kv = self.form.decode(self.place[0])
 
     def is_wanted(self) -> bool:
         """Whether a row is still to be filled as far as this chunk."""
@@ -207,18 +245,14 @@ class _Read:
         """Copy the checked K/V to where they are wanted and not yet."""
         filling, chunk = self.filling, self.chunk
         rows = self.rows[1:] if self.direct else self.rows
-        if not rows:
-            return
-        if self.direct:
-            column = filling.pads[self.rows[0]] + chunk.start
-            parts = peek_all(filling.layers, self.rows[0], column, chunk.stop - chunk.start)
-        else:
-            parts = self.form.views(self.blob)
+        if self.direct and rows:
+            self.kv = peek_all(filling.layers, self.rows[0], self.column, self.tokens)
         for row in rows:
             begin = max(chunk.start, filling.plans[row].held)
             stop = min(chunk.stop, filling.stops[row] - filling.pads[row])
             inside = slice(begin - chunk.start, stop - chunk.start)
-            for layer, kv in zip(filling.layers, parts, strict=True):
+            for layer, kv in zip(filling.layers, self.kv, strict=True):
                 if kv is not None and begin < stop:
                     column = filling.pads[row] + begin
                     layer.place(row, column, kv[0][:, inside], kv[1][:, inside])
+        self.place, self.kv = [], []  # what was made of many blobs need not be kept

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from chunkcache.codec import FORMAT
+from chunkcache.coding import Codec
 from chunkcache.errors import StoreError, UnsupportedModelError
 from chunkcache.foreign import Hooks
 from chunkcache.harvest import exact_lengths, harvest
@@ -46,6 +46,7 @@ class Sequence:
         self.proof = Proof()
         self.layers: list[Any] = self._empty_layers()
         self._salt = b""
+        self._codec = Codec()
         self._fed = 0
         self._known: set[str] = set()
         self._complete: list[int] = []
@@ -70,7 +71,9 @@ class Sequence:
         self.identity = identity
         self._numerics = numerics(self.setup.model)
         self.proof = self.setup.state.proof(identity, self.setup.store)
-        self._salt = identity.salt(self.setup.settings.namespace)
+        if not self.proof.obstacle:
+            origin = self.setup.origin(identity)
+            self._salt, self._codec = origin.salt, origin.codec
         return changed
 
     def begins_like(self, call: ForwardCall) -> bool:
@@ -113,7 +116,7 @@ class Sequence:
             self._checks.append(call.follows(step.past, self.transcript.pads))
             return Rest(step.held - step.past)
         rest, spans = self._recall(call, step, report)
-        report.approximate = not self.transcript.is_exact
+        self._report_exactness(report)
         self._report(spans, [max(step.past - pad, 0) for pad in self.transcript.pads], report)
         step.trimmed = rest.skip > 0 or rest.columns is not None
         step.prefill_from = perf_counter()
@@ -221,7 +224,7 @@ class Sequence:
             self.opaque = "autocast, attention or matrix precision changed in the course of it"
             return
         self._checks.clear()
-        entries = harvest(self.setup, held, step)
+        entries = harvest(self.setup, held, step) if self.setup.settings.write else []
         size = sum(entry.nbytes for entry in entries)
         taken = 0
         try:
@@ -237,12 +240,17 @@ class Sequence:
     def _held(self) -> Held:
         assert self.identity is not None
         assert self.proof.layout is not None, "a sequence without a layout is opaque"
-        origin = Origin(self.setup.store, self.identity, self._salt, FORMAT)
+        origin = Origin(self.setup.store, self.identity, self._salt, self._codec)
         return Held(self.layers, self.proof.layout, self.transcript, origin, self._known)
+
+    def _report_exactness(self, report: Report) -> None:
+        report.approximate = not self.transcript.is_exact
+        report.lossy = self._codec.name if self.transcript.lossy_from is not None else ""
 
     def _report_aside(self, call: ForwardCall, step: Step, report: Report) -> None:
         report.skipped = self.opaque
-        report.approximate = step.past > 0 and not self.transcript.is_exact
+        if step.past:
+            self._report_exactness(report)
         step.prefill_from = perf_counter()
         rows = 1 if call.ids is None else call.ids.shape[0]
         span = Span(step.past, step.total, Kind.COMPUTED, reason=self.opaque)

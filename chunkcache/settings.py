@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from chunkcache.coding import CODECS, ZSTD
+from chunkcache.compress import require_zstd
 from chunkcache.errors import SettingError
 from chunkcache.repair import KNOWN, Repair, parse_repair
+from chunkcache.seal import Seal
 
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
+SHORTEST_SECRET = 16
 _OF_STORE = (
     "connect_timeout", "read_timeout", "max_delay", "write_queue_bytes", "ttl", "refresh_ttl",
 )  # fmt: skip
+# What chunks say of themselves, and "age", by which they can be chosen.
+RESERVED_FIELDS = frozenset(
+    (
+        "age", "bytes", "codec", "context", "created", "dtype", "identity", "layers", "model",
+        "namespace", "parent", "pinned", "positions", "revision", "tags", "token_ids", "tokens",
+    )
+)  # fmt: skip
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_PAIRS = "Mapping[str, str]"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -40,7 +54,18 @@ class Settings:
         store_tail: also keep the last, shorter chunk of a prompt, so that the very same prompt is
             reused to its last token.
         namespace: caches reuse only what was stored under the same namespace.
+        codec: how K/V are written: `"safetensors"` as the model has them, `"safetensors-bf16"` or
+            `"safetensors-int8"` with fewer bits (approximate, and reported), each compressed with
+            `"+zstd"` behind it. Caches find only what was written with the same codec.
+        secret: text of 16 characters or more. Who does not know it can neither find what was stored
+            under it nor tell from the keys which texts are there.
+        seal: keys of 32 bytes, in hexadecimal digits, joined by commas, under which K/V and token
+            ids are encrypted in the store. The first one seals, all of them open.
         tags: free text kept in the metadata of every chunk written, `"key=value,…"` by convention.
+        metadata: more fields for the metadata of every chunk written, as texts; in the environment
+            `"name=value,…"`.
+        write: `False` reads only: nothing that is computed reaches the store, and nothing is
+            deleted from it.
         on_error: `"compute"` treats a failing store as a miss and reports it; `"raise"` raises
             `StoreError`.
         connect_timeout: seconds to wait for a connection to the store.
@@ -64,7 +89,12 @@ class Settings:
     chunk_overlap: int = 0
     store_tail: bool = True
     namespace: str = ""
+    codec: str = "safetensors"
+    secret: str = field(default="", repr=False)
+    seal: str = field(default="", repr=False)
     tags: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    write: bool = True
     on_error: str = "compute"
     connect_timeout: float = 0.25
     read_timeout: float = 0.5
@@ -77,6 +107,18 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, REUSE_MODES)
         _one_of("on_error", self.on_error, ERROR_MODES)
+        _one_of("codec", self.codec, CODECS)
+        if self.codec.endswith(ZSTD):
+            require_zstd()
+        _hidden_text("secret", self.secret)
+        if 0 < len(self.secret) < SHORTEST_SECRET:
+            raise SettingError(
+                f"secret has {len(self.secret)} characters, which can be guessed: take at least "
+                f"{SHORTEST_SECRET} random ones"
+            )
+        _hidden_text("seal", self.seal)
+        if self.seal:
+            Seal.parse(self.seal)
         _integer("chunk_size", self.chunk_size, 1)
         _integer("chunk_overlap", self.chunk_overlap, 0)
         _integer("write_queue_bytes", self.write_queue_bytes, 0)
@@ -91,11 +133,13 @@ class Settings:
             _seconds("ttl", self.ttl, "or 0 for no end")
         for name in ("namespace", "tags"):
             _text(name, getattr(self, name))
+        _fields(self.metadata)
+        object.__setattr__(self, "metadata", dict(self.metadata))
         if isinstance(self.repair, str):
             parse_repair(self.repair)
         elif not isinstance(self.repair, Repair):
             raise SettingError(f"repair={self.repair!r} must be a name or a Repair: {KNOWN}")
-        for name in ("store_tail", "refresh_ttl", "pin"):
+        for name in ("store_tail", "refresh_ttl", "pin", "write"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SettingError(f"{name}={value!r} must be True or False")
 
@@ -103,6 +147,11 @@ class Settings:
     def strategy(self) -> Repair:
         """The repair to apply."""
         return parse_repair(self.repair) if isinstance(self.repair, str) else self.repair
+
+    @property
+    def sealing(self) -> Seal | None:
+        """The keys of `seal`, if there are any."""
+        return Seal.parse(self.seal) if self.seal else None
 
     @property
     def of_store(self) -> dict[str, Any]:
@@ -116,7 +165,7 @@ class Settings:
         Raises:
             SettingError: An unknown name, an unreadable file, or a value that cannot work.
         """
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = {each.name: str(each.type) for each in fields(cls)}
         _reject_unknown(given, known, "keyword argument")
         values: dict[str, Any] = {}
         if path := os.environ.get("CHUNKCACHE_CONFIG"):
@@ -142,6 +191,32 @@ def _text(name: str, value: object) -> None:
         raise SettingError(f"{name}={value!r} must be text that UTF-8 can express") from error
 
 
+def _fields(given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise SettingError(f"metadata={given!r} must be a mapping, as {{'temperature': '0.7'}}")
+    for name, value in given.items():
+        if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
+            raise SettingError(
+                f"metadata: the name {name!r} must be letters, digits, _, . and -, and not begin "
+                "with a digit"
+            )
+        if name in RESERVED_FIELDS:
+            raise SettingError(
+                f"metadata: {name!r} is a field that chunks have already: choose another name"
+            )
+        _text(f"metadata[{name!r}]", value)
+
+
+def _hidden_text(name: str, value: object) -> None:
+    """Like `_text`, with a message that does not show the value."""
+    if not isinstance(value, str):
+        raise SettingError(f"{name} must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SettingError(f"{name} must be text that UTF-8 can express") from None
+
+
 def _integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"{name}={value!r} must be a whole number of at least {least}")
@@ -164,7 +239,7 @@ def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, str], what: st
 def _from_file(path: Path, known: Mapping[str, str]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no TOML
         raise SettingError(
             f"CHUNKCACHE_CONFIG={str(path)!r} cannot be read as a TOML file: {error}"
         ) from error
@@ -178,6 +253,10 @@ def _parse(name: str, text: str, kind: str) -> Any:
             if text.lower() not in _TRUE + _FALSE:
                 raise ValueError
             return text.lower() in _TRUE
+        if kind == _PAIRS:
+            pairs = [pair.split("=", 1) for pair in text.split(",") if pair.strip()]
+            return {key.strip(): value.strip() for key, value in pairs}
         return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError as error:
-        raise SettingError(f"{name}={text!r} must be a value of type {kind}") from error
+        wanted = "name=value pairs with commas in between" if kind == _PAIRS else f"of type {kind}"
+        raise SettingError(f"{name}={text!r} must be {wanted}") from error

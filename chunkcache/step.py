@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from chunkcache.chunking import Grid
 from chunkcache.codec import KVLayout
+from chunkcache.coding import INT8, Codec
 from chunkcache.errors import StoreError
+from chunkcache.identity import ModelIdentity
 from chunkcache.index import Origin
 from chunkcache.model_state import ModelState
 from chunkcache.report import Report
@@ -30,6 +32,15 @@ class Setup:
     store: ChunkStore
     settings: Settings
     grid: Grid
+
+    def origin(self, identity: ModelIdentity) -> Origin:
+        """Where chunks of that identity, the model's present one, are found and kept."""
+        chosen = self.settings
+        codec = Codec(chosen.codec, chosen.sealing)
+        if codec.numbers == INT8:
+            codec = replace(codec, mover=self.state.rotation(identity))
+        salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
+        return Origin(self.store, identity, salt, codec)
 
     def trouble(self, error: Exception, report: Report) -> None:
         """A store failed or held a bad blob: count it, and raise only if that was asked for."""

@@ -20,12 +20,15 @@ class Transcript:
         pads: Columns of left padding of each row.
         exact_until: Per row, the column from which on K/V are not those of a run without the cache;
             `None` if all are.
+        lossy_from: The column from which on K/V may have been rounded by a lossy codec, or were
+            computed behind such; `None` if none were.
     """
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
         self.pads: list[int] = []
         self.exact_until: list[int | None] = []
+        self.lossy_from: int | None = None
 
     @property
     def columns(self) -> int:
@@ -41,6 +44,7 @@ class Transcript:
         """Begin anew with rows that have so many columns of left padding."""
         self._pieces, self.pads = [], list(pads)
         self.exact_until = [None] * len(pads)
+        self.lossy_from = None
 
     def more_padding(self, pads: list[int]) -> None:
         """Rows that are nothing but padding so far may go on with it."""
@@ -64,6 +68,8 @@ class Transcript:
 
     def crop(self, columns: int) -> None:
         """Forget all but the first columns."""
+        if self.lossy_from is not None and self.lossy_from >= columns:
+            self.lossy_from = None
         if columns < self.columns:
             self._pieces = [self.ids()[:, :columns]]
             self.exact_until = [

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, Listed
 
 
 def entry(key: str, blob: bytes = b"", **metadata: str) -> Entry:
@@ -58,6 +58,14 @@ class Shelf(ChunkStore):
         self._call("delete", keys)
         return sum(self.kept.pop(key, None) is not None for key in keys)
 
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        self._call("scan", [prefix])
+        yield [
+            Listed(key, dict(kept.metadata) or None, kept.nbytes)
+            for key, kept in list(self.kept.items())
+            if key.startswith(prefix)
+        ]
+
     def close(self) -> None:
         self.closed = True
 
@@ -67,6 +75,13 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def keys_of(store: ChunkStore, prefix: str = "") -> list[str]:
+    """The keys of all entries; each may come once only."""
+    found = [entry.key for page in store.scan(prefix) for entry in page]
+    assert len(found) == len(set(found))
+    return found
 
 
 def blobs(store: ChunkStore, *keys: str) -> list[bytes | None]:

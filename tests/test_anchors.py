@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 
 import numpy as np
 from hypothesis import given
@@ -39,7 +40,8 @@ def test_a_hash_is_that_of_salt_and_tokens():
     text = np.arange(100)
     first = anchors(text, b"salt")[0]
     window = text[first.start : first.start + WINDOW].astype("<i8").tobytes()
-    assert first.hash == hashlib.sha256(b"chunkcache/anchor/1" + b"salt" + window).hexdigest()
+    expected = hmac.new(b"salt", b"chunkcache/anchor/2" + window, hashlib.sha256).hexdigest()
+    assert first.hash == expected
     assert not {a.hash for a in anchors(text, b"salt")} & {a.hash for a in anchors(text, b"other")}
 
 

@@ -184,7 +184,7 @@ def test_the_message_tells_damage_from_a_wrong_chunk() -> None:
 
 @given(layouts, st.integers(1, 9))
 def test_layout_counts_bytes(layout: KVLayout, tokens: int) -> None:
-    tensors = layout.tensors(tokens)
-    assert tensors[0][2] == 0
-    assert [begin for _, _, begin, _ in tensors[1:]] == [end for _, _, _, end in tensors[:-1]]
-    assert tensors[-1][3] == tokens * layout.token_bytes
+    slots = layout.slots(tokens)
+    assert slots[0].begin == 0
+    assert [slot.begin for slot in slots[1:]] == [slot.end for slot in slots[:-1]]
+    assert slots[-1].end == tokens * layout.token_bytes

@@ -19,6 +19,7 @@ from chunkcache.stores.base import KV_BYTES, ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
+from chunkcache.stores.tiered import TieredStore
 from tests.models import tiny
 from tests.models import tokens as random_ids
 
@@ -216,6 +217,18 @@ def test_a_dead_store(llama, mode) -> None:
     strict = RedisChunkCache(llama, dead_store(), reuse=mode, on_error="raise")
     with pytest.raises(StoreError):
         strict.explain(ids)
+
+
+def test_a_dead_tier_is_named(llama, store) -> None:
+    ids = random_ids(300)
+    prefill(llama, store, ids)
+    tiers = TieredStore([dead_store(), store])
+    explanation = RedisChunkCache(llama, tiers).explain(ids)
+    assert explanation.reused == 299
+    assert len(explanation.errors) == len(set(explanation.errors)) > 0
+    assert "127.0.0.1:1" in str(explanation)
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:1"):
+        RedisChunkCache(llama, tiers, on_error="raise").explain(ids)
 
 
 def test_a_store_that_dies_half_way(llama) -> None:

@@ -25,6 +25,8 @@ def test_counts() -> None:
     assert (EXPLANATION.reused, EXPLANATION.moved, EXPLANATION.computed) == (256, 384, 642)
     assert not EXPLANATION.exact
     assert Explanation(FINDINGS[:2]).exact
+    assert not Explanation(FINDINGS[:2], lossy="safetensors-int8").exact
+    assert Explanation(FINDINGS[5:], lossy="safetensors-int8").exact  # all is computed
     assert [found.hit for found in FINDINGS] == [True] * 5 + [False] * 2
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from chunkcache import identity, weights
 from chunkcache.errors import SettingError
 from chunkcache.identity import ChunkKey, ModelIdentity, model_name
+from chunkcache.stores.topology import tagged
 from tests.models import tiny
 
 HASH = "0123456789abcdef" * 4
@@ -42,6 +43,7 @@ def test_keys_round_trip(format: str, name: str, size: int, worker: int, hash: s
     assert not set(text) & set(" {}*?[]\n\x00")  # nor what means something to Redis
     for suffix in ("", "@metadata", "@kv_bytes"):
         assert ChunkKey.parse(text + suffix) == key
+        assert ChunkKey.parse(tagged(text) + suffix) == key
 
 
 @given(names, names)
@@ -62,6 +64,10 @@ def test_common_names_stay_readable() -> None:
         "@@@@",
         f"safetensors@m@1@0@{HASH[:-1]}",
         f"safetensors@m@1@0@{HASH}0",
+        f"safetensors@m@1@0@{{{HASH}",
+        f"safetensors@m@1@0@{HASH}}}",
+        f"safetensors@m@1@0@{{{{{HASH}}}}}",
+        f"safetensors@m@1@0@{{{HASH}}}\n",
         f"safetensors@m@1@0@{HASH.upper()}",
         f"safetensors@m@1@0@{HASH}\n",
         f"safetensors@m@1@0@{HASH}@other",
@@ -316,7 +322,7 @@ def test_fields() -> None:
     assert str(found.key(HASH, "safetensors")) == f"safetensors@LlamaForCausalLM@1@0@{HASH}"
 
 
-def test_each_namespace_model_and_worker_has_a_salt_of_its_own() -> None:
+def test_each_namespace_model_worker_secret_and_codec_has_a_salt_of_its_own() -> None:
     def of(digest: str, size: int = 1, worker: int = 0) -> ModelIdentity:
         return ModelIdentity("m", "", "float32", digest, (), size, worker)
 
@@ -328,6 +334,11 @@ def test_each_namespace_model_and_worker_has_a_salt_of_its_own() -> None:
         of("a", 2).salt(""),
         of("a", 2, 1).salt(""),
         of('a", "team').salt(""),
+        of("a").salt("", "secret"),
+        of("a").salt("", "secret\0"),
+        of("a").salt("team", "secret"),
+        of("a").salt("", "", "safetensors-int8"),
+        of("a").salt("safetensors-int8"),
     ]
     assert len(set(salts)) == len(salts)
     assert of("a").salt("") == of("a").salt("")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from chunkcache.anchors import WINDOW, anchors
 from chunkcache.chunking import Chunk, Grid, cut
+from chunkcache.coding import Codec
 from chunkcache.index import (
     MOST_PLACES,
     MOST_VARIANTS,
@@ -47,8 +48,8 @@ class Counting(MemoryStore):
         return super().read_metadata(keys)
 
 
-def origin(store=None, salt=b"salt"):
-    return Origin(store or MemoryStore(), Identity(), salt, "safetensors")
+def origin(store=None, salt=b"salt", codec=None):
+    return Origin(store or MemoryStore(), Identity(), salt, codec or Codec())
 
 
 def text(tokens, seed=0):

@@ -364,3 +364,12 @@ def test_a_stored_verdict_does_not_make_a_model_movable() -> None:
     found = mover_of(model, stored(model, proven, MOVING_FORMAT))
     assert isinstance(found, str)
     assert "no known rotation" in found
+
+
+def test_the_rule_for_turning_keys_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    found = state.rotation(state.identity())
+    assert isinstance(found, KeyMover)
+    monkeypatch.setattr(model, "forward", None)
+    assert state.rotation(state.identity()) is found

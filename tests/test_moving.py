@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from chunkcache import moving
-from chunkcache.moving import prove_moving
+from chunkcache.moving import find_rotation, prove_moving
 from chunkcache.proof import prove
 from chunkcache.rope import KeyMover
 from tests.models import tiny
@@ -51,6 +51,17 @@ def test_attention_that_takes_no_mask_is_refused():
     assert verdict(model) == (
         "attention 'unmaskable' takes no mask: load the model with attn_implementation='sdpa'"
     )
+
+
+@pytest.mark.parametrize(("kind", "known"), [("llama", True), ("gpt2", False), ("bloom", False)])
+def test_the_rule_alone_is_known_or_not(kind, known):
+    assert isinstance(find_rotation(tiny(kind)), KeyMover) == known
+
+
+def test_a_rule_is_none_where_the_model_fails(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(model, "forward", lambda input_ids, position_ids, **_: 1 / 0)
+    assert find_rotation(model) is None
 
 
 def spoil(model, forward):

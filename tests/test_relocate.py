@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from chunkcache.codec import BlobForm, encode
-from chunkcache.errors import BlobError, StoreError
+from chunkcache.coding import Codec
+from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.index import Origin, Passage
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.matching import Piece, StoredChunk
 from chunkcache.moving import prove_moving
 from chunkcache.proof import growing_layers, prove
 from chunkcache.relocate import fill_pieces
+from chunkcache.seal import Seal
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
 from tests.test_index import Identity
 
+PLAIN = Codec()
 MODEL = tiny("deepseek_v3", num_hidden_layers=2)
 LAYOUT = prove(MODEL).layout
 MOVER = prove_moving(MODEL, LAYOUT)
@@ -50,12 +52,12 @@ def random_kv(tokens, seed):
     ]
 
 
-def chunk(store, name, start, tokens=20, seed=0):
+def chunk(store, name, start, tokens=20, seed=0, codec=PLAIN):
     """A stored chunk and its K/V."""
     ids = np.arange(tokens) + 100 * seed
     kv = random_kv(tokens, seed)
-    form = BlobForm.of(LAYOUT, ids.tolist(), start, name)
-    store.write([Entry(f"f@m@1@0@{name}", {"m": "1"}, encode(form, kv))])
+    form = Origin(store, Identity(), b"", codec).form(LAYOUT, ids.tolist(), start, name)
+    store.write([Entry(form.key, {"m": "1"}, form.encode(kv))])
     return StoredChunk(name, start, ids), kv
 
 
@@ -72,8 +74,8 @@ class Filling:
             layer.values.fill_(7.0)
         self.troubles = []
 
-    def fill(self, wanted, at_hand=None):
-        origin = Origin(self.store, Identity(), b"", "f")
+    def fill(self, wanted, at_hand=None, codec=PLAIN):
+        origin = Origin(self.store, Identity(), b"", codec)
         return fill_pieces(
             origin, self.layers, LAYOUT, MOVER, wanted, at_hand or {}, self.troubles.append
         )
@@ -105,9 +107,9 @@ def test_a_chunk_is_read_once_for_all_rows_and_places():
     pieces = [Piece(3, 23, a, 0), Piece(50, 60, a, 10)]
     moved = Piece(30, 45, a, 5)
     filling = Filling(store)
-    placed, bytes_read = filling.fill([(twins, pieces), (other, [moved])])
-    assert store.asked == [["f@m@1@0@a"]]
-    assert bytes_read == store.sizes(["f@m@1@0@a"])[0]
+    placed, bytes_read, _ = filling.fill([(twins, pieces), (other, [moved])])
+    assert store.asked == [["safetensors@m@1@0@a"]]
+    assert bytes_read == store.sizes(["safetensors@m@1@0@a"])[0]
     assert placed == {*pieces, moved}
     for row in (0, 2):
         assert filling.holds(row, 3, kv, slice(0, 20), 40, 3)
@@ -125,7 +127,7 @@ def test_what_is_in_the_layers_is_not_read():
     for layer, pair in zip(filling.layers, kv, strict=True):
         layer.place(1, 10, *pair)
     passage = Passage(np.arange(100), 0, 90, rows=(0,))
-    placed, bytes_read = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
+    placed, bytes_read, _ = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
     assert (len(placed), bytes_read, store.asked) == (1, 0, [])
     assert filling.holds(0, 60, kv, slice(0, 20), 8, 60)
     assert filling.holds(1, 10, kv, slice(0, 20), 8, 8)
@@ -135,21 +137,37 @@ def test_what_is_in_the_layers_is_not_read():
 def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
     store = Reads()
     (a, _), (b, kv) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
-    blob = bytearray(next(iter(store.read(["f@m@1@0@a"]))))
+    blob = bytearray(next(iter(store.read(["safetensors@m@1@0@a"]))))
     if harm == "bit":
         blob[-3] ^= 1
     blob = {"short": blob[:-4], "long": blob + b"1234", "empty": blob[:9]}.get(harm, blob)
     if harm == "other":
-        blob = bytes(next(iter(store.read(["f@m@1@0@b"]))))
-    store.write([Entry("f@m@1@0@a", {}, memoryview(bytes(blob)))])
+        blob = bytes(next(iter(store.read(["safetensors@m@1@0@b"]))))
+    store.write([Entry("safetensors@m@1@0@a", {}, memoryview(bytes(blob)))])
     filling = Filling(store)
     passage = Passage(np.arange(100), 0, 90)
     pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
-    placed, _ = filling.fill([(passage, pieces)])
+    placed, *_ = filling.fill([(passage, pieces)])
     assert placed == {pieces[1]}
     assert filling.untouched(0, *range(20))
     assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
     assert [type(error) for error in filling.troubles] == [BlobError]
+
+
+def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
+    store = Reads()
+    ours, theirs = (Codec(seal=Seal((key * 32,))) for key in (b"o", b"t"))
+    (a, _), (b, kv) = (
+        chunk(store, "a", 0, seed=1, codec=theirs),
+        chunk(store, "b", 20, seed=2, codec=ours),
+    )
+    filling = Filling(store)
+    pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
+    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)], codec=ours)
+    assert placed == {pieces[1]}
+    assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
+    assert [type(error) for error in filling.troubles] == [SealedBlobError]
+    assert all(store.sizes([f"safetensors+sealed@m@1@0@{name}" for name in "ab"]))
 
 
 def test_a_store_that_fails_half_way_leaves_holes():
@@ -157,7 +175,7 @@ def test_a_store_that_fails_half_way_leaves_holes():
     (a, kv), (b, _) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
     filling = Filling(store)
     pieces = [Piece(30, 50, a, 0), Piece(50, 70, b, 0)]
-    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
+    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
     assert placed == {pieces[0]}
     assert filling.holds(0, 30, kv, slice(0, 20), 0, 30)
     assert filling.untouched(0, *range(50, 70))
@@ -167,11 +185,11 @@ def test_a_store_that_fails_half_way_leaves_holes():
 def test_a_chunk_that_went_is_a_hole_and_no_trouble():
     store = Reads()
     a, _ = chunk(store, "a", 0)
-    store.delete(["f@m@1@0@a"])
+    store.delete(["safetensors@m@1@0@a"])
     filling = Filling(store)
-    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0)
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0, 0)
     assert filling.troubles == []
-    assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0)
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0, 0)
     assert len(store.asked) == 1  # nothing to read, nothing asked
 
 

@@ -30,6 +30,8 @@ reports = st.builds(
     Report,
     rows=st.lists(rows(), max_size=3),
     bytes_read=st.integers(0, 10**12),
+    bytes_spared=st.integers(0, 10**12),
+    lossy=st.sampled_from(["", "safetensors-int8"]),
     bytes_written=st.integers(0, 10**12),
     bytes_dropped=st.integers(0, 10**12),
     lookup_ms=st.floats(0, 1e6),
@@ -79,7 +81,7 @@ def test_counts_add_up(report: Report) -> None:
         assert row.prompt_tokens == (row.spans[-1].stop if row.spans else 0)
     for name in (*COUNTS, "prompt_tokens"):
         assert sum(getattr(row, name) for row in report.rows) == getattr(report, name)
-    assert report.exact
+    assert report.exact == (not report.lossy)
     report.approximate = True
     assert not report.exact
 

@@ -8,16 +8,20 @@ import pytest
 import torch
 
 from chunkcache.chunking import Chunk, Grid, cut
-from chunkcache.codec import BlobForm, KVLayout, LayerKV, LayerShape, encode
+from chunkcache.codec import KVLayout, LayerKV, LayerShape
+from chunkcache.coding import Codec
 from chunkcache.errors import StoreError
+from chunkcache.index import Origin
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.plan import plan_row
 from chunkcache.restore import Filling, known_chunks
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
+from tests.test_index import Identity
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 4, 2, 4), None, LayerShape(1, 4, 1, 2)))
 GRID = Grid(4)
+CODEC = Codec()
 
 
 class Store(MemoryStore):
@@ -50,8 +54,9 @@ def truth(tokens: list[int], start: int) -> list[LayerKV | None]:
 class Batch:
     """Padded rows, their chunks in a store, and layers to fill."""
 
-    def __init__(self, rows: list[list[int]]) -> None:
+    def __init__(self, rows: list[list[int]], codec: Codec = CODEC) -> None:
         self.store = Store()
+        self.origin = Origin(self.store, Identity(), b"", codec)  # type: ignore[arg-type]
         self.rows = rows
         width = max(map(len, rows))
         self.pads = [width - len(row) for row in rows]
@@ -60,16 +65,15 @@ class Batch:
         for row, chunks in zip(rows, self.chunks, strict=True):
             for chunk in chunks:
                 tokens = row[chunk.start : chunk.stop]
-                form = BlobForm.of(LAYOUT, tokens, chunk.start, chunk.hash)
-                blob = encode(form, truth(tokens, chunk.start))
-                self.store.write([Entry(chunk.hash, {}, blob)])
+                form = self.origin.form(LAYOUT, tokens, chunk.start, chunk.hash)
+                self.store.write([Entry(form.key, {}, form.encode(truth(tokens, chunk.start)))])
         self.layers: list[Any] = [GrowingLayer() if s else object() for s in LAYOUT.layers]
         settle_all(self.layers, LAYOUT, len(rows), width, torch.device("cpu"))
         self.troubles: list[Exception] = []
 
     def fill(self, limit: int, held: int = 0, together: bool = True) -> Filling:
         lengths = [max(held - pad, 0) for pad in self.pads]
-        known = known_chunks(self.store, self.chunks, lengths, str)
+        known = known_chunks(self.store, self.chunks, lengths, self.origin.key)
         plans = [
             plan_row(chunks, len(row), length, known, "not in the store")
             for chunks, row, length in zip(self.chunks, self.rows, lengths, strict=True)
@@ -78,7 +82,7 @@ class Batch:
             max(min(limit, p + plan.reach), held) for p, plan in zip(self.pads, plans, strict=True)
         ]
         filling = Filling(
-            self.store, str, self.layers, LAYOUT, self.ids, self.pads, plans, stops, together,
+            self.origin, known, self.layers, LAYOUT, self.ids, self.pads, plans, stops, together,
             self.troubles.append,
         )  # fmt: skip
         filling.run()
@@ -94,10 +98,14 @@ class Batch:
             for mine, its in zip(layer.peek(row, column, stop - start), kv, strict=True)
         )
 
+    def lose(self, *chunks: Chunk) -> None:
+        self.store.delete([self.origin.key(chunk.hash) for chunk in chunks])
+
     def spoil(self, chunk: Chunk) -> None:
-        blob = bytearray(next(MemoryStore.read(self.store, [chunk.hash])))
+        key = self.origin.key(chunk.hash)
+        blob = bytearray(next(MemoryStore.read(self.store, [key])))
         blob[-1] ^= 1
-        self.store.write([Entry(chunk.hash, {}, memoryview(blob))])
+        self.store.write([Entry(key, {}, memoryview(blob))])
 
 
 def rows_of(*lengths: int) -> list[list[int]]:
@@ -106,16 +114,21 @@ def rows_of(*lengths: int) -> list[list[int]]:
 
 def test_one_call_tells_what_is_known() -> None:
     batch = Batch(rows_of(10, 6))
-    batch.store.delete([batch.chunks[0][1].hash])
-    known = known_chunks(batch.store, batch.chunks, [0, 0], str)
-    assert known == {c.hash for chunks in batch.chunks for c in chunks} - {batch.chunks[0][1].hash}
-    assert known_chunks(batch.store, batch.chunks, [8, 6], str) == {batch.chunks[0][2].hash}
-    assert known_chunks(batch.store, batch.chunks, [10, 6], str) == set()
+    batch.lose(batch.chunks[0][1])
+    first, second = batch.chunks
+
+    def known(*held: int) -> dict[str, int]:
+        return known_chunks(batch.store, batch.chunks, held, batch.origin.key)
+
+    hashes = {chunk.hash for chunk in (*first, *second)} - {first[1].hash}
+    assert known(0, 0) == {name: batch.store.sizes([batch.origin.key(name)])[0] for name in hashes}
+    assert set(known(8, 6)) == {first[2].hash}
+    assert known(10, 6) == {}
 
 
 def test_rows_are_filled_together() -> None:
     batch = Batch(rows_of(12, 9))
-    batch.store.delete([batch.chunks[1][1].hash])
+    batch.lose(batch.chunks[1][1])
     filling = batch.fill(11)
     assert filling.stops == [7, 7]
     assert batch.holds(0, 0, 7)
@@ -126,7 +139,7 @@ def test_rows_are_filled_together() -> None:
 
 def test_or_each_as_far_as_it_is_known() -> None:
     batch = Batch(rows_of(12, 9))
-    batch.store.delete([batch.chunks[1][1].hash])
+    batch.lose(batch.chunks[1][1])
     filling = batch.fill(11, together=False)
     assert filling.stops == [11, 7]
     assert batch.holds(0, 0, 11)
@@ -145,7 +158,9 @@ def test_a_bad_blob_ends_its_row(together: bool) -> None:
     assert batch.holds(0, 0, 4)
     assert batch.holds(1, 0, filling.stops[1])
     assert len(batch.troubles) == 1
-    assert batch.store.sizes([batch.chunks[0][1].hash]) == [0]  # nobody shall meet it again
+    assert batch.store.sizes([batch.origin.key(batch.chunks[0][1].hash)]) == [
+        0
+    ]  # nobody shall meet it again
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -183,7 +198,7 @@ def test_what_is_held_is_neither_read_nor_touched() -> None:
             layer.values.fill_(7)
     filling = batch.fill(11, held=6)
     assert filling.stops == [11]
-    assert batch.chunks[0][0].hash not in batch.store.asked
+    assert batch.origin.key(batch.chunks[0][0].hash) not in batch.store.asked
     assert batch.holds(0, 6, 11)
     assert (batch.layers[0].peek(0, 0, 6)[0] == 7).all()
 
@@ -191,6 +206,6 @@ def test_what_is_held_is_neither_read_nor_touched() -> None:
 def test_nothing_to_read_asks_nothing() -> None:
     batch = Batch(rows_of(12))
     assert batch.fill(6, held=6).stops == [6]
-    batch.store.delete([c.hash for c in batch.chunks[0]])
+    batch.lose(*batch.chunks[0])
     assert batch.fill(11).stops == [0]
     assert batch.store.asked == []

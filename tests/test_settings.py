@@ -13,6 +13,8 @@ from chunkcache.stores import open_store
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 
+KEY = "0123456789abcdef" * 4
+
 # One value other than the default for each setting, as Python and as text.
 OTHER: dict[str, tuple[Any, str]] = {
     "reuse": ("off", "off"),
@@ -22,6 +24,11 @@ OTHER: dict[str, tuple[Any, str]] = {
     "store_tail": (False, "no"),
     "namespace": ("team-a", "team-a"),
     "tags": ("run=1", "run=1"),
+    "metadata": ({"temperature": "0.7", "run": "a=b"}, " temperature=0.7, run = a=b,"),
+    "write": (False, "off"),
+    "codec": ("safetensors-int8", "safetensors-int8"),
+    "secret": ("correct horse battery", "correct horse battery"),
+    "seal": (f"{KEY},{KEY[::-1]}", f"{KEY},{KEY[::-1]}"),
     "on_error": ("raise", "raise"),
     "connect_timeout": (1.5, "1.5"),
     "read_timeout": (9.0, "9"),
@@ -47,6 +54,8 @@ def test_every_setting_is_tested_here() -> None:
 
 
 def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {toml(each)}' for name, each in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -83,6 +92,16 @@ def test_from_everywhere_in_order(
         ("reuse", None),
         ("reuse", ["prefix"]),
         ("on_error", "ignore"),
+        ("codec", "int8"),
+        ("codec", "safetensors+zstd+zstd"),
+        ("codec", None),
+        ("secret", None),
+        ("secret", "short"),
+        ("secret", "half a \ud800 character"),
+        ("seal", b"0" * 64),
+        ("seal", KEY[:-1]),
+        ("seal", f"{KEY},"),
+        ("seal", KEY[:-1] + "g"),
         ("chunk_size", 0),
         ("chunk_size", -1),
         ("chunk_size", 1.5),
@@ -222,3 +241,36 @@ def test_settings_cannot_be_changed_behind_the_checks() -> None:
 def test_a_setting_error_is_a_value_error_of_ours() -> None:
     assert issubclass(SettingError, ValueError)
     assert issubclass(SettingError, ChunkCacheError)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("temperature=0.7", "must be a mapping"),
+        ({"temperature": 0.7}, r"metadata\['temperature'\]=0.7 must be a string"),
+        ({"a": "\udcff"}, "UTF-8"),
+        ({"tokens": "3"}, "'tokens' is a field that chunks have already"),
+        ({"age": "3"}, "choose another name"),
+        ({"": "3"}, "the name ''"),
+        ({"two words": "3"}, "the name 'two words'"),
+        ({"1st": "3"}, "not begin with a digit"),
+        ({3: "3"}, "the name 3"),
+    ],
+)
+def test_metadata_that_cannot_work(given: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Settings(metadata=given)
+
+
+def test_metadata_is_not_changed_from_outside() -> None:
+    given = {"temperature": "0.7"}
+    settings = Settings(metadata=given)
+    given["tokens"] = "3"
+    assert settings.metadata == {"temperature": "0.7"}
+    assert hash(settings) == hash(Settings(metadata={}))  # settings can be keys of a dict
+
+
+def test_metadata_in_the_environment_is_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKCACHE_METADATA", "temperature")
+    with pytest.raises(SettingError, match="CHUNKCACHE_METADATA='temperature' must be name=value"):
+        Settings.load()

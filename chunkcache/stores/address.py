@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -25,6 +26,11 @@ HOW_TO_WRITE = {
     SENTINEL: "redis+sentinel://user:password@host1:26379,host2:26379/service/0",
     CLUSTER: "redis+cluster://user:password@host1:6379,host2:6379",
 }
+
+# Clients introduce themselves to the server, which costs two round trips per connection.
+# Releases of redis-py before 7.2 cannot be told not to. Over TLS it stays: redis-py takes the
+# tickets that come behind the TLS handshake for an unasked reply, unless they are read with one.
+QUIET: dict[str, Any] = {"driver_info": None} if find_spec("redis.driver_info") else {}
 
 # What a URL may set. The rest of redis-py's options would change how replies are read.
 PARAMETERS = frozenset(
@@ -148,6 +154,7 @@ def read_url(
         # repeated: a silent server costs one.
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         "command_packer": CommandPacker(),
+        **({} if transport == "rediss" else QUIET),
     }
     try:
         options = ours | parse_url(f"{transport}://{login}{at}/{path.lstrip('/')}?{parts.query}")

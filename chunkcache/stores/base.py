@@ -38,6 +38,18 @@ class Entry:
         return self.blob.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a listing tells of one entry; a half that is missing is `None`, or 0 bytes.
+
+    `nbytes` is the size of the blob.
+    """
+
+    key: str
+    metadata: dict[str, str] | None
+    nbytes: int
+
+
 def merged(newer: Entry, older: Entry | None) -> Entry:
     """One entry with the effect of writing `older` and then `newer`, both of one key."""
     if older is None or not newer.merge:
@@ -116,6 +128,15 @@ class ChunkStore(ABC):
     def delete(self, keys: Sequence[str]) -> int:
         """Remove both halves of each entry. Returns how many entries were there."""
 
+    @abstractmethod
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        """Yield all entries whose keys begin with `prefix`, page by page, in no order.
+
+        No blob is read, and looking does not count as a use. What comes or goes meanwhile may be
+        left out, and an entry may come twice. Raises StoreError as soon as a part of the store
+        fails.
+        """
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was written can be read by others. False if `timeout` s passed."""
         return True
@@ -154,3 +175,6 @@ class ReadsFrom(ChunkStore):
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self.store.read_metadata(keys)
+
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        return self.store.scan(prefix)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
 from chunkcache.stores.calls import current_calls
+from chunkcache.stores.locks import ForkSafeLock
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Guarded(ChunkStore):
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self._look_up(lambda: self._store.read_metadata(keys)) if keys else []
 
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        return self._iterate([prefix], lambda: self._store.scan(prefix))
+
     def write(self, entries: Sequence[Entry]) -> int:
         return self._change(lambda: self._store.write(entries)) if entries else 0
 
@@ -78,6 +82,9 @@ class Guarded(ChunkStore):
             raise self._refusal(opened)
 
     def flush(self, timeout: float | None = None) -> bool:
+        opened = self._writing.opened()
+        if opened and not opened.is_over:
+            return True  # what failed is not on its way
         with self._watched(self._writing):  # never as a probe: without a queue it proves nothing
             return self._store.flush(timeout)
 
@@ -160,7 +167,8 @@ class Guarded(ChunkStore):
         return StoreError(
             f"{self._store!r} is left alone until "
             f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}; "
-            f"generation goes on without it ({opened.cause})"
+            f"generation goes on without it ({opened.cause})",
+            "left_alone",
         )
 
     @contextmanager
@@ -204,7 +212,7 @@ class _Circuit:
 
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._cause: str | None = None
         self._open_until = 0.0
 

@@ -7,14 +7,16 @@ braces there, `format@model@1@0@{hash}@kv_bytes`, and only what is in braces cho
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from itertools import chain
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import CLUSTER, read_url
-from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
 from chunkcache.stores.breaker import MAX_DELAY
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.redis import CONNECT_TIMEOUT, READ_TIMEOUT
@@ -138,10 +140,19 @@ class ClusterStore(ChunkStore):
             raise error
         return sum(counts)
 
-    def sweep(self) -> int:
-        """`RedisStore.sweep` on every server. Raises StoreError."""
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        """As in `ChunkStore`, one server after the other."""
         self._topology.refresh()
-        return sum(server.node.sweep() for server in self._topology.primaries)
+        pages = (server.guarded.scan(prefix) for server in self._topology.primaries)
+        return chain.from_iterable(pages)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        done = True
+        for server in self._topology.primaries:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done &= server.guarded.flush(left)
+        return done
 
     def close(self) -> None:
         self._topology.close()

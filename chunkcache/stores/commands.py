@@ -15,17 +15,36 @@ from chunkcache.stores.stream import is_wrong_type
 
 T = TypeVar("T")
 
-# The first that fits; subclasses stand before their bases.
-MENDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (redis.AuthenticationError, "check the user and the password in the store's URL"),
-    (redis.ConnectionError, "check that the server runs and that the store's URL is right"),
-    (redis.TimeoutError, "check the network, or raise connect_timeout or read_timeout"),
-    (redis.OutOfMemoryError, "raise the server's maxmemory, or let it evict (allkeys-lru)"),
-    (redis.ReadOnlyError, "use the URL of the primary, not of a replica"),
+# What an error means: a word for it, and the mend. The first that fits; subclasses stand before
+# their bases.
+MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
+    (
+        redis.AuthenticationError,
+        "authentication",
+        "; check the user and the password in the store's URL",
+    ),
+    (
+        redis.ConnectionError,
+        "connection",
+        "; check that the server runs and that the store's URL is right",
+    ),
+    (
+        redis.TimeoutError,
+        "timeout",
+        "; check the network, or raise connect_timeout or read_timeout",
+    ),
+    (
+        redis.OutOfMemoryError,
+        "full",
+        "; raise the server's maxmemory, or let it evict (allkeys-lru)",
+    ),
+    (redis.ReadOnlyError, "read_only", "; use the URL of the primary, not of a replica"),
     (
         (redis.exceptions.MovedError, redis.exceptions.ClusterCrossSlotError),
-        "the server is one of a cluster: use a redis+cluster:// URL",
+        "wrong_url",
+        "; the server is one of a cluster: use a redis+cluster:// URL",
     ),
+    (Exception, "server", ""),
 )
 
 
@@ -81,11 +100,18 @@ class Commands:
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Turn redis-py's errors into StoreError, without the password that a server may echo."""
+        """Turn any error into StoreError, without the password that a server may echo."""
         try:
             yield
-        except (redis.RedisError, OSError, UnicodeError) as error:
-            text = self._address.without_secrets(str(error).rstrip("."))
-            mends = [mend for kind, mend in MENDS if isinstance(error, kind)]
-            advice = f"; {mends[0]}" if mends else ""
-            raise StoreError(f"store {self._address.label}: {text}{advice}") from None
+        except StoreError:
+            raise
+        except Exception as error:
+            text = str(error).rstrip(".")
+            if not isinstance(error, (redis.RedisError, OSError, UnicodeError)):
+                # redis-py believes that replies are of the type they should be. The rest of this
+                # one must not become the reply to another command.
+                self._client.connection_pool.disconnect(inuse_connections=False)
+                text = f"the reply makes no sense ({type(error).__name__}: {text})"
+            text = self._address.without_secrets(text)
+            cause, mend = next(rest for kind, *rest in MEANINGS if isinstance(error, kind))
+            raise StoreError(f"store {self._address.label}: {text}{mend}", cause) from None

@@ -6,15 +6,16 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.stores.base import ChunkStore, Entry, Listed, merged
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
 TOUCH_SECONDS = 60.0  # how exactly the order of use is kept
 STALE_SECONDS = 3600.0  # a file under tmp this old was left by a process that died
+PAGE = 1000  # entries of a listing that are read before the first is handed out
 KEEP = 0.9  # share of the budget that is still full after an eviction
 
 MENDS = {
@@ -107,17 +108,21 @@ class DiskStore(ChunkStore):
         with self._errors("delete"):
             return sum(self._folder.remove(self._folder.file(key, "")) for key in keys)
 
-    def keys(self) -> Iterator[str]:
-        """Yield the keys of all entries, in no order. Raises `StoreError`."""
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._errors("list"):
-            stems = [stem for stem, found in self._folder.scan().items() if not self._is_old(found)]
-        for stem in stems:
-            key: object = key_of(stem.name)
-            if key is None:
-                with self._errors("list"):
-                    key = self._folder.json(Path(f"{stem}{METADATA}")).get("key")
-            if isinstance(key, str):
-                yield key
+            found = self._folder.scan()
+        names = {stem: key_of(stem.name) for stem, each in found.items() if not self._is_old(each)}
+        stems = [stem for stem, key in names.items() if key is None or key.startswith(prefix)]
+        for at in range(0, len(stems), PAGE):
+            with self._errors("list"):
+                page = [
+                    entry
+                    for stem in stems[at : at + PAGE]
+                    if (entry := self._listed(stem, names[stem], found[stem].blob))
+                    and entry.key.startswith(prefix)
+                ]
+            if page:
+                yield page
 
     @contextlib.contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -126,7 +131,8 @@ class DiskStore(ChunkStore):
         except OSError as error:
             mend = MENDS.get(error.errno or 0)
             raise StoreError(
-                f"file store {self.path}: cannot {action}: {error}" + (f"; {mend}" if mend else "")
+                f"file store {self.path}: cannot {action}: {error}" + (f"; {mend}" if mend else ""),
+                "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk",
             ) from error
 
     def _size(self, key: str) -> int:
@@ -136,10 +142,12 @@ class DiskStore(ChunkStore):
     def _metadata(self, key: str) -> dict[str, str] | None:
         if not self._is_young(key):
             return None
-        found = self._folder.json(self._folder.file(key, METADATA)).get("metadata")
-        if not isinstance(found, dict):
-            return None
-        return {str(name): str(value) for name, value in found.items()}
+        return _fields(self._folder.json(self._folder.file(key, METADATA)))
+
+    def _listed(self, stem: Path, key: str | None, nbytes: int) -> Listed | None:
+        text = self._folder.json(Path(f"{stem}{METADATA}"))
+        name = key or text.get("key")  # names of files have bounds, which keys have not
+        return Listed(name, _fields(text) or None, nbytes) if isinstance(name, str) else None
 
     def _is_young(self, key: str) -> bool:
         """Whether an entry has not expired: its JSON is as old as the entry."""
@@ -207,3 +215,11 @@ class DiskStore(ChunkStore):
                 for stem, found in self._folder.scan().items():
                     if self._is_old(found):
                         self._folder.remove(stem)
+
+
+def _fields(text: Mapping[str, object]) -> dict[str, str] | None:
+    """The metadata in what a JSON file holds."""
+    found = text.get("metadata")
+    if not isinstance(found, dict):
+        return None
+    return {str(name): str(value) for name, value in found.items()}

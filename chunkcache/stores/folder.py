@@ -67,12 +67,14 @@ class Found:
         used: When it was last used, in seconds since the epoch.
         renewed: When its JSON was written or touched; 0 if it has none.
         nbytes: Bytes of both files.
+        blob: Bytes of the blob alone.
         pinned: Whether it is to be kept.
     """
 
     used: float = 0.0
     renewed: float = 0.0
     nbytes: int = 0
+    blob: int = 0
     pinned: bool = False
 
 
@@ -172,6 +174,8 @@ class Folder:
                     found.pinned |= is_pinned(status)
                     if suffix == METADATA:
                         found.renewed = status.st_mtime
+                    else:
+                        found.blob = status.st_size
         return entries
 
     def sweep(self, seconds: float) -> None:

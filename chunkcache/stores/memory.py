@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.stores.base import ChunkStore, Entry, Listed, merged
+from chunkcache.stores.locks import ForkSafeLock
 
 DEFAULT_BYTES = 2_000_000_000
 
@@ -33,7 +33,7 @@ class MemoryStore(ChunkStore):
         self._max_bytes = max_bytes
         self._ttl = ttl
         self._refresh = refresh_ttl
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._free = _Shelf()
         self._pinned = _Shelf()
 
@@ -62,6 +62,14 @@ class MemoryStore(ChunkStore):
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:
             return sum(self._remove(key) for key in keys)
+
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        with self._lock:
+            keys = [key for key in (*self._free, *self._pinned) if key.startswith(prefix)]
+            found = [kept.entry for key in keys if (kept := self._get(key))]
+        page = [Listed(e.key, dict(e.metadata) or None, e.nbytes) for e in found]
+        if page:
+            yield page
 
     def close(self) -> None:
         with self._lock:

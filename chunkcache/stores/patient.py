@@ -43,7 +43,8 @@ class PatientStore(ReadsFrom):
                     if calls.errors
                     else StoreError(
                         f"the store took {taken:,} of the {entry.nbytes:,} bytes of a chunk: raise "
-                        "write_queue_bytes or the size of the store, or lower chunk_size"
+                        "write_queue_bytes or the size of the store, or lower chunk_size",
+                        "full",
                     )
                 )
             self.bytes_written += taken

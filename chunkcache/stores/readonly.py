@@ -1,9 +1,10 @@
-"""A store that is looked into and left as it is, for dry runs."""
+"""A store that is looked into and left as it is: for dry runs, and caches with `write=False`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chunkcache.errors import StoreError
 from chunkcache.stores.base import Entry, ReadsFrom
 
 
@@ -19,6 +20,9 @@ class ReadOnly(ReadsFrom):
     def write(self, entries: Sequence[Entry]) -> int:
         """Takes nothing."""
         return 0
+
+    def check_writable(self) -> None:
+        raise StoreError(f"{self!r} takes no changes: open the store itself", "read_only")
 
     def delete(self, keys: Sequence[str]) -> int:
         """Deletes nothing."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -12,8 +14,8 @@ import redis
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
-from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
-from chunkcache.stores.commands import Commands
+from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.listing import Listing, decoded
 from chunkcache.stores.stream import is_wrong_type
 from chunkcache.stores.wire import BulkReader
 
@@ -23,11 +25,11 @@ MAX_BLOB_BYTES = 1 << 30
 MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
 PIPELINED = 512  # entries without a blob that are written in one round trip
 CLAIM_SECONDS = 10.0  # time to send one blob; who takes longer may find it sent twice
+POLL_SECONDS = 0.02  # between two looks for what another process writes
 SIGN = b"being written by "
-SCAN_COUNT = 1000
 
 
-class RedisStore(Commands, ChunkStore):
+class RedisStore(Listing, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -62,6 +64,7 @@ class RedisStore(Commands, ChunkStore):
         self._expire_ms = max(round(ttl * 1000), 1) if ttl else None
         self._renew_ms = self._expire_ms if refresh_ttl else None
         self._name = uuid.uuid4().hex
+        self._awaited: dict[str, float] = {}  # claimed by others, until when (monotonic seconds)
         self._reader = BulkReader(self._client, url.read_timeout, max_blob_bytes)
 
     def __repr__(self) -> str:
@@ -79,8 +82,9 @@ class RedisStore(Commands, ChunkStore):
             pipe.touch(metadata)  # as recently used as the blob, so that none is evicted alone
             self._renew(pipe, metadata, blob)
 
-        replies = self._pipelined(keys, look)
-        return [0 if isinstance(size, redis.ResponseError) else size for size, *_ in replies]
+        sizes = [size for size, *_ in self._pipelined(keys, look)]
+        with self._store_errors():
+            return [0 if isinstance(size, redis.ResponseError) else _count(size) for size in sizes]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         with self._store_errors():
@@ -98,8 +102,9 @@ class RedisStore(Commands, ChunkStore):
             pipe.hgetall(names[0])
             self._renew(pipe, *names)
 
-        replies = [reply for reply, *_ in self._pipelined(keys, look)]
-        return [_decoded(reply) if isinstance(reply, dict) and reply else None for reply in replies]
+        found = [reply for reply, *_ in self._pipelined(keys, look)]
+        with self._store_errors():
+            return [decoded(reply) if isinstance(reply, dict) and reply else None for reply in found]
 
     def write(self, entries: Sequence[Entry]) -> int:
         """Keep the entries. Returns the bytes of blobs that are there now or soon.
@@ -125,20 +130,15 @@ class RedisStore(Commands, ChunkStore):
                 self._check(reply)
         return sum(1 for (reply,) in replies if reply and not isinstance(reply, Exception))
 
-    def sweep(self) -> int:
-        """Remove halves of entries whose other half is gone. Returns how many.
-
-        Metadata count as a half if they have a field `bytes`, which tells of a blob. Goes through
-        all keys of the database, some at a time. Raises StoreError.
-        """
-        removed = cursor = 0
-        while True:
-            with self._store_errors():
-                page: Any = self._client.scan(cursor, match="*@*", count=SCAN_COUNT)
-            cursor, names = page
-            removed += self._sweep(names)
-            if not cursor:
-                return removed
+    def flush(self, timeout: float | None = None) -> bool:
+        """As in `ChunkStore`. Waits also for what other processes have said that they write."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while self._claimed_by_others():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(POLL_SECONDS, left))
+        return True
 
     def close(self) -> None:
         self._client.close()
@@ -207,9 +207,26 @@ class RedisStore(Commands, ChunkStore):
                     self._check(won)
                 elif sign is None and not won:  # another came in between
                     settled.add(entry.key)
+        self._await(settled)
         pinned = [entry.key for entry in there if entry.pinned]
         self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
         return settled.union(entry.key for entry in there)
+
+    def _await(self, keys: Iterable[str]) -> None:
+        """Remember for `flush` what others write now, and forget what must have lapsed."""
+        now = time.monotonic()
+        self._awaited |= dict.fromkeys(keys, now + CLAIM_SECONDS)
+        for key in [key for key, until in list(self._awaited.items()) if until < now]:
+            self._awaited.pop(key, None)
+
+    def _claimed_by_others(self) -> bool:
+        """Whether a sign still stands that kept us from writing."""
+        awaited = list(self._awaited)
+        replies = self._pipelined(awaited, lambda pipe, key: pipe.get(self._names(key)[0]))
+        for key, (sign,) in zip(awaited, replies, strict=True):
+            if not (isinstance(sign, bytes) and sign.startswith(SIGN)):
+                self._awaited.pop(key, None)
+        return bool(self._awaited)
 
     def _write_blob(self, entry: Entry) -> bool:
         """Replace what is there by this entry, both halves at once. False if it lies elsewhere."""
@@ -231,30 +248,9 @@ class RedisStore(Commands, ChunkStore):
                 return False
         return True
 
-    def _sweep(self, names: Sequence[bytes]) -> int:
-        halves = (METADATA.encode(), KV_BYTES.encode())
-        keys = sorted({name.rpartition(b"@")[0] for name in names if name.endswith(halves)})
 
-        def look(pipe: Any, key: bytes) -> None:
-            metadata, blob = (key + half for half in halves)
-            pipe.strlen(blob)
-            pipe.exists(metadata)
-            pipe.hget(metadata, "bytes")
-
-        replies = self._pipelined(keys, look)
-        orphans = [
-            key
-            for key, (size, described, told) in zip(keys, replies, strict=True)
-            if (size, isinstance(told, bytes)) == (0, True)
-            or (isinstance(size, int) and size > 0 and described == 0)
-        ]
-        # Both halves, should the other have come back in the meantime: never one alone.
-        self._pipelined(orphans, lambda pipe, key: pipe.unlink(*(key + half for half in halves)))
-        return len(orphans)
-
-
-def _decoded(fields: dict[bytes, bytes]) -> dict[str, str]:
-    return {
-        name.decode(errors="replace"): value.decode(errors="replace")
-        for name, value in fields.items()
-    }
+def _count(reply: object) -> int:
+    """A number that counts something. Raises redis.InvalidResponse for anything else."""
+    if isinstance(reply, int) and reply >= 0:
+        return reply
+    raise redis.InvalidResponse(f"the server's reply is {reply!r:.80} instead of a number")

@@ -15,7 +15,7 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
-from chunkcache.stores.address import SENTINEL, Address
+from chunkcache.stores.address import QUIET, SENTINEL, Address
 from chunkcache.stores.redis import RedisStore
 
 
@@ -44,6 +44,7 @@ class SentinelStore(RedisStore):
                 **address.sentinel_login,
                 "ssl": tls,
                 "protocol": 2,
+                **({} if tls else QUIET),
                 # A sentinel that is busy for longer than a connection takes is passed over.
                 "socket_timeout": options["socket_connect_timeout"],
                 "retry": Retry(NoBackoff(), 0),  # the next one is asked instead

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
 from chunkcache.stores.calls import note_partial
+from chunkcache.stores.locks import ForkSafeLock
 from chunkcache.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -93,6 +94,19 @@ class TieredStore(ChunkStore):
                 fields.update(more or {})
         self._note(errors)
         return [fields or None for fields in found]
+
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        """As in `ChunkStore`, from far to near: copies in nearer tiers have no metadata."""
+        seen: set[str] = set()
+        for page in chain.from_iterable(tier.scan(prefix) for tier in self._tiers[::-1]):
+            fresh = [entry for entry in page if entry.key not in seen]
+            seen.update(entry.key for entry in fresh)
+            if fresh:
+                yield fresh
+
+    def check_writable(self) -> None:
+        """As in `ChunkStore`. The furthest tier decides, as it does about what was taken."""
+        self._tiers[-1].check_writable()
 
     def write(self, entries: Sequence[Entry]) -> int:
         """As in `ChunkStore`. The bytes are those that the furthest tier has taken."""
@@ -236,4 +250,4 @@ def shared_memory(name: tuple[object, ...], fresh: MemoryStore) -> MemoryStore:
 _SHARED: weakref.WeakValueDictionary[tuple[object, ...], MemoryStore] = (
     weakref.WeakValueDictionary()
 )
-_LOCK = threading.Lock()
+_LOCK = ForkSafeLock()

@@ -17,6 +17,7 @@ from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.calls import note_partial
+from chunkcache.stores.locks import ForkSafeLock
 from chunkcache.stores.redis import RedisStore
 
 REFRESH_SECONDS = 1.0  # between two looks for the successor of a server that fails
@@ -48,6 +49,14 @@ class ClusterNode(RedisStore):
 
     def _names(self, key: str) -> tuple[bytes, bytes]:
         return super()._names(tagged(key))
+
+    def _key(self, name: bytes, half: str) -> str | None:
+        key = super()._key(name, half)
+        if key is None:
+            return None
+        rest, at, chunk_hash = key.rpartition("@")
+        plain = f"{rest}{at}{chunk_hash[1:-1]}"
+        return plain if tagged(plain) == key else None
 
     def _is_miss(self, error: redis.ResponseError) -> bool:
         if isinstance(error, redis.exceptions.MovedError):
@@ -92,9 +101,9 @@ class Topology:
         self._options = options
         self._met: dict[Host, Server] = {}
         self._owners: list[Server | None] = []  # of each slot
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._refreshed_at = 0.0
-        self._failure = ""  # of the last refresh
+        self._failure: StoreError | None = None  # of the last refresh
         for host in address.hosts:
             self._server(host)
 
@@ -136,7 +145,7 @@ class Topology:
         with self._lock:
             if self._refreshed_at > asked_at:  # another thread has just done so
                 if self._failure:
-                    raise StoreError(self._failure)
+                    raise StoreError(str(self._failure), self._failure.cause)
                 return
             self.moved.clear()  # before asking: what moves from now on counts
             failing = {server.node for server in self.failing}
@@ -152,7 +161,7 @@ class Topology:
                     continue
                 self._settle(found)
                 return
-            self._failure = str(errors[0])
+            self._failure = StoreError(str(errors[0]), errors[0].cause)
             self._refreshed_at = time.monotonic()
             raise errors[0]
 
@@ -176,7 +185,7 @@ class Topology:
         # Those named stay: after a time of trouble they may be all that can be reached.
         named = set(self._address.hosts)
         self._met = {h: s for h, s in self._met.items() if s in self.primaries or h in named}
-        self._failure = ""
+        self._failure = None
         self._refreshed_at = time.monotonic()
 
     def _server(self, host: Host) -> Server:

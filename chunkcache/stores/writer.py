@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, copy_into, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, copy_into, end_iteration
 from chunkcache.stores.queue import Queue, WriteStats
 
 CLOSE_SECONDS = 5.0
@@ -75,6 +75,11 @@ class WriteBehind(ChunkStore):
         for key, entry in queued.items():
             found[key] = {**(found.get(key) or {}), **entry.metadata}
         return [found[key] for key in keys]
+
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        """As in `ChunkStore`. What is queued is written first."""
+        self._queue.drain(None)
+        yield from self.store.scan(prefix)
 
     def delete(self, keys: Sequence[str]) -> int:
         queued = self._queue.remove(keys)

@@ -417,3 +417,18 @@ def test_a_real_server_that_goes_and_comes_back(redis_server: Server, clock: Clo
     clock.now += COOLDOWN
     assert guarded.write([A]) == 3
     assert [bytes(view or b"") for view in guarded.read(["a"])] == [b"one"]
+
+
+def test_flush_does_not_wait_where_writing_is_known_to_fail() -> None:
+    class Waiting(MemoryStore):
+        def flush(self, timeout: float | None = None) -> bool:
+            return False
+
+        def write(self, entries: Sequence[Entry]) -> int:
+            raise StoreError("full")
+
+    store = Guarded(Waiting())
+    assert not store.flush()
+    with pytest.raises(StoreError, match="full"):
+        store.write([Entry("a", {}, memoryview(b"x"))])
+    assert store.flush()

@@ -246,7 +246,7 @@ def test_when_all_servers_are_dead_it_is_a_store_error(
         lambda: store.write([Entry(key, {}, memoryview(b"x")) for key in KEYS]),
         lambda: store.delete(KEYS),
         lambda: store.check_writable(),
-        lambda: store.sweep(),
+        lambda: list(store.scan()),
     ):
         with pytest.raises(StoreError):
             verb()
@@ -368,19 +368,6 @@ def test_while_a_slot_moves_its_new_keys_are_misses_and_not_taken(
     assert store.write(entries) == 2
     cluster.begin_move(slot, home)
     cluster.end_move(slot, home)
-
-
-def test_halves_without_the_other_are_removed_on_all_servers(
-    store: ClusterStore, cluster: Cluster
-) -> None:
-    fill(store)
-    for key in KEYS[:12]:
-        with cluster.owner(slot_of(key)).client() as client:
-            half = "kv_bytes" if KEYS.index(key) % 2 else "metadata"
-            assert client.delete(f"f@m@1@0@{{{key[-4:]}}}@{half}") == 1
-    assert store.sweep() == 12
-    assert store.sweep() == 0
-    assert store.sizes(KEYS) == [*[0] * 12, *map(len, BLOBS[12:])]
 
 
 def test_one_server_of_a_cluster_as_a_plain_store_says_what_is_wrong(cluster: Cluster) -> None:

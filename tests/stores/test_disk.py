@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shelf import keys_of
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import Entry
@@ -55,7 +56,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert store.sizes(["b", "missing", KEY]) == [5, 0, 3]
     assert blobs(store, KEY, "missing", "b", KEY) == [b"abc", None, b"defgh", b"abc"]
     assert store.read_metadata([KEY, "missing", "b"]) == [{"model": "m"}, None, {}]
-    assert set(store.keys()) == {KEY, "b"}
+    assert set(keys_of(store)) == {KEY, "b"}
 
 
 def test_another_store_on_the_folder_sees_it(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_folder_not_yet_there_is_empty(tmp_path: Path) -> None:
     assert blobs(store, "a") == [None]
     assert store.read_metadata(["a"]) == [None]
     assert store.delete(["a"]) == 0
-    assert list(store.keys()) == []
+    assert keys_of(store) == []
 
 
 def test_writing_replaces_both_halves(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_any_content_round_trips(
     assert store.sizes(keys) == [len(content[key][0]) for key in keys]
     assert blobs(store, *keys) == [content[key][0] or None for key in keys]
     assert store.read_metadata(keys) == [content[key][1] for key in keys]
-    assert set(store.keys()) == set(keys)
+    assert set(keys_of(store)) == set(keys)
 
 
 def test_reading_leaves_neither_maps_nor_descriptors(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_the_budget_holds_and_the_least_recently_used_leave(tmp_path: Path) -> N
     assert store.sizes(["k29"]) == [1000]
     assert used_bytes(tmp_path) > 10_000
     # both halves leave together
-    assert len(files(tmp_path)) == 2 * len(list(store.keys()))
+    assert len(files(tmp_path)) == 2 * len(keys_of(store))
 
 
 @settings(max_examples=30, deadline=None)
@@ -305,7 +306,7 @@ def test_entries_go_after_their_time(tmp_path: Path) -> None:
     assert store.sizes(["a", "p"]) == [0, 3]
     assert blobs(store, "a", "p") == [None, b"two"]
     assert store.read_metadata(["a", "p"]) == [None, {"m": "2"}]
-    assert list(store.keys()) == ["p"]
+    assert keys_of(store) == ["p"]
     assert DiskStore(tmp_path).sizes(["a"]) == [3]  # a store without a time applies none
     store.write([Entry("a", {"n": "2"}, memoryview(b""), merge=True)])
     assert store.read_metadata(["a"]) == [{"n": "2"}]  # not added to what has expired
@@ -330,7 +331,7 @@ def test_what_has_expired_is_swept(tmp_path: Path) -> None:
     DiskStore(tmp_path).write([entry("a", b"1"), pinned("p", b"1"), entry("b", only="metadata")])
     age(tmp_path, 101)
     DiskStore(tmp_path, ttl=100).write([entry("new", b"1")])
-    assert set(DiskStore(tmp_path).keys()) == {"p", "new"}
+    assert set(keys_of(DiskStore(tmp_path))) == {"p", "new"}
 
 
 def test_a_blob_that_lost_its_json_has_no_age_and_is_not_found(tmp_path: Path) -> None:
@@ -395,7 +396,7 @@ def test_files_of_others_are_neither_listed_nor_evicted(tmp_path: Path) -> None:
     for number in range(10):
         store.write([entry(f"k{number}", b"x" * 1000)])
     assert all(path.exists() for path in foreign)
-    assert {key[0] for key in list(store.keys())} == {"k"}
+    assert {key[0] for key in keys_of(store)} == {"k"}
 
 
 def test_reading_touches_at_most_once_a_minute(tmp_path: Path) -> None:

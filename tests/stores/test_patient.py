@@ -72,6 +72,17 @@ def test_the_error_of_the_furthest_tier_is_raised() -> None:
     assert store.write([entry(1)]) == 1000
 
 
+def test_failures_behind_queues_of_tiers_are_raised() -> None:
+    near, broken = WriteBehind(Guarded(MemoryStore())), WriteBehind(Guarded(Broken()))
+    store = PatientStore(TieredStore([near, broken]))
+    store.write([entry(1)])
+    with pytest.raises(StoreError, match="no space left"):
+        store.flush()
+    store = PatientStore(TieredStore([WriteBehind(Guarded(Broken())), near]))
+    store.write([entry(1)])
+    assert store.flush()  # the furthest has it
+
+
 def test_it_is_the_store_in_everything_else() -> None:
     inner = MemoryStore()
     store = PatientStore(inner)

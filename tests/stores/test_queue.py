@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from shelf import Shelf, blobs, entry, until
+from shelf import Shelf, blobs, entry, keys_of, until
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import queue
@@ -253,7 +253,7 @@ WriteBehind(Slow(Path(sys.argv[1]))).write(entries("forgotten", 20))
         tmp_path,
     )
     expected = {f"{name}{number}" for name in ("kept", "forgotten") for number in range(20)}
-    assert set(DiskStore(tmp_path).keys()) == expected
+    assert set(keys_of(DiskStore(tmp_path))) == expected
 
 
 def test_the_end_of_the_interpreter_is_bounded(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ for behind in stuck:
 """,
         tmp_path,
     )
-    assert list(DiskStore(tmp_path).keys()) == []
+    assert keys_of(DiskStore(tmp_path)) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -298,5 +298,5 @@ print(behind.stats().written_entries)
         tmp_path / "child",
     )
     assert out.split() == ["3", "10"]
-    assert set(DiskStore(tmp_path / "parent").keys()) == {f"parent{n}" for n in range(10)}
-    assert set(DiskStore(tmp_path / "child").keys()) == {f"child{n}" for n in range(3)}
+    assert set(keys_of(DiskStore(tmp_path / "parent"))) == {f"parent{n}" for n in range(10)}
+    assert set(keys_of(DiskStore(tmp_path / "child"))) == {f"child{n}" for n in range(3)}

@@ -1,5 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import torch
+from models import tiny, tokens
+from servers import Server
+
+from chunkcache import RedisChunkCache, add_documents
+from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
@@ -21,6 +30,11 @@ def test_reads_all_and_changes_nothing() -> None:
         assert memory == b"one"
 
 
+def test_it_says_that_it_takes_no_changes() -> None:
+    with pytest.raises(StoreError, match="takes no changes"):
+        ReadOnly(MemoryStore()).check_writable()
+
+
 def test_closing_it_leaves_the_store_open() -> None:
     store = MemoryStore()
     store.write([Entry("a", {}, memoryview(b"one"))])
@@ -37,3 +51,78 @@ def test_reading_goes_the_short_way() -> None:
             yield from (True for _ in keys)
 
     assert list(ReadOnly(Direct()).read_into(["a"], [[memoryview(bytearray(3))]])) == [True]
+
+
+# ---------------------------------------------------------------------- caches with write=False
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+def ask(model: Any, url: str, ids: torch.Tensor, **settings: Any) -> RedisChunkCache:
+    """The cache of a prompt, whose answer is that of a run without it."""
+    cache = RedisChunkCache(model, url, chunk_size=32, **settings)
+    answer = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    if cache.report.exact:
+        plain = model.generate(ids, max_new_tokens=40, do_sample=False)
+        assert torch.equal(answer, plain)
+    assert cache.flush(10)
+    return cache
+
+
+def contents(server: Server) -> dict[bytes, bytes]:
+    with server.client() as client:
+        return {key: client.dump(key) for key in client.scan_iter()}
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "anywhere"])
+def test_a_cache_reads_and_leaves_nothing(model: Any, redis_server: Server, reuse: str) -> None:
+    known, url = tokens(200), redis_server.tcp_url
+    ask(model, url, known, reuse=reuse)
+    with redis_server.client() as client:  # an index entry that a writer would put right
+        for key in client.keys("anchor@*"):
+            client.hset(key, "f" * 64, "1 2020-01-01T00:00:00+00:00")
+    before = contents(redis_server)
+    longer = torch.cat([known, tokens(250, seed=1)], dim=1)
+    moved = torch.cat([tokens(7, seed=2), longer], dim=1)
+    for ids in (known, longer, moved):
+        report = ask(model, url, ids, reuse=reuse, write=False).report
+        assert report.bytes_written == report.bytes_dropped == report.store_errors == 0
+        assert report.reused > 0 or ids is moved
+        assert (report.moved > 0) == (ids is moved and reuse == "anywhere")
+    assert contents(redis_server) == before
+
+
+def test_a_damaged_blob_is_a_miss_and_stays(model: Any, redis_server: Server) -> None:
+    ids, url = tokens(200), redis_server.tcp_url
+    ask(model, url, ids)
+    with redis_server.client() as client:
+        for key in client.keys("safetensors@*@kv_bytes"):
+            client.setrange(key, client.strlen(key) - 1, b"\x7f")
+    before = contents(redis_server)
+    report = ask(model, url, ids, write=False).report
+    assert report.reused == 0
+    assert report.causes == {"damaged": 1}
+    assert contents(redis_server) == before
+
+
+def test_a_new_model_leaves_no_verdict(redis_server: Server) -> None:
+    ask(tiny("llama", seed=3), redis_server.tcp_url, tokens(50), write=False)
+    assert contents(redis_server) == {}
+
+
+def test_its_explanations_and_audits(model: Any, redis_server: Server) -> None:
+    ids, url = tokens(200), redis_server.tcp_url
+    ask(model, url, ids)
+    before = contents(redis_server)
+    cache = RedisChunkCache(model, url, chunk_size=32, write=False)
+    assert cache.explain(ids).reused == 199
+    assert cache.audit(ids, new_tokens=2).report.reused == 199
+    assert contents(redis_server) == before
+
+
+def test_documents_cannot_be_added_without_writing(model: Any) -> None:
+    with pytest.raises(SettingError, match="write=False is not for add_documents"):
+        add_documents(model, "memory://", [tokens(200)[0]], write=False, progress=False)

@@ -1,0 +1,73 @@
+"""What an error of a server is called, so that it can be counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from servers import FakeServer, Server
+from shelf import Shelf, entry
+
+from chunkcache.errors import StoreError
+from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.disk import DiskStore
+from chunkcache.stores.redis import RedisStore
+
+
+def cause(verb: Callable[[], object]) -> str:
+    with pytest.raises(StoreError) as caught:
+        verb()
+    return caught.value.cause
+
+
+def test_nobody_listens() -> None:
+    assert cause(lambda: RedisStore("redis://127.0.0.1:1/0").sizes(["a"])) == "connection"
+
+
+def test_a_silent_server() -> None:
+    with FakeServer(lambda command: None) as fake:
+        store = RedisStore(fake.tcp_url, read_timeout=0.05)
+        assert cause(lambda: store.sizes(["a"])) == "timeout"
+
+
+def test_a_wrong_password() -> None:
+    with FakeServer(lambda command: b"-WRONGPASS invalid\r\n") as fake:
+        store = RedisStore(fake.tcp_url.replace("//", "//:secret@"))
+        assert cause(lambda: store.sizes(["a"])) == "authentication"
+
+
+def test_a_full_server(redis_server: Server) -> None:
+    with redis_server.client() as client:
+        client.config_set("maxmemory", 1)
+    store = RedisStore(redis_server.tcp_url)
+    assert cause(lambda: store.write([entry("a", b"x")])) == "full"
+
+
+def test_a_replica(redis_server: Server) -> None:
+    with redis_server.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    store = RedisStore(redis_server.tcp_url)
+    assert cause(lambda: store.write([entry("a", b"x")])) == "read_only"
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [(b"-MOVED 1 127.0.0.1:1\r\n", "wrong_url"), (b"-ERR odd\r\n", "server")],
+)
+def test_other_replies(reply: bytes, named: str) -> None:
+    with FakeServer(lambda command: reply) as fake:
+        assert cause(lambda: RedisStore(fake.tcp_url).sizes(["a"])) == named
+
+
+def test_a_store_that_is_left_alone(shelf: Shelf) -> None:
+    shelf.error = StoreError("gone", "timeout")
+    store = Guarded(shelf)
+    assert cause(lambda: store.sizes(["a"])) == "timeout"
+    assert cause(lambda: store.sizes(["a"])) == "left_alone"
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "file" / "folder")
+    (tmp_path / "file").write_text("in the way")
+    assert cause(lambda: store.write([entry("a", b"x")])) == "disk"

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from chunkcache import metrics
+from chunkcache.errors import StoreError
+from chunkcache.plan import Kind, Span
+from chunkcache.prometheus import Collector
+from chunkcache.report import Report, RowReport
+
+
+def test_what_prometheus_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "METRICS", metrics.Metrics())
+    registry = CollectorRegistry()
+    registry.register(Collector())  # before there is anything
+    spans = [Span(0, 7, Kind.REUSED), Span(7, 10, Kind.COMPUTED)]
+    report = Report([RowReport(spans)], bytes_read=5, bytes_written=6, bytes_dropped=7)
+    report.lookup_ms, report.skipped = 250.0, "why"
+    report.note_error(StoreError("gone", "timeout"))
+    metrics.Meter().read(report, True)
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+    assert found == {
+        ("chunkcache_prompts_total",): 1,
+        ("chunkcache_skipped_total",): 1,
+        ("chunkcache_bytes_read_total",): 5,
+        ("chunkcache_bytes_written_total",): 6,
+        ("chunkcache_bytes_dropped_total",): 7,
+        ("chunkcache_tokens_total", "reused"): 7,
+        ("chunkcache_tokens_total", "moved"): 0,
+        ("chunkcache_tokens_total", "recomputed"): 0,
+        ("chunkcache_tokens_total", "computed"): 3,
+        ("chunkcache_store_errors_total", "timeout"): 1,
+        ("chunkcache_seconds_count", "lookup"): 1,
+        ("chunkcache_seconds_sum", "lookup"): 0.25,
+        **{
+            (f"chunkcache_seconds_{part}", stage): 0
+            for part in ("count", "sum")
+            for stage in ("read", "move", "prefill")
+        },
+    }

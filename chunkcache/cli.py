@@ -1,12 +1,9 @@
-"""The command line: `chunkcache demo`. What a command needs is imported when it runs."""
+"""The command line. What a command needs is imported when it runs."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,14 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from chunkcache.errors import ChunkCacheError
+from chunkcache.cli_errors import errors_in_one_line
+from chunkcache.cli_store import app as store_commands
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # they may show local variables, and so a store's password
 )
+app.add_typer(store_commands)
 
 
 def _show_version(wanted: bool) -> None:
@@ -88,24 +86,6 @@ def demo(
         outcome.print(Console())
     if not outcome.same:
         raise typer.Exit(1)
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turn chunkcache's errors into one line on stderr and exit status 2.
-
-    Its warnings are held back meanwhile: what they say is in the error or in a report.
-    """
-    logger = logging.getLogger("chunkcache")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except ChunkCacheError as error:
-        typer.echo(f"chunkcache: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    finally:
-        logger.setLevel(level)
 
 
 def main() -> None:

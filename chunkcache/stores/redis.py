@@ -104,7 +104,9 @@ class RedisStore(Listing, ChunkStore):
 
         found = [reply for reply, *_ in self._pipelined(keys, look)]
         with self._store_errors():
-            return [decoded(reply) if isinstance(reply, dict) and reply else None for reply in found]
+            return [
+                decoded(reply) if isinstance(reply, dict) and reply else None for reply in found
+            ]
 
     def write(self, entries: Sequence[Entry]) -> int:
         """Keep the entries. Returns the bytes of blobs that are there now or soon.

@@ -1,0 +1,166 @@
+"""`chunkcache ls | stats | show | purge | sweep`: what is in a store, by its metadata alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chunkcache.cli_errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from chunkcache.filters import Filter
+    from chunkcache.stores.base import ChunkStore, Listed
+
+app = typer.Typer()
+ERR = Console(file=sys.stderr)
+
+Store = Annotated[
+    str | None,
+    typer.Option("--store", help="URL. Default: CHUNKCACHE_URL, else the embedded store."),
+]
+Terms = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Which chunks: namespace=team-a tags=project=docs 'age>7d' temperature=0.7"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
+_COLUMNS = ("model", "namespace", "tags", "positions", "codec", "created")
+
+
+@contextmanager
+def _opened(url: str | None) -> Iterator[ChunkStore]:
+    """The store, a sign of life on stderr, and errors in one line. Loads no torch model."""
+    with errors_in_one_line():
+        from chunkcache.stores import open_store
+
+        with open_store(url) as store, ERR.status("looking through the store"):
+            yield store
+
+
+def _filter(terms: list[str] | None) -> Filter:
+    from chunkcache.filters import Filter
+
+    return Filter.parse(shlex.join(terms)) if terms else Filter()
+
+
+@app.command()
+def ls(
+    terms: Terms = None,
+    store: Store = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List chunks, in no order: the hash's beginning, which `show` takes, and what they are."""
+    with _opened(store) as place:
+        from chunkcache import catalog
+
+        found = list(islice(catalog.entries(place, _filter(terms)), limit or None))
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in found], indent=2))
+        return
+    view = Table(box=None)
+    for column in ("hash", *_COLUMNS, "MB"):
+        view.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+    for entry in found:
+        fields = {"created": "", **(entry.metadata or {})}
+        fields["created"] = fields["created"][:16].replace("T", " ")
+        cells = (escape(fields.get(column, "")) for column in _COLUMNS)
+        view.add_row(_hash(entry.key)[:12], *cells, f"{entry.nbytes / 1e6:.2f}")
+    Console().print(view)
+    if limit and len(found) == limit:
+        typer.echo(f"the first {limit}; --limit 0 lists all", err=True)
+
+
+@app.command()
+def stats(terms: Terms = None, store: Store = None, as_json: Json = False) -> None:
+    """Count chunks, tokens and bytes, by model, namespace and tag."""
+    with _opened(store) as place:
+        from chunkcache import catalog
+
+        counted = catalog.stats(place, _filter(terms))
+    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else counted)
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="A key, or the beginning of its hash.")],
+    store: Store = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id: shows the text of the chunk.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is known of one chunk. Ends with 1 if there is no such chunk."""
+    with _opened(store) as place:
+        found = _find(place, key)
+    if found is None:
+        typer.echo(f"chunkcache: no chunk {key!r} in this store", err=True)
+        raise typer.Exit(1)
+    told: dict[str, Any] = {"key": found.key, **(found.metadata or {}), "blob": found.nbytes}
+    if tokenizer and "token_ids" in told:
+        with errors_in_one_line():
+            from transformers import AutoTokenizer
+
+            told["text"] = AutoTokenizer.from_pretrained(tokenizer).decode(
+                json.loads(told["token_ids"])
+            )
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for name, value in told.items():
+        typer.echo(f"{name}: {value}")
+
+
+def _find(store: ChunkStore, key: str) -> Listed | None:
+    """The entry of a key, with or without the ending of one half, or of a hash's beginning."""
+    from chunkcache import catalog
+    from chunkcache.stores.base import KV_BYTES, METADATA, Listed
+
+    key = key.removesuffix(METADATA).removesuffix(KV_BYTES)
+    if "@" in key:
+        (fields,), (size,) = store.read_metadata([key]), store.sizes([key])
+        return Listed(key, fields, size) if fields or size else None
+    found = (entry for entry in catalog.entries(store) if _hash(entry.key).startswith(key))
+    return next(found, None)
+
+
+def _hash(key: str) -> str:
+    return key.rpartition("@")[2].strip("{}")
+
+
+@app.command()
+def purge(
+    terms: Terms = None, store: Store = None, dry_run: DryRun = False, as_json: Json = False
+) -> None:
+    """Delete chunks: blobs, metadata, and their mentions in the index. Needs terms."""
+    with _opened(store) as place:
+        from chunkcache import catalog
+        from chunkcache.errors import SettingError
+
+        if not terms:
+            raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
+        done = catalog.delete(place, _filter(terms), dry_run=dry_run)
+    typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
+
+
+@app.command()
+def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Delete what is of no use: halves of chunks, and index entries that name what is gone."""
+    with _opened(store) as place:
+        from chunkcache import catalog
+
+        done = catalog.sweep(place, dry_run=dry_run)
+    typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)

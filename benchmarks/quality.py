@@ -171,7 +171,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per model and arm."""
-    rows = sorted(rows, key=lambda row: list(MODELS).index(row["model"]))
+    order = ["full", *ARMS, *CONTROLS, "no documents"]
+    rows = sorted(rows, key=lambda r: (list(MODELS).index(r["model"]), order.index(r["arm"])))
     table = []
     for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows):
         mine = [row for row in rows if row["model"] == model and row["arm"] == arm]
@@ -206,7 +207,7 @@ def differences(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def show(table: list[dict[str, Any]]) -> None:
     """Print the summary."""
-    console = Console(width=110)
+    console = Console(width=132)
     for model in dict.fromkeys(row["model"] for row in table):
         mine = [row for row in table if row["model"] == model]
         view = Table(

@@ -44,10 +44,15 @@ def check_model(model: Any) -> nn.Module:
             "generate without chunkcache"
         )
     parameters = inspect.signature(inner.forward).parameters
-    if "cache_params" in parameters and "past_key_values" not in parameters:
+    is_wrapped = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if "past_key_values" not in parameters and not is_wrapped:
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent state, passed as cache_params, and takes no "
-            "past_key_values: generate without chunkcache"
+            f"{name} takes no past_key_values: generate without chunkcache"
+            + (
+                " (it keeps a recurrent state, cache_params)"
+                if "cache_params" in parameters
+                else ""
+            )
         )
     generation_config = getattr(inner, "generation_config", None)
     implementation = getattr(generation_config, "cache_implementation", None)

@@ -124,7 +124,7 @@ def test_what_a_wrapper_hides_is_refused_all_the_same() -> None:
         check_model(compiled(t5()))
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
-def test_a_recurrent_state_is_no_cache_of_this_kind(model_type: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="cache_params"):
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "openai-gpt", "xlm"])
+def test_models_without_such_a_cache_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="takes no past_key_values"):
         check_model(tiny(model_type))

@@ -19,8 +19,8 @@ import argparse
 import resource
 import subprocess
 import sys
-import tracemalloc
 import traceback
+import tracemalloc
 from random import Random
 
 from rich.console import Console

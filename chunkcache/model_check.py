@@ -46,13 +46,9 @@ def check_model(model: Any) -> nn.Module:
     parameters = inspect.signature(inner.forward).parameters
     is_wrapped = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
     if "past_key_values" not in parameters and not is_wrapped:
+        state = " (it keeps a recurrent state)" if "cache_params" in parameters else ""
         raise UnsupportedModelError(
-            f"{name} takes no past_key_values: generate without chunkcache"
-            + (
-                " (it keeps a recurrent state, cache_params)"
-                if "cache_params" in parameters
-                else ""
-            )
+            f"{name} takes no past_key_values{state}: generate without chunkcache"
         )
     generation_config = getattr(inner, "generation_config", None)
     implementation = getattr(generation_config, "cache_implementation", None)

@@ -1,8 +1,8 @@
-"""Fuzz targets: readers of what others wrote, and inputs that nobody in his right mind would write.
+"""Fuzz targets: readers of what others wrote, and inputs that nobody would write.
 
-A target makes an input from a source of chance (`random.Random`, hypothesis' or atheris'), and feeds
-it to the reader: what comes back must be the truth or one of our errors. `tests/test_fuzz.py` tries
-some hundred inputs of each, `benchmarks/fuzz.py` as many as one likes.
+A target makes an input by chance (`random.Random`, hypothesis' or atheris'), and feeds it to the
+reader: what comes back must be the truth or one of our errors. `tests/test_fuzz.py` tries a hundred
+inputs of each, `benchmarks/fuzz.py` as many as one likes.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Blobs:
         form = self.origin.form(LAYOUT, TOKENS, 0, self.chunk.hash)
         self.key = form.key
         self.good = bytes(form.encode(numbers(0)))
-        # Nobody can tell which of two sound blobs of a chunk is the right one: but it is no mixture.
+        # Nobody can tell which of a chunk's two sound blobs is right; a mixture of them is neither.
         self.twin = bytes(form.encode(numbers(1)))
         self.truths = [form.decode(memoryview(blob)) for blob in (self.good, self.twin)]
         other = self.origin.form(LAYOUT, TOKENS, 4, "ab" * 32)
@@ -448,7 +448,7 @@ def strings(fields: dict[str, str] | None) -> bool:
 
 # Each says whether the answer is of the kind that it must be.
 READING: dict[str, Callable[[RedisStore], bool]] = {
-    "read": lambda store: all(view is None or 0 < len(view) for view in store.read(["a", "b"])),
+    "read": lambda store: all(view is None or len(view) > 0 for view in store.read(["a", "b"])),
     "read_into": read_into,
 }
 OTHERS: dict[str, Callable[[RedisStore], bool]] = {

@@ -23,7 +23,7 @@ def _traced() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(source=st.randoms(use_true_random=True))
 def test_any_input(name: str, source: Random) -> None:
     target = TARGETS[name]

@@ -292,7 +292,7 @@ def test_prompts_with_an_image_stand_aside():
         ("gpt2", "layer 0: no known rotation explains how its keys turn"),
         ("bloom", "takes no position_ids"),
         ("opt", "no known rotation"),
-        ("mamba", "cache layers of a kind that is not supported"),
+        ("lfm2", "cache layers of a kind that is not supported"),
     ],
 )
 def test_models_whose_kv_cannot_be_moved_are_refused(kind, reason):

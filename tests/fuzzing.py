@@ -324,9 +324,10 @@ def feed_key(given: tuple[str, str]) -> None:
 URL_WORDS = [
     *(f"{scheme}://" for scheme in OPENERS), "://", ":", "//", "/", "/", "@", ",", "?", "&", "=",
     "#", "[", "]", "[::1]", "%", "%00", "%2F", "%ff", "host", "127.0.0.1", "user", "6379", "65536",
-    "-1", "0", "1e9", "mymaster", "bytes", "2GB", "0MB", "9" * 5000, "db", "socket_timeout", "nan",
-    "inf", "socket_keepalive", "max_connections", "ssl_cert_reqs", "none", "ssl_min_version",
-    "client_name", "health_check_interval", "tmp", "..", " ", "\n", "\x00", "ä", "²", "\ud800",
+    "-1", "0", "1e9", "mymaster", "?bytes=", "2GB", "0MB", "9" * 5000, "/0?db=", "none", "nan",
+    "/0?socket_timeout=", "&max_connections=", "&ssl_cert_reqs=", "&ssl_min_version=", "inf", "yes",
+    "/0?socket_keepalive=", "&client_name=", "&health_check_interval=", "tmp", "..", " ", "\n",
+    "\x00", "ä", "²", "\ud800",
 ]  # fmt: skip
 
 
@@ -400,6 +401,7 @@ class Canned(AbstractConnection):
     def __init__(self, replies: list[bytes], **options: Any) -> None:
         super().__init__(**options)
         self.replies = replies
+        self.far: socket.socket | None = None
 
     def repr_pieces(self) -> list[tuple[str, str]]:
         return []
@@ -411,10 +413,15 @@ class Canned(AbstractConnection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         super().send_packed_command(command, check_health)
-        if self.far is not None:
-            self.far.sendall(self.replies.pop() if self.replies else b"")
+        if self.replies and self.far:
+            self.far.sendall(self.replies.pop())
+        if self.far:
+            self.far.shutdown(socket.SHUT_WR)
+
+    def disconnect(self, *args: Any, **options: Any) -> None:
+        super().disconnect(*args, **options)
+        if self.far:
             self.far.close()
-            self.far = None
 
     def _host_error(self) -> str:
         return "nobody"
@@ -463,7 +470,8 @@ OTHERS: dict[str, Callable[[RedisStore], bool]] = {
 
 def replies_to(verbs: Mapping[str, Callable[[RedisStore], bool]]) -> Callable[[Random], Any]:
     def make(source: Random) -> tuple[str, bytes]:
-        said = b"".join(source.choices(REPLIES, k=source.randint(0, 12)))
+        which = source.choices(REPLIES, k=source.randint(0, 12)) + [source.choice(REPLIES)] * 12
+        said = b"".join(which[source.choice([0, 0, len(which) - 12]) :])
         if source.random() < 0.3:
             said = damaged(source, said, REPLIES)
         return source.choice(list(verbs)), said

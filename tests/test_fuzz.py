@@ -81,6 +81,9 @@ MET: list[tuple[str, Any]] = [
     ),
     ("url", "memory://?bytes=" + "9" * 5000 + "GB"),
     ("url", "redis://[::1"),
+    ("url", "redis://host/0?socket_timeout=soon"),
+    ("url", "redis://host/0?max_connections=-1"),
+    ("url", "rediss://host/0?ssl_cert_reqs=maybe"),
     ("key", ("\ud800@%\x00", "safetensors@%ed%a0%80@1@0@" + "ab" * 32)),
     ("key", ("", "safetensors@%ff@1@0@" + "ab" * 32)),
 ]

@@ -14,7 +14,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.wire import CommandPacker
+from chunkcache.stores.wire import CommandPacker, ReplyParser
 
 Hosts = tuple[tuple[str, int], ...]
 
@@ -154,6 +154,7 @@ def read_url(
         # repeated: a silent server costs one.
         "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         "command_packer": CommandPacker(),
+        "parser_class": ReplyParser,
         **({} if transport == "rediss" else QUIET),
     }
     try:

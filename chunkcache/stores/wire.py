@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
+from redis.connection import DefaultParser
 
 from chunkcache.stores.base import copy_into
 from chunkcache.stores.stream import GetStream, check_length, is_miss
@@ -46,6 +47,23 @@ class CommandPacker:
                 text += b"$%d\r\n%b\r\n" % (len(data), data)
         packed.append(text)
         return packed
+
+
+class ReplyParser(DefaultParser):  # type: ignore[misc, valid-type]
+    """redis-py's parser, for which every error has a class, whatever a server says.
+
+    redis-py makes of `-MOVED` and `-ASK` more than a text, and raises where that fails; but hiredis
+    is in the middle of a reply then, and raising there may end the process.
+    """
+
+    @classmethod
+    def parse_error(cls, response: str) -> Exception:
+        """The error that a server has sent."""
+        try:
+            error: Exception = super().parse_error(response)
+        except Exception:
+            return redis.ResponseError(response)
+        return error
 
 
 class BulkReader:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from servers import FakeServer, Server, parse_commands
 
 from chunkcache.stores import wire
-from chunkcache.stores.wire import BulkReader, CommandPacker
+from chunkcache.stores.address import SERVER, read_url
+from chunkcache.stores.wire import BulkReader, CommandPacker, ReplyParser
 
 MANY = 20
 
@@ -192,3 +193,23 @@ def test_memoryviews_are_sent_without_a_copy_whatever_their_format() -> None:
     assert all(view.obj is owner for view in views)
     assert sum(view.nbytes for view in views) == len(owner)
     assert parse_commands(b"".join(pieces)) == ([[b"SET", b"a", bytes(owner)]], b"")
+
+
+@pytest.mark.parametrize(
+    "text", ["MOVED", "MOVED 1", "ASK 1 a", "ASK x y z", "ASK a b c d", "", " "]
+)
+def test_an_error_reply_of_any_text_has_a_class(text: str) -> None:
+    assert isinstance(ReplyParser.parse_error(text), redis.ResponseError)
+
+
+def test_errors_that_redis_py_knows_stay_what_they_are() -> None:
+    moved = ReplyParser.parse_error("MOVED 5 host:7000")
+    assert isinstance(moved, redis.exceptions.MovedError)
+    assert (moved.host, moved.port) == ("host", 7000)
+    assert isinstance(ReplyParser.parse_error("OOM full"), redis.OutOfMemoryError)
+
+
+def test_connections_to_a_server_use_that_parser() -> None:
+    """With redis-py's own one, an error amid an array ends the process now and then."""
+    pool = read_url("redis://host", SERVER, 1.0, 1.0).pool()
+    assert isinstance(pool.make_connection()._parser, ReplyParser)

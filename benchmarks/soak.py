@@ -61,15 +61,19 @@ class Worker:
     def __init__(self, number: int, url: str) -> None:
         self.source = Random(number)
         self.number, self.url = number, url
-        self.model = tiny("llama")
+        self.model = tiny("llama", head_dim=64)  # 4 KB of K/V per token, to fill a server
         self.store = open_store(url, write_queue_bytes=8 << 20)
         self.seen: Counter[str] = Counter()
         self.runs: OrderedDict[bytes, Tensor] = OrderedDict()
 
-    def text(self, name: str, least: int = 40, most: int = 100) -> list[int]:
-        """The text of that name, the same in all processes."""
+    def text(self, name: str, tokens: int = 0) -> list[int]:
+        """The text of that name, the same in all processes; of so many tokens, or as it comes.
+
+        Many are as long as some chunks: then the next text is cut where it is cut elsewhere, too.
+        """
         source = Random(name)
-        return [source.randrange(3, VOCABULARY) for _ in range(source.randint(least, most))]
+        tokens = tokens or source.choice([CHUNK, 2 * CHUNK, 3 * CHUNK, source.randint(40, 100)])
+        return [source.randrange(3, VOCABULARY) for _ in range(tokens)]
 
     def prompt(self) -> list[int]:
         """Two or three texts, most of them shared, in any order, and an end of its own."""
@@ -79,7 +83,7 @@ class Worker:
             owner = "all" if shared else f"process {self.number}"
             which = self.source.randrange(SHARED_TEXTS if shared else 10**9)
             ids += self.text(f"{owner}, text {which}")
-        return ids + self.text(f"{self.source.random()}", 2, 20)
+        return ids + self.text(f"{self.source.random()}", self.source.randint(2, 20))
 
     def turn(self) -> None:
         """One prompt, or a conversation of two."""
@@ -102,7 +106,7 @@ class Worker:
         ) as cache:
             out = self.ask(ids, pads, cache)
             if self.source.random() < 0.3:
-                more = torch.tensor([self.text("and then?", 5, 5)] * len(rows))
+                more = torch.tensor([self.text("and then?", 5)] * len(rows))
                 self.ask(torch.cat([out, more], dim=1), pads, cache)
 
     def ask(self, ids: Tensor, pads: Sequence[int], cache: RedisChunkCache) -> Tensor:
@@ -156,7 +160,7 @@ class Worker:
         deadline = time.monotonic() + RETURN_SECONDS
         wanted = {"prefix": "reused", "anywhere": "recomputed"}
         while wanted and time.monotonic() < deadline:
-            first, second = (self.text(f"{self.source.random()}", 80, 80) for _ in range(2))
+            first, second = (self.text(f"{self.source.random()}", 80) for _ in range(2))
             for reuse, kind in list(wanted.items()):
                 for ids in ([*first, *second, 5], [*first, *second, 7], [*second, *first, 5]):
                     with RedisChunkCache(
@@ -211,7 +215,7 @@ def torment(server: Server, seconds: float, source: Random, seen: Counter[str]) 
         count_evictions(server, seen)
         server.stop()
         seen["kills"] += 1
-        if source.random() < 0.3:
+        if source.random() < 0.15:
             shutil.rmtree(server.folder / "appendonlydir", ignore_errors=True)
         time.sleep(source.uniform(0.1, 1.5))
         server.start()
@@ -316,7 +320,7 @@ def gather(workers: Sequence, answers, seen: Counter[str]) -> list[str]:
         seen["growth"] = growth
         problems += [failure] if failure else []
     for worker in workers:
-        worker.join(5.0)
+        worker.join(STUCK_SECONDS)
         if worker.exitcode != 0:
             problems.append(f"a process ended with {worker.exitcode}, or not at all")
             worker.kill()

@@ -13,7 +13,7 @@ def test_processes_outlive_their_server() -> None:
     """On a busy machine, 30 seconds may pass without some kind of trouble: then once more."""
     seen: Counter[str] = Counter()
     for _ in range(4):
-        more, problems = soak(processes=4, seconds=30, memory="4mb")
+        more, problems = soak(processes=4, seconds=30, memory="12mb")
         assert not problems, "\n".join(problems)
         seen.update(more)
         if all(seen[what] for what in TRIALS):

@@ -65,7 +65,10 @@ class RedisStore(Listing, ChunkStore):
         self._renew_ms = self._expire_ms if refresh_ttl else None
         self._name = uuid.uuid4().hex
         self._awaited: dict[str, float] = {}  # claimed by others, until when (monotonic seconds)
-        self._reader = BulkReader(self._client, url.read_timeout, max_blob_bytes)
+        self._in_parts: bool | None = None
+        self._reader = BulkReader(
+            self._client, url.read_timeout, max_blob_bytes, self._is_faster_in_parts
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._address.label!r})"
@@ -147,6 +150,17 @@ class RedisStore(Listing, ChunkStore):
         self._client.connection_pool.disconnect()
 
     # ------------------------------------------------------------------ parts of the verbs
+
+    def _is_faster_in_parts(self) -> bool:
+        """Whether large values are to be read in parts: all but Valkey 9 copy each reply first."""
+        if self._in_parts is None:
+            try:
+                info: Any = self._client.info("server")
+            except redis.ResponseError:  # some may not ask
+                info = {}
+            version = str(info.get("valkey_version", "")).partition(".")[0]
+            self._in_parts = not version.isdigit() or int(version) < 9
+        return self._in_parts
 
     def _renew(self, pipe: Any, *names: bytes) -> None:
         if self._renew_ms:

@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -18,6 +18,10 @@ import redis
 # once; small blobs still need some replies in flight to hide the round trips.
 WINDOW_BYTES = 8 << 20
 WINDOW_REPLIES = 8
+# Parts of a value are small enough for the server's copy to stay in the processor's cache; with 2
+# to 4 under way, it copies one while we take another.
+PART_BYTES = 1 << 20
+PARTS_WINDOW_BYTES = 3 << 20
 # A reply must arrive at this rate at least (bytes/s), on top of the time-out: below it, computing
 # a chunk is faster than loading it, and a server that trickles would hold us for ever.
 SLOWEST_RATE = 4 << 20
@@ -27,8 +31,22 @@ SKIP_BYTES = 64 << 10  # read at once of what nobody wants
 VIEWS_AT_ONCE = 64  # handed to the kernel in one call; it takes 1,024 at most
 
 
+class Request(NamedTuple):
+    """What one reply is to hold: a value, or its bytes from `start` to `stop`."""
+
+    name: bytes
+    start: int = 0
+    stop: int | None = None
+
+    def command(self) -> tuple[str | bytes | int, ...]:
+        """As it is sent."""
+        if self.stop is None:
+            return ("GET", self.name)
+        return ("GETRANGE", self.name, self.start, self.stop - 1)
+
+
 class GetStream:
-    """GETs sent and replies read on one connection, with the window in between.
+    """Requests sent and replies read on one connection, with the window in between.
 
     `sock` is the connection's socket. `timeout` (seconds) is how long the server may be silent. A
     reply that claims more than `max_bytes` is an error. Methods raise redis.RedisError.
@@ -38,19 +56,22 @@ class GetStream:
         self,
         connection: Any,
         sock: socket.socket,
-        names: Sequence[bytes],
+        requests: Sequence[Request],
         timeout: float,
         max_bytes: int,
     ) -> None:
         self._connection = connection
         self._sock = sock
-        self._names = names
+        self._requests = requests
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._sent = 0
         self._done = 0  # replies read to their end
-        self._largest = WINDOW_BYTES  # of the replies so far: our guess of those to come
-        self._guessed = True
+        self._in_parts = any(request.stop is not None for request in requests)
+        self._window = PARTS_WINDOW_BYTES if self._in_parts else WINDOW_BYTES
+        # Of the replies so far: our guess of those to come.
+        self._largest = PART_BYTES if self._in_parts else WINDOW_BYTES
+        self._guessed = not self._in_parts
         self._received = b""  # what was read beyond the last header
         self._deadline = 0.0
         # TLS sockets have recvmsg_into, but refuse it.
@@ -62,7 +83,7 @@ class GetStream:
         return self._sent - self._done
 
     def start(self) -> None:
-        """Send the first GET and wait for the first bytes of its reply."""
+        """Send the first request and wait for the first bytes of its reply."""
         self._send_ahead(0)
         self._deadline = time.monotonic() + self._timeout
         self._receive_more()
@@ -78,7 +99,7 @@ class GetStream:
             if not text.startswith(("WRONGTYPE ", "MOVED ", "ASK ")):
                 raise redis.ResponseError(text)
         elif line not in (b"$-1", b"_"):
-            raise redis.InvalidResponse("the server's reply to GET is not a bulk string")
+            raise redis.InvalidResponse("the server's reply to a GET is not a bulk string")
         self._finish_reply()
         return None
 
@@ -100,7 +121,7 @@ class GetStream:
             if count:
                 views[at] = views[at][count:]
         if bytes(end) != b"\r\n":
-            raise redis.InvalidResponse("a reply to GET is longer than the server announced")
+            raise redis.InvalidResponse("a reply to a GET is longer than the server announced")
         self._finish_reply()
 
     def skip_body(self, length: int) -> None:
@@ -134,16 +155,16 @@ class GetStream:
 
     def _send_ahead(self, coming: int) -> None:
         """Ask for as many replies as the window has room for beside `coming` bytes of this one."""
-        if self._sent == len(self._names):
+        if self._sent == len(self._requests):
             return
         current = 1 if coming else 0
         ahead = self._sent - self._done - current
-        room = min((WINDOW_BYTES - coming) // self._largest, WINDOW_REPLIES - current)
+        room = min((self._window - coming) // self._largest, WINDOW_REPLIES - current)
         count = max(room, 1 - current) - ahead
         if count > 0:
-            names = self._names[self._sent : self._sent + count]
-            self._sent += len(names)
-            packed = self._connection.pack_commands([("GET", name) for name in names])
+            requests = self._requests[self._sent : self._sent + count]
+            self._sent += len(requests)
+            packed = self._connection.pack_commands([each.command() for each in requests])
             # no health check: its PING would be answered after the replies under way
             self._connection.send_packed_command(packed, check_health=False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import socket
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ import redis
 from redis.connection import DefaultParser
 
 from chunkcache.stores.base import copy_into
-from chunkcache.stores.stream import GetStream, check_length, is_miss
+from chunkcache.stores.stream import PART_BYTES, GetStream, Request, check_length, is_miss
 
 SEND_BYTES = 1 << 20  # the time-out of a send holds for each piece of this size
 HUGE_PAGE = 2 << 20
@@ -70,13 +70,22 @@ class BulkReader:
     """Reads many values of a server with few in flight, through the connections of `client`.
 
     `timeout` (seconds) is how long the server may be silent. A reply that claims more than
-    `max_bytes` is an error before any memory is taken. Safe to use from several threads.
+    `max_bytes` is an error before any memory is taken. `in_parts` says whether the server is faster
+    when large values are asked for in parts; it is called before the first of them is read. Safe to
+    use from several threads.
     """
 
-    def __init__(self, client: redis.Redis, timeout: float, max_bytes: int) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        timeout: float,
+        max_bytes: int,
+        in_parts: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._client = client
         self._timeout = timeout
         self._max_bytes = max_bytes
+        self._in_parts = in_parts
         self._spare: deque[memoryview] = deque(maxlen=SPARE_BUFFERS)  # its methods are atomic
 
     def read(self, names: Sequence[bytes]) -> Iterator[memoryview | None]:
@@ -86,21 +95,26 @@ class BulkReader:
         """
         if not names:
             return
-        with self._stream(names) as stream:
+        sizes = self._sizes(names)
+        with self._stream(_requests(names, sizes)) as stream:
             if stream is None:
                 yield from self._read_without_socket(names)
                 return
             buffer = self._spare.pop() if self._spare else memoryview(b"")
-            for _ in names:
-                length = stream.next_length()
+            for size in sizes:
+                length = size if size > PART_BYTES else stream.next_length()
                 if length is None:
                     yield None
                     continue
                 if length > len(buffer):
                     buffer = _warm_memory(length)
                 view = buffer[:length]
-                stream.read_body([view])
-                yield view if length else None
+                if size > PART_BYTES:
+                    whole = _read_parts(stream, [view])
+                else:
+                    stream.read_body([view])
+                    whole = length > 0
+                yield view if whole else None
                 _expire(view)
             # Not after an early end: whoever took one view and left may still be reading it.
             if len(buffer) <= SPARE_BYTES:
@@ -115,23 +129,35 @@ class BulkReader:
         """
         if not names:
             return
-        with self._stream(names) as stream:
+        sizes = [_nbytes(place) for place in places]
+        if max(sizes) <= PART_BYTES or not self._in_parts():
+            sizes = [0] * len(sizes)
+        with self._stream(_requests(names, sizes)) as stream:
             if stream is None:
                 for blob, place in zip(self._read_without_socket(names), places, strict=True):
                     yield copy_into(blob, place)
                 return
-            for place in places:
-                length = stream.next_length()
-                fits = length == sum(view.nbytes for view in place)
-                if fits:
-                    stream.read_body(place)
-                elif length is not None:
-                    stream.skip_body(length)
-                yield fits
+            for place, size in zip(places, sizes, strict=True):
+                if size > PART_BYTES:
+                    yield _read_parts(stream, place)
+                else:
+                    yield _read_one(stream, place)
+
+    def _sizes(self, names: Sequence[bytes]) -> list[int]:
+        """Bytes of the values that must be asked for in parts; of others, anything small."""
+        if not self._in_parts():
+            return [0] * len(names)
+        with self._client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.strlen(name)
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        sizes = [reply if isinstance(reply, int) else 0 for reply in replies]  # GET says what it is
+        check_length(max(sizes), self._max_bytes)
+        return sizes
 
     @contextmanager
-    def _stream(self, names: Sequence[bytes]) -> Iterator[GetStream | None]:
-        connection, stream = self._begin(names)
+    def _stream(self, requests: Sequence[Request]) -> Iterator[GetStream | None]:
+        connection, stream = self._begin(requests)
         if stream is None:
             self._client.connection_pool.release(connection)
             yield None
@@ -143,7 +169,7 @@ class BulkReader:
                 connection.disconnect()
             self._client.connection_pool.release(connection)
 
-    def _begin(self, names: Sequence[bytes]) -> tuple[Any, GetStream | None]:
+    def _begin(self, requests: Sequence[Request]) -> tuple[Any, GetStream | None]:
         """A connection that has begun to answer; stale ones of the pool are replaced, once."""
         pool = self._client.connection_pool
         retried = False
@@ -153,7 +179,7 @@ class BulkReader:
                 sock = socket_of(connection)
                 if sock is None:
                     return connection, None
-                stream = GetStream(connection, sock, names, self._timeout, self._max_bytes)
+                stream = GetStream(connection, sock, requests, self._timeout, self._max_bytes)
                 stream.start()
                 return connection, stream
             except BaseException as error:
@@ -185,6 +211,57 @@ def socket_of(connection: Any) -> socket.socket | None:
     """
     sock: socket.socket | None = getattr(connection, "_sock", None)
     return sock if hasattr(sock, "recv_into") else None
+
+
+def _requests(names: Sequence[bytes], sizes: Sequence[int]) -> list[Request]:
+    """What to ask for: values whose size is large, in parts.
+
+    The last part is asked for with one byte more: that a value is longer than thought must be seen.
+    """
+    requests = []
+    for name, size in zip(names, sizes, strict=True):
+        starts = range(0, size, PART_BYTES)
+        if len(starts) > 1:
+            requests += [Request(name, at, at + PART_BYTES) for at in starts[:-1]]
+            requests.append(Request(name, starts[-1], size + 1))
+        else:
+            requests.append(Request(name))
+    return requests
+
+
+def _read_parts(stream: GetStream, place: Sequence[memoryview]) -> bool:
+    """Read a value that was asked for in parts. False unless each was as long as it must be."""
+    fits = [_read_one(stream, part) for part in _cut(place)]  # all, whatever became of the first
+    return all(fits)
+
+
+def _read_one(stream: GetStream, place: Sequence[memoryview]) -> bool:
+    """Read one reply. False unless it was as long as its place."""
+    length = stream.next_length()
+    fits = length == _nbytes(place)
+    if fits:
+        stream.read_body(place)
+    elif length is not None:
+        stream.skip_body(length)
+    return fits
+
+
+def _cut(place: Sequence[memoryview]) -> list[list[memoryview]]:
+    """The views of a place, cut every `PART_BYTES`."""
+    parts: list[list[memoryview]] = [[]]
+    room = PART_BYTES
+    for view in place:
+        while view.nbytes > room:
+            parts[-1].append(view[:room])
+            view, room = view[room:], PART_BYTES
+            parts.append([])
+        parts[-1].append(view)
+        room -= view.nbytes
+    return parts
+
+
+def _nbytes(views: Sequence[memoryview]) -> int:
+    return sum(view.nbytes for view in views)
 
 
 def _expire(view: memoryview) -> None:

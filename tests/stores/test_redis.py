@@ -21,6 +21,7 @@ from chunkcache.stores import redis as redis_store
 from chunkcache.stores import wire
 from chunkcache.stores.base import Entry
 from chunkcache.stores.redis import RedisStore
+from chunkcache.stores.stream import PART_BYTES
 
 FORK = multiprocessing.get_context("fork")
 NOBODY = "redis://127.0.0.1:1/0"
@@ -717,6 +718,7 @@ def test_a_process_killed_amid_a_write_leaves_whole_entries(redis_server: Server
 
 def test_the_users_of_the_documentation_may_do_what_they_must(server: Server) -> None:
     page = (Path(__file__).parents[2] / "docs" / "redis.md").read_text()
+    large = bytes(PART_BYTES + 1)
     rules = {name: rest.split() for name, rest in re.findall(r"(?m)^user (\w+) (on .+)$", page)}
     with server.client() as client:
         client.acl_log_reset()
@@ -726,15 +728,16 @@ def test_the_users_of_the_documentation_may_do_what_they_must(server: Server) ->
         writer = RedisStore(f"redis://chunkcache:a-long-password@{address}", ttl=100)
         writer.write([entry("a", b"x", m="1"), Entry("i", {"m": "1"}, memoryview(b""), merge=True)])
         writer.write([pinned("a", b"x", m="1"), pinned("b", b"x", m="1"), entry("c", m="1")])
+        writer.write([entry("large", large)])
         reader = RedisStore(f"redis://reader:another-password@{address}")
         for store in (writer, reader):
             store.connect()
             assert store.sizes(["a", "b"]) == [1, 1]
             assert store.read_metadata(["a", "i"]) == [{"m": "1"}, {"m": "1"}]
-            assert read(store, ["a", "none"]) == [b"x", None]
+            assert read(store, ["a", "none", "large"]) == [b"x", None, large]
         with pytest.raises(StoreError, match="no permissions"):
             reader.write([entry("d", b"x")])
-        assert writer.delete(["a", "b", "c", "i"]) == 4
+        assert writer.delete(["a", "b", "c", "i", "large"]) == 5
         refused = {(each["username"], each["object"]) for each in client.acl_log()}
         assert {each for each in refused if "client" not in each[1]} == {("reader", "set")}
         for name in rules:

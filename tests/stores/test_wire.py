@@ -4,20 +4,23 @@ from collections.abc import Sequence
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import FakeServer, Server, parse_commands
 
 from chunkcache.stores import wire
 from chunkcache.stores.address import SERVER, read_url
+from chunkcache.stores.stream import PART_BYTES
 from chunkcache.stores.wire import BulkReader, CommandPacker, ReplyParser
 
 MANY = 20
 
 
-def reader_of(url: str, timeout: float = 5.0, max_bytes: int = 1 << 30) -> BulkReader:
+def reader_of(
+    url: str, timeout: float = 5.0, max_bytes: int = 1 << 30, in_parts: bool = False
+) -> BulkReader:
     client = redis.Redis.from_url(url, protocol=2, socket_timeout=timeout)
-    return BulkReader(client, timeout, max_bytes)
+    return BulkReader(client, timeout, max_bytes, lambda: in_parts)
 
 
 def read_all(reader: BulkReader, names: Sequence[bytes]) -> list[bytes | None]:
@@ -47,6 +50,78 @@ def test_values_of_every_size_arrive_in_order(server: Server, server_url: str, p
     reader = reader_of(server_url)
     for _ in range(2):  # the second time with the scratch memory of the first
         assert read_all(reader, names) == [value or None for value in values]
+
+
+SIZES = st.integers(0, 4 * PART_BYTES) | st.sampled_from(
+    [at * PART_BYTES + more for at in (1, 2, 3) for more in (-1, 0, 1)]
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(SIZES, min_size=1, max_size=4), views=st.integers(1, 9))
+def test_values_in_parts_are_what_they_are_at_once(
+    redis_server: Server, sizes: list[int], views: int
+) -> None:
+    names = [b"n%d" % at for at in range(len(sizes))]
+    values = [blob(at, size) for at, size in enumerate(sizes)]
+    with redis_server.client() as client:
+        client.flushdb()
+        for name, value in zip(names, values, strict=True):
+            client.set(name, value)
+    reader = reader_of(redis_server.unix_url, in_parts=True)
+    assert read_all(reader, names) == [value or None for value in values]
+    places = [place_of(bytearray(size), views) for size in sizes]
+    assert list(reader.read_into(names, places)) == [True] * len(sizes)
+    assert [b"".join(place) for place in places] == values
+
+
+def place_of(memory: bytearray, views: int) -> list[memoryview]:
+    """The memory as so many views, the last of them perhaps of another size."""
+    step = max(1, len(memory) // views)
+    return [memoryview(memory)[at : at + step] for at in range(0, len(memory), step)]
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("there", [None, 0, 5, PART_BYTES, 3 * PART_BYTES - 1, 3 * PART_BYTES + 1])
+def test_a_value_of_another_length_is_not_taken(
+    redis_server: Server, in_parts: bool, there: int | None
+) -> None:
+    with redis_server.client() as client:
+        client.flushdb()
+        client.set("other", b"x")
+        if there is not None:
+            client.set("a", bytes(there))
+    reader = reader_of(redis_server.unix_url, in_parts=in_parts)
+    places = [[memoryview(bytearray(3 * PART_BYTES))], [memoryview(bytearray(1))]]
+    assert list(reader.read_into([b"a", b"other"], places)) == [False, True]
+    assert bytes(places[1][0]) == b"x"
+
+
+@pytest.mark.parametrize("now", [None, PART_BYTES, 3 * PART_BYTES - 1, 3 * PART_BYTES + 1])
+def test_a_value_that_changed_since_its_size_was_asked_for_is_none(
+    redis_server: Server, monkeypatch: pytest.MonkeyPatch, now: int | None
+) -> None:
+    with redis_server.client() as client:
+        client.flushdb()
+        client.mset({"a": bytes(3 * PART_BYTES), "b": b"x"})
+        reader = reader_of(redis_server.unix_url, in_parts=True)
+        sizes_of = reader._sizes
+
+        def sizes_and_change(names: Sequence[bytes]) -> list[int]:
+            sizes = sizes_of(names)
+            client.delete("a") if now is None else client.set("a", bytes(now))
+            return sizes
+
+        monkeypatch.setattr(reader, "_sizes", sizes_and_change)
+        assert read_all(reader, [b"a", b"b"]) == [None, b"x"]
+
+
+def test_an_absurd_length_is_refused_in_parts_too() -> None:
+    def answer(command: list[bytes]) -> bytes:
+        return b":%d\r\n" % (1 << 40)
+
+    with FakeServer(answer) as fake, pytest.raises(redis.InvalidResponse, match="max_blob_bytes"):
+        read_all(reader_of(fake.tcp_url, in_parts=True), [b"a"])
 
 
 def test_missing_and_wrong_types_are_none(server: Server, server_url: str, path: str) -> None:
@@ -97,16 +172,17 @@ def test_a_connection_that_died_in_the_pool_is_replaced_once() -> None:
     assert len(tries) == 2
 
 
+@pytest.mark.parametrize(("size", "in_parts"), [(50_000, False), (2_500_000, True)])
 @pytest.mark.parametrize("taken", [0, 1, 3, MANY])
 def test_an_iterator_closed_early_leaves_nothing_behind(
-    redis_server: Server, path: str, taken: int
+    redis_server: Server, path: str, taken: int, size: int, in_parts: bool
 ) -> None:
     names = [b"n%d" % at for at in range(MANY)]
-    values = [blob(at, 50_000) for at in range(MANY)]
+    values = [blob(at, size) for at in range(MANY)]
     with redis_server.client() as client:
         for name, value in zip(names, values, strict=True):
             client.set(name, value)
-    reader = reader_of(redis_server.unix_url + "?max_connections=1")
+    reader = reader_of(redis_server.unix_url + "?max_connections=1", in_parts=in_parts)
     for _ in range(3):
         views = reader.read(names)
         assert [bytes(next(views) or b"") for _ in range(taken)] == values[:taken]

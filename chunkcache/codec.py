@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from chunkcache.errors import BlobError
+from chunkcache.spare import SpareMemory
 
 FORMAT = "safetensors"
 LAYOUT = "[kv_heads, tokens, head_dim]"
@@ -102,6 +102,8 @@ LayerKV = tuple[Tensor, Tensor]
 Arrange = Callable[[KVLayout, int], list[Slot]]
 """The tensors of a blob for so many tokens of a layout, without a gap between them."""
 
+# Blobs are gone as soon as they are written; here is room for those of a prompt.
+_SPARE = SpareMemory(pieces=16, most_bytes=20 << 20)
 _NO_CHECKSUM = b"0" * 32
 _CHECKSUM_MARK = b'"checksum":"xxh3_128:'
 
@@ -192,7 +194,7 @@ class BlobForm:
 
     def build(self, tensors: Iterable[Tensor]) -> memoryview:
         """A blob in memory of its own, of its tensors in order; on any device, of any type."""
-        blob = np.empty(self.size, dtype=np.uint8).data
+        blob = _SPARE.take(self.size).data
         for target, tensor in zip(self.tensors(blob), tensors, strict=True):
             target.copy_(tensor.detach())
         offset = len(self.header)

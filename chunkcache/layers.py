@@ -9,24 +9,20 @@ own is noticed at the next update, which then moves house.
 from __future__ import annotations
 
 import math
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from chunkcache.codec import KVLayout, LayerKV
-
-Buffer = npt.NDArray[np.uint8]
+from chunkcache.spare import SpareMemory
 
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128
 SLACK_SHARE = 0.25
+_NO_SPARE = SpareMemory(pieces=0)
 
 
 def with_room(tokens: int) -> int:
@@ -34,40 +30,13 @@ def with_room(tokens: int) -> int:
     return tokens + max(SLACK_TOKENS, math.ceil(tokens * SLACK_SHARE))
 
 
-def allocate(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised flat memory for `size` numbers.
-
-    On the CPU numpy asks the kernel for huge pages, which makes first writes several times faster
-    than into memory from `torch.empty`.
-    """
+def allocate(
+    size: int, dtype: torch.dtype, device: torch.device, memory: SpareMemory | None = None
+) -> Tensor:
+    """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    flat = torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8))
-    return flat.view(dtype)
-
-
-class SpareMemory:
-    """Memory of the last prompt for the next one: pages that are there need not be made again.
-
-    Keeps one piece, once nothing refers to it any more.
-    """
-
-    def __init__(self, most_bytes: int = 1 << 29) -> None:
-        self.most_bytes = most_bytes
-        self._spare: deque[Buffer] = deque(maxlen=1)  # its methods are atomic
-
-    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised flat memory for `size` numbers; what it held before is still in it."""
-        nbytes = size * dtype.itemsize
-        if device.type != "cpu" or not 0 < nbytes <= self.most_bytes:
-            return allocate(size, dtype, device)
-        buffer: Buffer | None = self._spare.pop() if self._spare else None
-        if buffer is None or not nbytes <= len(buffer) <= 2 * nbytes:
-            buffer = np.empty(nbytes, dtype=np.uint8)
-        # A tensor keeps the very array alive that it was made from, so its end is the tensor's.
-        array = buffer[:nbytes]
-        weakref.finalize(array, self._spare.append, buffer).atexit = False
-        return torch.from_numpy(array).view(dtype)
+    return torch.from_numpy((memory or _NO_SPARE).take(size * dtype.itemsize)).view(dtype)
 
 
 class GrowingLayer(DynamicLayer):
@@ -253,7 +222,7 @@ def settle_all(
     """
     room = with_room(tokens)
     numbers = batch * room * layout.token_bytes // layout.dtype.itemsize
-    arena = (memory or SpareMemory(0)).take(numbers, layout.dtype, device)
+    arena = allocate(numbers, layout.dtype, device, memory)
     at = 0
 
     def take(heads: int, dim: int) -> Tensor:

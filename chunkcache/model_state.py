@@ -14,11 +14,11 @@ from chunkcache.codec import KVLayout
 from chunkcache.errors import StoreError
 from chunkcache.foreign import Hooks, HookWatch, foreign_hooks, patches
 from chunkcache.identity import ModelIdentity, digest_config, numerics
-from chunkcache.layers import SpareMemory
 from chunkcache.moving import find_rotation, prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
 from chunkcache.ranks import Ranks
 from chunkcache.rope import KeyMover
+from chunkcache.spare import SpareMemory
 from chunkcache.stores import open_store
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.weights import Watched, watch

@@ -12,9 +12,9 @@ Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -119,20 +119,53 @@ class KeyMover:
     ) -> None:
         """Write all layers' keys and values to other memory, as they are at other positions.
 
-        Layer by layer, straight into place: a copy of K/V costs as much as their turning does.
+        Straight into place: a copy of K/V costs as much as their turning does. And layers that lie
+        at equal distances, which turn alike, all at once: one by one they are too small for
+        several threads.
         """
-        known: dict[Rotation, Tensor] = {}
-        for rule, target, source in zip(self.layers, targets, sources, strict=True):
-            if target is None or source is None:
-                continue
-            turns = (rule.keys, rule.values) if rule else (None, None)
-            for rotation, out, x in zip(turns, target, source, strict=True):
-                if rotation is None:
-                    out.copy_(x)
-                    continue
+        known: dict[Rotation | None, Tensor | None] = {None: None}
+        for part in (0, 1):
+            turns = [
+                ((rule.keys, rule.values)[part] if rule else None, target[part], source[part])
+                for rule, target, source in zip(self.layers, targets, sources, strict=True)
+                if target is not None and source is not None
+            ]
+            for rotation, alike in groupby(turns, key=lambda turn: turn[0]):
                 if rotation not in known:
                     known[rotation] = rotation.angles(old, new)
-                rotation.turn(x, out, known[rotation])
+                _, outs, xs = zip(*alike, strict=True)
+                for out, x in _together(outs, xs):
+                    if rotation is None:
+                        out.copy_(x)
+                    else:
+                        rotation.turn(x, out, known[rotation])
+
+
+def _together(outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs of tensors, as one pair with one dimension more if that is possible without a copy."""
+    all_outs, all_xs = _stacked(outs), _stacked(xs)
+    if all_outs is None or all_xs is None:
+        return zip(outs, xs, strict=True)
+    return [(all_outs, all_xs)]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`[n, ...]`, a view of `n` tensors of one shape that lie in one memory at equal distances."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first[None]
+    start, home = first.storage_offset(), first.untyped_storage().data_ptr()
+    step = tensors[1].storage_offset() - start
+    for number, tensor in enumerate(tensors):
+        if (
+            tensor.storage_offset() != start + number * step
+            or tensor.untyped_storage().data_ptr() != home
+            or tensor.shape != first.shape
+            or tensor.stride() != first.stride()
+            or tensor.dtype != first.dtype
+        ):
+            return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if step else None
 
 
 LoneToken = Sequence[LayerKV | None]

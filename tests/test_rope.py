@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkcache.codec import BlobForm
+from chunkcache.layers import peek_all, settle_all
 from chunkcache.moving import prove_moving
-from chunkcache.proof import prove
+from chunkcache.proof import growing_layers, prove
 from chunkcache.rope import KeyMover, Rotation
 from tests.models import tiny
 
@@ -72,6 +76,35 @@ def test_all_layers_at_once_are_each_on_its_own(kind):
         alone = mover.move(layers[index], index, old, new)
         assert torch.equal(k, alone[0])
         assert torch.equal(v, alone[1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v3"])
+def test_layers_in_one_memory_are_turned_at_once_and_nothing_else(kind, monkeypatch):
+    model = tiny(kind)
+    layout = prove(model).layout
+    mover = prove_moving(model, layout)
+    form = BlobForm.of(layout, [1, 2, 3, 4, 5], 0, "hash")
+    blob = torch.randint(0, 60, (form.size,), dtype=torch.uint8).numpy().data
+    sources = [(k[:, 1:4], v[:, 1:4]) for k, v in form.views(blob)]
+    layers = growing_layers(model)
+    settle_all(layers, layout, 2, 20, torch.device("cpu"))
+    for layer in layers:
+        layer.hold(20)
+        layer.keys[:] = layer.values[:] = 7
+    old, new = torch.arange(11, 14), torch.arange(6, 9)
+    turns = []
+    turn = Rotation.turn
+    monkeypatch.setattr(Rotation, "turn", lambda *args: turns.append(1) or turn(*args))
+    mover.move_into(peek_all(layers, 1, 6, 3), sources, old, new)
+    alike = [rule.keys for rule in mover.layers]
+    assert len(turns) == 1 + sum(a is not b for a, b in itertools.pairwise(alike))
+    for index, (layer, source) in enumerate(zip(layers, sources, strict=True)):
+        for held, moved in zip(
+            (layer.keys, layer.values), mover.move(source, index, old, new), strict=True
+        ):
+            assert torch.equal(held[1, :, 6:9], moved)
+            held[1, :, 6:9] = 7
+            assert (held == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -62,6 +62,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     _step: Step
     _parked: bool  # generate() has begun and its prompt is awaited
     _in_flight: bool  # a forward has begun and not come back
+    _again: bool  # the last forward is to be done again
     _records_past = False  # drafts may have to be taken back
 
     def __init__(
@@ -170,6 +171,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
         """Find out what is known of the prompt, fill the layers, and say what is left."""
         starts, self._parked = self._parked, False
+        again, self._again = self._again, False
         if self._in_flight:  # the last forward failed half-way: some layers are ahead of others
             if self._sequence.length and not starts:
                 raise UnsupportedCallError(
@@ -191,9 +193,12 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             total=total,
             certain=total - max(call.keep - 1, 0),
             is_prompt=starts or not held or computed > max(call.keep, 1),
+            may_run_ahead=not past and not again and self._setup.runs_ahead,
         )
         if self._step.is_prompt:
-            if starts or not past or past != self._reported:
+            if again:
+                self.report = self.report.again()
+            elif starts or not past or past != self._reported:
                 self.report = Report()
             self._reported = total
         rest = self._sequence.begin(module, call, self._step, self.report)
@@ -208,11 +213,14 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._meter.read(self.report, self._step.is_prompt)
         if again:
             self._forget()
+            self._again = True
         return again
 
     def fail_forward(self) -> None:
         """Leave the model's own hooks as they were; what is held is of no use now."""
         self._setup.state.hooks.end()
+        if self._step.arrival:
+            self._step.arrival.abandon()
 
     def _continues(self, call: ForwardCall, held: int) -> bool:
         """Whether the ids given to `generate()` are only those behind what is held.
@@ -248,7 +256,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def _forget(self) -> None:
         """Become empty, as new."""
-        self._parked = self._in_flight = False
+        self._parked = self._in_flight = self._again = False
         self._sequence = Sequence(self._setup)
         self._meter = Meter()
         self.layers = self._sequence.layers

@@ -106,6 +106,7 @@ Arrange = Callable[[KVLayout, int], list[Slot]]
 _SPARE = SpareMemory(pieces=16, most_bytes=20 << 20)
 _NO_CHECKSUM = b"0" * 32
 _CHECKSUM_MARK = b'"checksum":"xxh3_128:'
+Checksum = xxhash.xxh3_128
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +159,10 @@ class BlobForm:
 
     def with_checksum(self, data: Iterable[memoryview]) -> bytes:
         """The header for these tensor data, given in order in any number of pieces."""
-        checksum = xxhash.xxh3_128()
+        checksum = Checksum()
         for piece in data:
             checksum.update(piece)
-        mark = _CHECKSUM_MARK + checksum.hexdigest().encode()
-        return self.header.replace(_CHECKSUM_MARK + _NO_CHECKSUM, mark, 1)
+        return self._stamped(checksum)
 
     def check(self, header: bytes | bytearray | memoryview, data: Iterable[memoryview]) -> None:
         """Check a blob that was read.
@@ -170,7 +170,17 @@ class BlobForm:
         Raises:
             BlobError: It is not this chunk's, or it is damaged.
         """
-        expected = self.with_checksum(data)
+        self._compare(header, self.with_checksum(data))
+
+    def check_sum(self, header: bytes | bytearray | memoryview, checksum: Checksum) -> None:
+        """The same, for tensor data whose checksum was taken as they arrived."""
+        self._compare(header, self._stamped(checksum))
+
+    def _stamped(self, checksum: Checksum) -> bytes:
+        mark = _CHECKSUM_MARK + checksum.hexdigest().encode()
+        return self.header.replace(_CHECKSUM_MARK + _NO_CHECKSUM, mark, 1)
+
+    def _compare(self, header: bytes | bytearray | memoryview, expected: bytes) -> None:
         if header == expected:
             return
         at = self.header.index(_CHECKSUM_MARK) + len(_CHECKSUM_MARK)

@@ -57,6 +57,8 @@ class GrowingLayer(DynamicLayer):
         self.columns: Tensor | None = None
         # Called with keys and values before they are cached; may end the forward (see probes.py).
         self.intercept: Callable[[Tensor, Tensor], None] | None = None
+        # Waits until what is held has arrived, should it still be on its way (see arrival.py).
+        self.arriving: Callable[[], None] | None = None
 
     @property
     def _rooms(self) -> tuple[Tensor, Tensor]:
@@ -122,6 +124,9 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append `[batch, kv_heads, tokens, head_dim]` and return views of all that is held."""
+        if self.arriving is not None:
+            self.arriving()
+            self.arriving = None
         if self.intercept is not None:
             self.intercept(key_states, value_states)
         if not self.is_initialized:

@@ -117,16 +117,17 @@ class Recall:
 
     def _fill(self, ids: Tensor, plans: list[RowPlan], sizes: dict[str, int]) -> Filling:
         """Read what is known exactly; `plans` are revised where that fails."""
-        pads = self.held.transcript.pads
+        step, pads = self.step, self.held.transcript.pads
         stops = [
-            max(min(self.limit, pad + plan.reach), self.step.held)
+            max(min(self.limit, pad + plan.reach), step.held)
             for pad, plan in zip(pads, plans, strict=True)
         ]
         filling = Filling(
             self.held.origin, sizes, self.held.layers, self.held.layout, ids, pads, plans, stops,
-            self.mover is None, self._trouble,
+            self.mover is None, self._trouble, step.may_run_ahead and self.mover is None,
         )  # fmt: skip
         filling.run()
+        step.arrival = filling.arrival
         self.report.bytes_read += filling.bytes_read
         self.report.bytes_spared += filling.bytes_spared
         self.held.known.difference_update(filling.bad)  # so that they are written anew

@@ -85,7 +85,8 @@ class Report(Counts):
         bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
         bytes_dropped: Bytes that the store did not take: its write queue was full, or it failed.
         lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
-        read_ms: Reading blobs, checking them and filling the layers.
+        read_ms: Waiting for blobs to be read, checked and in the layers.
+        hidden_ms: Reading that went on while the model computed, and cost no time.
         move_ms: Rotating moved keys to their new position.
         prefill_ms: Computing the rest of the prompt.
         charged: Cost of repairing moved tokens, probe passes included, in tokens computed.
@@ -104,6 +105,7 @@ class Report(Counts):
     bytes_dropped: int = 0
     lookup_ms: float = 0.0
     read_ms: float = 0.0
+    hidden_ms: float = 0.0
     move_ms: float = 0.0
     prefill_ms: float = 0.0
     charged: float = 0.0
@@ -138,6 +140,11 @@ class Report(Counts):
         self.causes[cause] = self.causes.get(cause, 0) + 1
         if str(error) not in self.errors:
             self.errors.append(str(error))
+
+    def again(self) -> Report:
+        """A report for doing the same prompt again: what went wrong is kept."""
+        kept = ("bytes_read", "read_ms", "store_errors", "causes", "errors")
+        return Report(**{name: getattr(self, name) for name in kept})
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, the per-chunk rows and the rows of the batch, ready for JSON."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from chunkcache.arrival import LEAST_BYTES, Arrival, Incoming
 from chunkcache.chunking import Chunk
 from chunkcache.codec import KVLayout, LayerKV
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
@@ -74,6 +75,7 @@ class Filling:
         stops: Up to which column K/V are wanted of each row; after `run`, up to which they are
             there.
         together: A row is not read further than the one that is known least far.
+        ahead: Whether the model may begin before all is here; then `arrival` is to be waited for.
         trouble: Told of a failing store and of damaged blobs.
         bytes_read: Bytes of blobs read.
         bytes_spared: How many more they would be as the model has them.
@@ -92,6 +94,8 @@ class Filling:
     stops: list[int]
     together: bool
     trouble: Callable[[Exception], None]
+    ahead: bool = False
+    arrival: Arrival | None = None
     bytes_read: int = 0
     bytes_spared: int = 0
     bad: set[str] = field(default_factory=set)
@@ -117,8 +121,19 @@ class Filling:
         reads = [_Read(self, chunk, users[chunk.hash]) for chunk in chunks.values()]
         reads.sort(key=lambda read: read.first_column)
         reads = [read for read in reads if self._can_be_sound(read)]
-        self._read([read for read in reads if read.is_wanted()])
+        reads = [read for read in reads if read.is_wanted()]
+        if self.ahead and self._may_come_later(reads):
+            incoming = [read.incoming() for read in reads]
+            self.arrival = Arrival(self.origin.store, incoming, reads[0].growing)
+        else:
+            self._read(reads)
         discard(self.origin.store, self.damaged, self.trouble)
+
+    def _may_come_later(self, reads: Sequence[_Read]) -> bool:
+        """Whether nobody but the layers waits for these chunks, and it is worth a thread."""
+        nbytes = sum(self.sizes[read.chunk.hash] for read in reads)
+        alone = all(read.direct and len(read.rows) == 1 for read in reads)
+        return alone and nbytes >= LEAST_BYTES and self.origin.store.reads_parts
 
     def _read(self, reads: Sequence[_Read]) -> None:
         if not reads:
@@ -228,6 +243,12 @@ class _Read:
             for layer in self.growing:
                 self.place += layer.runs(self.rows[0], self.column, self.tokens)
         return self.place
+
+    def incoming(self) -> Incoming:
+        """The same for a chunk that the layers wait for, each for its own part."""
+        runs = [layer.runs(self.rows[0], self.column, self.tokens) for layer in self.growing]
+        header = np.empty(len(self.form.file.header), dtype=np.uint8).data
+        return Incoming(self.chunk.hash, self.form, header, runs)
 
     def check(self) -> None:
         """Make K/V of the bytes that have arrived. Raises BlobError if that cannot be done."""

@@ -23,6 +23,7 @@ from chunkcache.prefill import ForwardCall, Rest
 from chunkcache.proof import Proof, growing_layers
 from chunkcache.recall import Recall
 from chunkcache.report import Report, RowReport
+from chunkcache.restore import discard
 from chunkcache.rope import KeyMover
 from chunkcache.scatter import close_layers
 from chunkcache.step import Held, Setup, Step
@@ -195,7 +196,7 @@ class Sequence:
             changed = not self.setup.state.ranks.all(not changed)
         if changed:
             self.opaque = self.setup.state.hooks.reason(self._hooks)
-        if changed and step.trimmed:
+        if not self._has_arrived(step, report) or (changed and step.trimmed):
             return True
         if step.is_prompt:
             report.prefill_ms += 1e3 * (perf_counter() - step.prefill_from)
@@ -206,6 +207,25 @@ class Sequence:
             with self.setup.store_calls(report):
                 self._store_new(step, report)
         return False
+
+    def _has_arrived(self, step: Step, report: Report) -> bool:
+        """Whether all K/V that the model was promised have come, and are what they must be."""
+        arrival = step.arrival
+        if arrival is None:
+            return True
+        sound = arrival.finish()
+        step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
+        report.read_ms += arrival.waited_ms
+        report.hidden_ms += max(0.0, arrival.busy_ms - arrival.waited_ms)
+        report.bytes_read += sum(chunk.nbytes for chunk in arrival.chunks if not chunk.missing)
+        trouble = [arrival.error, *(chunk.error for chunk in arrival.chunks if not arrival.error)]
+        with self.setup.store_calls(report):
+            for error in filter(None, trouble):
+                self.setup.trouble(error, report)
+            damaged = [chunk.form.key for chunk in arrival.chunks if chunk.error]
+            if not arrival.error:  # else those that did not come look damaged, too
+                discard(self.setup.store, damaged, lambda error: self.setup.trouble(error, report))
+        return sound
 
     def _store_new(self, step: Step, report: Report) -> None:
         """Hand over chunks that are complete, certain and not in the store."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from chunkcache.arrival import Arrival
 from chunkcache.chunking import Grid
 from chunkcache.codec import KVLayout
 from chunkcache.coding import INT8, Codec
@@ -41,6 +42,15 @@ class Setup:
             codec = replace(codec, mover=self.state.rotation(identity))
         salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
         return Origin(self.store, identity, salt, codec)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the model may begin while K/V are on their way.
+
+        Not where it would have to raise what goes wrong, nor with other processes beside it, which
+        would have to do it again too.
+        """
+        return self.settings.on_error == "compute" and self.state.ranks.size == 1
 
     def trouble(self, error: Exception, report: Report) -> None:
         """A store failed or held a bad blob: count it, and raise only if that was asked for."""
@@ -88,6 +98,9 @@ class Step:
         total: Columns once it is done.
         certain: Columns whose tokens nobody will take back, as a draft's may be.
         is_prompt: Whether a prompt is read, rather than one token after another written.
+        may_run_ahead: Whether the model may begin before all K/V are here: all ids were given, so
+            that it can be done again.
+        arrival: What is on its way.
         trimmed: Whether the model computes less than it was given.
         prefill_from: When the model began, in seconds of `perf_counter`.
         fresh: Start and stop of each stretch of tokens that were found nowhere, row by row, in
@@ -100,6 +113,8 @@ class Step:
     total: int
     certain: int
     is_prompt: bool
+    may_run_ahead: bool = False
+    arrival: Arrival | None = None
     trimmed: bool = False
     prefill_from: float = 0.0
     fresh: list[list[tuple[int, int]]] = field(default_factory=list)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
@@ -60,6 +60,14 @@ def merged(newer: Entry, older: Entry | None) -> Entry:
         blob=newer.blob if newer.nbytes else older.blob,
         pinned=newer.pinned or older.pinned,
     )
+
+
+class Part(NamedTuple):
+    """A part of a blob that is to be read: where it begins, and the views that its bytes fill."""
+
+    key: str
+    start: int
+    place: Sequence[memoryview]
 
 
 def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
@@ -112,6 +120,18 @@ class ChunkStore(ABC):
         """
         for place, blob in zip(places, self.read(keys), strict=True):
             yield copy_into(blob, place)
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether parts of blobs can be read, and a part costs only its share."""
+        return False
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        """Copy parts of blobs to their places, in order, and yield whether each is there now.
+
+        As `read_into`; for stores that say `reads_parts`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
@@ -172,6 +192,13 @@ class ReadsFrom(ChunkStore):
         self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
     ) -> Generator[bool]:
         return self.store.read_into(keys, places)
+
+    @property
+    def reads_parts(self) -> bool:
+        return self.store.reads_parts
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        return self.store.read_parts(parts)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self.store.read_metadata(keys)

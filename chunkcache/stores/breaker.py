@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, end_iteration
 from chunkcache.stores.calls import current_calls
 from chunkcache.stores.locks import ForkSafeLock
 
@@ -63,6 +63,14 @@ class Guarded(ChunkStore):
         self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
     ) -> Generator[bool]:
         return self._iterate(keys, lambda: self._store.read_into(keys, places))
+
+    @property
+    def reads_parts(self) -> bool:
+        return self._store.reads_parts
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        keys = [part.key for part in parts]
+        return self._iterate(keys, lambda: self._store.read_parts(parts))
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self._look_up(lambda: self._store.read_metadata(keys)) if keys else []

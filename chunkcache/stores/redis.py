@@ -14,7 +14,7 @@ import redis
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, Part
 from chunkcache.stores.listing import Listing, decoded
 from chunkcache.stores.stream import is_wrong_type
 from chunkcache.stores.wire import BulkReader
@@ -98,6 +98,16 @@ class RedisStore(Listing, ChunkStore):
     ) -> Generator[bool]:
         with self._store_errors():
             yield from self._reader.read_into([self._names(key)[1] for key in keys], places)
+
+    @property
+    def reads_parts(self) -> bool:
+        return True
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        with self._store_errors():
+            yield from self._reader.read_parts(
+                [(self._names(part.key)[1], part.start, part.place) for part in parts]
+            )
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         def look(pipe: Any, key: str) -> None:

@@ -143,6 +143,24 @@ class BulkReader:
                 else:
                     yield _read_one(stream, place)
 
+    def read_parts(
+        self, parts: Sequence[tuple[bytes, int, Sequence[memoryview]]]
+    ) -> Generator[bool]:
+        """Read parts of values: of each its name, its first byte, and the views that it fills.
+
+        Raises redis.RedisError.
+        """
+        if not parts:
+            return
+        requests = [Request(name, at, at + _nbytes(place)) for name, at, place in parts]
+        with self._stream(requests) as stream:
+            for name, at, place in parts:
+                if stream is not None:
+                    yield _read_one(stream, place)
+                else:
+                    value: Any = self._client.getrange(name, at, at + _nbytes(place) - 1)
+                    yield copy_into(memoryview(value), place)
+
     def _sizes(self, names: Sequence[bytes]) -> list[int]:
         """Bytes of the values that must be asked for in parts; of others, anything small."""
         if not self._in_parts():

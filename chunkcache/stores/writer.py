@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, copy_into, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, copy_into, end_iteration
 from chunkcache.stores.queue import Queue, WriteStats
 
 CLOSE_SECONDS = 5.0
@@ -67,6 +67,24 @@ class WriteBehind(ChunkStore):
         if rest:
             found = self.store.read_into([key for key, _ in rest], [place for _, place in rest])
         return _fill(keys, places, queued, found)
+
+    @property
+    def reads_parts(self) -> bool:
+        return self.store.reads_parts
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        queued = self._blobs([part.key for part in parts])
+        rest = [part for part in parts if part.key not in queued]
+        found = self.store.read_parts(rest) if rest else iter(())
+        try:
+            for part in parts:
+                if part.key in queued:
+                    stop = part.start + sum(view.nbytes for view in part.place)
+                    yield copy_into(queued[part.key].blob[part.start : stop], part.place)
+                else:
+                    yield next(found)
+        finally:
+            end_iteration(found)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         queued = self._queue.find(keys)

@@ -263,7 +263,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     # ------------------------------------------------------------------ what users call
 
-    def explain(self, input_ids: Any, *, attention_mask: Any = None) -> Explanation:
+    def explain(
+        self, input_ids: Any, *, attention_mask: Any = None, tokenizer: Any = None
+    ) -> Explanation:
         """What the store has of a prompt, and why not more: a dry run.
 
         Tells what a cache with these settings that holds nothing would do. The model is not run,
@@ -272,12 +274,15 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         Args:
             input_ids: Token ids, `[batch, tokens]` or `[tokens]`: a tensor, an array or lists.
             attention_mask: Of the same shape, 0 at padding.
+            tokenizer: The prompt's. With it, `seams` tells where the same text has other tokens
+                in the store.
 
         Raises:
             SettingError: These are not a prompt.
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
-        return explain(self._reading, Prompt.of(input_ids, attention_mask))
+        decode = None if tokenizer is None else tokenizer.decode
+        return explain(self._reading, Prompt.of(input_ids, attention_mask), decode)
 
     def audit(
         self,

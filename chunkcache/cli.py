@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from chunkcache.cli_errors import errors_in_one_line
+from chunkcache.cli_model import app as model_commands
 from chunkcache.cli_store import app as store_commands
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they may show local variables, and so a store's password
 )
 app.add_typer(store_commands)
+app.add_typer(model_commands)
 
 
 def _show_version(wanted: bool) -> None:

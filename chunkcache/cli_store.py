@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,43 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from chunkcache.cli_errors import errors_in_one_line
+from chunkcache.cli_options import DryRun, Json, Store, Terms, chosen, opened
 
 if TYPE_CHECKING:
-    from chunkcache.filters import Filter
     from chunkcache.stores.base import ChunkStore, Listed
 
 app = typer.Typer()
-ERR = Console(file=sys.stderr)
-
-Store = Annotated[
-    str | None,
-    typer.Option("--store", help="URL. Default: CHUNKCACHE_URL, else the embedded store."),
-]
-Terms = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Which chunks: namespace=team-a tags=project=docs 'age>7d' temperature=0.7"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
 _COLUMNS = ("model", "namespace", "tags", "positions", "codec", "created")
-
-
-@contextmanager
-def _opened(url: str | None) -> Iterator[ChunkStore]:
-    """The store, a sign of life on stderr, and errors in one line. Loads no torch model."""
-    with errors_in_one_line():
-        from chunkcache.stores import open_store
-
-        with open_store(url) as store, ERR.status("looking through the store"):
-            yield store
-
-
-def _filter(terms: list[str] | None) -> Filter:
-    from chunkcache.filters import Filter
-
-    return Filter.parse(shlex.join(terms)) if terms else Filter()
 
 
 @app.command()
@@ -64,10 +30,10 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List chunks, in no order: the hash's beginning, which `show` takes, and what they are."""
-    with _opened(store) as place:
+    with opened(store) as place:
         from chunkcache import catalog
 
-        found = list(islice(catalog.entries(place, _filter(terms)), limit or None))
+        found = list(islice(catalog.entries(place, chosen(terms)), limit or None))
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in found], indent=2))
         return
@@ -87,10 +53,10 @@ def ls(
 @app.command()
 def stats(terms: Terms = None, store: Store = None, as_json: Json = False) -> None:
     """Count chunks, tokens and bytes, by model, namespace and tag."""
-    with _opened(store) as place:
+    with opened(store) as place:
         from chunkcache import catalog
 
-        counted = catalog.stats(place, _filter(terms))
+        counted = catalog.stats(place, chosen(terms))
     typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else counted)
 
 
@@ -104,7 +70,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what is known of one chunk. Ends with 1 if there is no such chunk."""
-    with _opened(store) as place:
+    with opened(store) as place:
         found = _find(place, key)
     if found is None:
         typer.echo(f"chunkcache: no chunk {key!r} in this store", err=True)
@@ -146,20 +112,20 @@ def purge(
     terms: Terms = None, store: Store = None, dry_run: DryRun = False, as_json: Json = False
 ) -> None:
     """Delete chunks: blobs, metadata, and their mentions in the index. Needs terms."""
-    with _opened(store) as place:
+    with opened(store) as place:
         from chunkcache import catalog
         from chunkcache.errors import SettingError
 
         if not terms:
             raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
-        done = catalog.delete(place, _filter(terms), dry_run=dry_run)
+        done = catalog.delete(place, chosen(terms), dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
 
 
 @app.command()
 def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Delete what is of no use: halves of chunks, and index entries that name what is gone."""
-    with _opened(store) as place:
+    with opened(store) as place:
         from chunkcache import catalog
 
         done = catalog.sweep(place, dry_run=dry_run)

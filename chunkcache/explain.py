@@ -23,6 +23,7 @@ from chunkcache.prefill import TRAINING
 from chunkcache.prompt import Prompt
 from chunkcache.repair import Mask
 from chunkcache.restore import blob_sizes
+from chunkcache.seams import Decode, Seam, find_seams
 from chunkcache.step import Setup
 from chunkcache.stores.calls import calls_of_prompt
 
@@ -38,21 +39,26 @@ BLOB_GONE = "its text is known, but its K/V went from the store"
 WOULD_MOVE = ": reuse='anywhere' would find it"
 
 
-def explain(setup: Setup, prompt: Prompt) -> Explanation:
+def explain(setup: Setup, prompt: Prompt, decode: Decode | None = None) -> Explanation:
     """What a cache with this setup would find of a prompt. Asks the store, and writes nothing.
+
+    Args:
+        setup: That of the cache.
+        prompt: The prompt.
+        decode: The tokenizer's, to find where the same text has other tokens.
 
     Raises:
         StoreError: The store failed, and `on_error="raise"` was asked for.
     """
     with calls_of_prompt() as calls:
-        explanation = _explain(setup, prompt)
+        explanation = _explain(setup, prompt, decode)
     for error in calls.errors:  # of a tier or a server, without which the rest went on
         _raise_if_asked(setup, error)
     partly = (str(error) for error in calls.errors)
     return replace(explanation, errors=tuple(dict.fromkeys([*explanation.errors, *partly])))
 
 
-def _explain(setup: Setup, prompt: Prompt) -> Explanation:
+def _explain(setup: Setup, prompt: Prompt, decode: Decode | None) -> Explanation:
     pads = prompt.as_call().pads()
     rows: list[Tokens] = [prompt.ids[row, pad:].numpy() for row, pad in enumerate(pads)]
     if why := _why_aside(setup, prompt):
@@ -108,6 +114,7 @@ def _explain(setup: Setup, prompt: Prompt) -> Explanation:
         sum(sizes[name] for name in reused | moved),
         errors=errors,
         lossy=origin.lossy(layout),
+        seams=tuple(seam for look in looks for seam in look.seams(rows[look.row], decode)),
     )
 
 
@@ -185,6 +192,10 @@ class _Row:
         if not self._may_move:
             stop = min(stop, int(computed[self.pad :].argmax()))
         return {chunk.hash for chunk in self.plan.reads(stop)}
+
+    def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
+        """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
+        return find_seams(tokens, self.pieces, decode, self.row) if decode else []
 
     def findings(self, computed: Mask) -> list[Finding]:
         """The fate of every token, in order, when these columns are computed."""

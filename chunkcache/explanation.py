@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkcache.plan import Kind, Span
 from chunkcache.report import STYLE, Counts, RowReport, prompt_map
+from chunkcache.seams import Seam
 
 if TYPE_CHECKING:
     import pandas
@@ -59,6 +60,7 @@ class Explanation(Counts):
         skipped: Why the cache would stand aside, or `""`.
         errors: What went wrong with the store.
         lossy: The codec, where it rounds K/V.
+        seams: Where the same text has other tokens than in the store, if a tokenizer was given.
     """
 
     chunks: tuple[Finding, ...]
@@ -66,6 +68,7 @@ class Explanation(Counts):
     skipped: str = ""
     errors: tuple[str, ...] = ()
     lossy: str = ""
+    seams: tuple[Seam, ...] = ()
 
     def _spans(self) -> tuple[Finding, ...]:
         return self.chunks
@@ -84,6 +87,7 @@ class Explanation(Counts):
             "skipped": self.skipped,
             "errors": list(self.errors),
             "chunks": [{**asdict(found), "kind": str(found.kind)} for found in self.chunks],
+            "seams": [asdict(seam) for seam in self.seams],
         }
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -142,7 +146,7 @@ class Explanation(Counts):
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in table
         )
-        return "\n".join([self._headline(), *rows])
+        return "\n".join([self._headline(), *rows, *map(str, self.seams)])
 
     def _repr_html_(self) -> str:
         """The prompt coloured by what would happen to its tokens, and the findings as a table."""
@@ -155,9 +159,10 @@ class Explanation(Counts):
             + "</tr>"
             for line in self._table()
         )
+        seams = "".join(f"<div>{escape(str(seam))}</div>" for seam in self.seams)
         return (
             f'<div style="{STYLE}">{prompt_map(rows)}<div>{escape(self._headline())}</div>'
-            f"<table>{table}</table></div>"
+            f"<table>{table}</table>{seams}</div>"
         )
 
 

@@ -14,18 +14,15 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import ChunkCacheError, SettingError
-from chunkcache.samples import document, load_smollm2, quiet_transformers
+from chunkcache.loading import load_model
+from chunkcache.samples import document, quiet_transformers
 
-SMOLLM2 = "SmolLM2-135M-Instruct"
 WARM_UP_TOKENS = 256
 QUESTIONS = (
     "What is the text above about? Answer in one sentence.",
@@ -85,7 +82,7 @@ class Measurer:
     """
 
     def __init__(self, model: str) -> None:
-        self.model, self.tokenizer = _load(model)
+        self.model, self.tokenizer = load_model(model)
         # Threads and buffers that a process makes once are nobody's time to first token.
         ids = torch.ones(1, WARM_UP_TOKENS, dtype=torch.long, device=self.model.device)
         self.model.generate(
@@ -182,23 +179,6 @@ def in_fresh_process(job: Job) -> Run:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ChunkCacheError(f"the new process failed: {last}")
     return Run(**json.loads(done.stdout))
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    loaded: Any
-    if model == SMOLLM2:
-        loaded, tokenizer = load_smollm2()
-    else:
-        local = Path(model).is_dir()  # then no hub is asked
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype="auto", local_files_only=local
-            )
-            tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
-        except (OSError, ValueError) as error:
-            raise SettingError(f"--model {model!r} cannot be loaded: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.to(device).eval(), tokenizer
 
 
 def _worker() -> None:

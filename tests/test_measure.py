@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chunkcache.errors import ChunkCacheError, SettingError
-from chunkcache.measure import SMOLLM2, FirstToken, Job, Measurer, in_fresh_process
+from chunkcache.loading import SMOLLM2
+from chunkcache.measure import FirstToken, Job, Measurer, in_fresh_process
 
 
 def test_a_prompt_that_is_too_long_for_the_model_is_refused() -> None:

@@ -60,6 +60,10 @@ class GrowingLayer(DynamicLayer):
         # Waits until what is held has arrived, should it still be on its way (see arrival.py).
         self.arriving: Callable[[], None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: all but the bytes of memory that is not its own."""
+        return {**self.__dict__, "_flat": []}
+
     @property
     def _rooms(self) -> tuple[Tensor, Tensor]:
         """Memory of keys and of values, `[batch, kv_heads, capacity, head_dim]` each."""

@@ -265,10 +265,14 @@ def test_a_failed_forward_leaves_no_trace(llama, store):
     assert torch.equal(generate(llama, ids, cache), plain)
 
 
-def test_deepcopy_shares_the_store(llama, store):
+@pytest.mark.parametrize("warm", [False, True])
+def test_deepcopy_shares_the_store(llama, store, warm):
     ids = random_ids(200)
+    if warm:
+        generate(llama, ids[:, :150], RedisChunkCache(llama, store))
     cache = RedisChunkCache(llama, store)
     generate(llama, ids[:, :150], cache)
+    assert (cache.report.reused > 0) == warm
     twin = copy.deepcopy(cache)
     assert twin.store is cache.store
     assert torch.equal(generate(llama, ids, twin), generate(llama, ids))

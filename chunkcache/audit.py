@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from chunkcache.codec import LayerKV
-from chunkcache.report import STYLE, Report, prompt_map
+from chunkcache.prompt_map import STYLE, MapRow, html_map
+from chunkcache.report import Report
 from chunkcache.runs import Run
 
 Floats = npt.NDArray[np.float64]
@@ -109,7 +110,8 @@ class Audit:
             f'<td style="text-align:left">{escape(value)}</td></tr>'
             for name, value in self._lines()
         )
-        return f'<div style="{STYLE}"><table>{rows}</table>{prompt_map(self.report.rows)}</div>'
+        bars = html_map([MapRow(row.spans) for row in self.report.rows])
+        return f'<div style="{STYLE}"><table>{rows}</table>{bars}</div>'
 
 
 def compare(full: Run, cached: Run, mask: Tensor, report: Report) -> Audit:

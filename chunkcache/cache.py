@@ -29,6 +29,7 @@ from chunkcache.settings import Settings
 from chunkcache.step import Setup, Step
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.readonly import ReadOnly
+from chunkcache.token_text import Decoder, check_decoder
 
 
 class RedisChunkCache(DynamicCache, PrefillAware):
@@ -47,6 +48,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         model: The model that will be called. A PEFT or compiled wrapper is looked through.
         store: A URL, a list of them (tiers, the nearest first), an open `ChunkStore`, or `None` for
             the one that `CHUNKCACHE_URL` names, else the embedded one.
+        tokenizer: The model's, with which `report` shows the prompt's text in Jupyter.
         settings: Keyword arguments as in `Settings`.
 
     Attributes:
@@ -69,9 +71,13 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self,
         model: nn.Module,
         store: ChunkStore | str | list[str] | None = None,
+        *,
+        tokenizer: Decoder | None = None,
         **settings: Any,
     ) -> None:
         inner = check_model(model)
+        if tokenizer is not None:
+            check_decoder(tokenizer)
         chosen = Settings.load(**settings)
         super().__init__(config=inner.config)  # type: ignore[arg-type]
         self.layers: list[Any]
@@ -81,8 +87,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if not chosen.write:
             store = ReadOnly(store)
         grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
-        self._setup = Setup(inner, state, store, chosen, grid)
-        self.report = Report()
+        self._setup = Setup(inner, state, store, chosen, grid, tokenizer)
+        self.report = Report(tokenizer=tokenizer)
         self._reported = 0
         self._forget()
         anywhere = chosen.reuse == "anywhere"
@@ -158,10 +164,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._sequence.transcript.take_rows(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is held; model and store stay shared."""
+        """Copy what is held; model, store and tokenizer stay shared."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo[id(self._setup)] = self._setup
+        memo[id(self._setup.tokenizer)] = self._setup.tokenizer
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         self._setup.state.caches.add(twin)
         return twin
@@ -199,7 +206,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if again:
                 self.report = self.report.again()
             elif starts or not past or past != self._reported:
-                self.report = Report()
+                self.report = Report(tokenizer=self._setup.tokenizer)
             self._reported = total
         rest = self._sequence.begin(module, call, self._step, self.report)
         if self._records_past:  # a prompt's layers may be new ones

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.plan import Kind, Span
-from chunkcache.report import STYLE, Counts, RowReport, prompt_map
+from chunkcache.prompt_map import STYLE, MapRow, html_map
+from chunkcache.report import Counts
 from chunkcache.seams import Seam
 
 if TYPE_CHECKING:
@@ -150,9 +151,7 @@ class Explanation(Counts):
 
     def _repr_html_(self) -> str:
         """The prompt coloured by what would happen to its tokens, and the findings as a table."""
-        rows = [
-            RowReport(list(group)) for _, group in groupby(self.chunks, lambda found: found.row)
-        ]
+        rows = [MapRow(list(group)) for _, group in groupby(self.chunks, lambda found: found.row)]
         table = "".join(
             "<tr>"
             + "".join(f'<td style="text-align:left">{escape(t)}</td>' for t in line)
@@ -161,7 +160,7 @@ class Explanation(Counts):
         )
         seams = "".join(f"<div>{escape(str(seam))}</div>" for seam in self.seams)
         return (
-            f'<div style="{STYLE}">{prompt_map(rows)}<div>{escape(self._headline())}</div>'
+            f'<div style="{STYLE}">{html_map(rows)}<div>{escape(self._headline())}</div>'
             f"<table>{table}</table>{seams}</div>"
         )
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from chunkcache.chunking import Tokens
 from chunkcache.errors import ChunkCacheError
 from chunkcache.plan import Kind, Span
+from chunkcache.prompt_map import STYLE, MapRow, html_map, terminal_map
+from chunkcache.token_text import Decoder, check_decoder, span_texts, visible
 
 if TYPE_CHECKING:
     import pandas
-
-STYLE = "font:13px/1.5 system-ui,sans-serif;max-width:60em"
-_COLOURS = {
-    Kind.REUSED: "#2e9e5b",
-    Kind.MOVED: "#3b7dd8",
-    Kind.RECOMPUTED: "#d99a1c",
-    Kind.COMPUTED: "#b9bec7",
-}
 
 
 class Counts:
@@ -63,9 +57,16 @@ class Counts:
 
 @dataclass(slots=True)
 class RowReport(Counts):
-    """What happened to the tokens of one row of the batch: neighbouring tokens by their fate."""
+    """What happened to the tokens of one row of the batch.
+
+    Attributes:
+        spans: Neighbouring tokens by their fate.
+        ids: Their token ids, `[tokens]`, or `None` where the prompt came without. For drawing: they
+            are in no `to_dict()` and no `repr`.
+    """
 
     spans: list[Span] = field(default_factory=list)
+    ids: Tokens | None = field(default=None, repr=False, compare=False)
 
     def _spans(self) -> Iterable[Span]:
         return self.spans
@@ -96,6 +97,7 @@ class Report(Counts):
         causes: The same by cause (`StoreError.cause`).
         errors: What went wrong, each cause once.
         skipped: Why the cache stood aside, or `""`.
+        tokenizer: What shows the prompt's text where the report is drawn.
     """
 
     rows: list[RowReport] = field(default_factory=list)
@@ -115,6 +117,7 @@ class Report(Counts):
     causes: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     skipped: str = ""
+    tokenizer: Decoder | None = field(default=None, repr=False, compare=False)
 
     def _spans(self) -> Iterable[Span]:
         return (span for row in self.rows for span in row.spans)
@@ -143,13 +146,14 @@ class Report(Counts):
 
     def again(self) -> Report:
         """A report for doing the same prompt again: what went wrong is kept."""
-        kept = ("bytes_read", "read_ms", "store_errors", "causes", "errors")
+        kept = ("bytes_read", "read_ms", "store_errors", "causes", "errors", "tokenizer")
         return Report(**{name: getattr(self, name) for name in kept})
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, the per-chunk rows and the rows of the batch, ready for JSON."""
+        """All numbers, the per-chunk rows and the rows of the batch, ready for JSON. No text."""
         counts = ("prompt_tokens", "reused", "moved", "recomputed", "computed")
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
+        others = self.__dataclass_fields__.keys() - {"rows", "tokenizer"}
+        plain = {name: getattr(self, name) for name in sorted(others)}
         return {
             **{name: getattr(self, name) for name in counts},
             **plain,
@@ -185,8 +189,9 @@ class Report(Counts):
             parts.append(f"{self.bytes_read / 1e6:,.1f} MB read{spared}")
         if self.bytes_written:
             parts.append(f"{self.bytes_written / 1e6:,.1f} MB to the store")
+        move = f"+ move {self.move_ms:.1f} " if self.move_ms else ""
         parts.append(
-            f"lookup {self.lookup_ms:.1f} + read {self.read_ms:.1f} "
+            f"lookup {self.lookup_ms:.1f} + read {self.read_ms:.1f} {move}"
             f"+ prefill {self.prefill_ms:.1f} ms"
         )
         if self.lossy:
@@ -200,49 +205,42 @@ class Report(Counts):
             parts.append(f"{self.store_errors} store errors: {'; '.join(self.errors)}")
         return ", ".join(parts)
 
+    def show(self, tokenizer: Decoder | None = None) -> None:
+        """Draw the prompt, its tokens coloured by what happened to them: in Jupyter or a terminal.
+
+        Args:
+            tokenizer: The model's, which shows the tokens as text. Default: the one that the cache
+                was made with; without one, there is a bar and no text.
+
+        Raises:
+            SettingError: This is no tokenizer.
+        """
+        from rich.console import Console
+
+        if tokenizer is not None:
+            check_decoder(tokenizer)
+        rows = self._map(tokenizer or self.tokenizer)
+        console = Console()
+        if console.is_jupyter:
+            from IPython.display import display
+
+            display({"text/html": self._html(rows), "text/plain": str(self)}, raw=True)
+            return
+        coloured = console.color_system is not None
+        console.print(terminal_map(rows, min(console.width, 100), coloured=coloured))
+        console.print(f"\n{visible(str(self))}", markup=False, highlight=False)
+
     def _repr_html_(self) -> str:
-        """A bar per row of the batch: its tokens, coloured by what happened to them."""
-        return f'<div style="{STYLE}">{prompt_map(self.rows)}<div>{escape(str(self))}</div></div>'
+        """The prompt, its tokens coloured by what happened to them, and the numbers in words."""
+        return self._html(self._map(self.tokenizer))
 
+    def _map(self, tokenizer: Decoder | None) -> list[MapRow]:
+        return [
+            MapRow(row.spans)
+            if tokenizer is None or row.ids is None
+            else MapRow(row.spans, span_texts(tokenizer, row.ids, row.spans))
+            for row in self.rows
+        ]
 
-def prompt_map(rows: Sequence[RowReport]) -> str:
-    """HTML: a bar per row of the batch, its tokens coloured by their fate, and a legend."""
-    counts: Counter[Kind] = Counter()
-    for row in rows:
-        for span in row.spans:
-            counts[span.kind] += span.tokens
-    legend = "".join(
-        f'<span style="margin-right:1em"><span style="display:inline-block;width:.8em;'
-        f'height:.8em;border-radius:2px;background:{_COLOURS[kind]}"></span> '
-        f"{kind} {counts[kind]:,}</span>"
-        for kind in Kind
-        if kind in counts
-    )
-    bars = "".join(_bar(index, row) for index, row in enumerate(rows))
-    return f"{bars}<div>{legend}</div>"
-
-
-def _bar(index: int, row: RowReport) -> str:
-    total = max(row.prompt_tokens, 1)
-    pieces = "".join(
-        f'<span title="{escape(_hover(span), quote=True)}" style="flex:{span.tokens} 0 0;'
-        f"background:{_COLOURS[span.kind]};border-right:1px solid rgba(255,255,255,.6);"
-        f'box-sizing:border-box"></span>'
-        for span in row.spans
-    )
-    label = f"row {index}: {row.prompt_tokens:,} tokens, {100 * row.reused / total:.0f} % reused"
-    return (
-        f'<div style="display:flex;height:18px;border-radius:4px;overflow:hidden;margin:4px 0" '
-        f'role="img" aria-label="{escape(label, quote=True)}">{pieces}</div>'
-    )
-
-
-def _hover(span: Span) -> str:
-    lines = [f"{span.kind}: tokens {span.start} to {span.stop}"]
-    if span.origin:
-        lines.append(f"from: {span.origin}")
-    if span.reason:
-        lines.append(f"why: {span.reason}")
-    if span.key:
-        lines.append(f"chunk {span.key[:12]}…")
-    return "\n".join(lines)
+    def _html(self, rows: list[MapRow]) -> str:
+        return f'<div style="{STYLE}">{html_map(rows)}<div>{escape(str(self))}</div></div>'

@@ -9,6 +9,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -118,7 +119,10 @@ class Sequence:
             return Rest(step.held - step.past)
         rest, spans = self._recall(call, step, report)
         self._report_exactness(report)
-        self._report(spans, [max(step.past - pad, 0) for pad in self.transcript.pads], report)
+        pads = self.transcript.pads
+        self._report(spans, [max(step.past - pad, 0) for pad in pads], report)
+        for row, ids, pad in zip(report.rows, self.transcript.ids(), pads, strict=True):
+            row.ids = ids[pad:].numpy()
         step.trimmed = rest.skip > 0 or rest.columns is not None
         step.prefill_from = perf_counter()
         return rest
@@ -275,6 +279,11 @@ class Sequence:
         rows = 1 if call.ids is None else call.ids.shape[0]
         span = Span(step.past, step.total, Kind.COMPUTED, reason=self.opaque)
         self._report([[span] for _ in range(rows)], [step.past] * rows, report)
+        for row, ids in zip(report.rows, () if call.ids is None else call.ids.cpu(), strict=False):
+            if len(row.spans) == 1:
+                row.ids = ids.numpy().copy()  # callers write the next token into theirs
+            elif row.ids is not None:
+                row.ids = np.concatenate([row.ids, ids.numpy()])
 
     def _report(self, spans: list[list[Span]], past: list[int], report: Report) -> None:
         """Add this forward's spans, behind those of earlier parts of the same prompt if any."""

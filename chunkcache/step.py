@@ -21,18 +21,20 @@ from chunkcache.report import Report
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.calls import calls_of_prompt
+from chunkcache.token_text import Decoder
 from chunkcache.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all sequences of one cache object share."""
+    """What all sequences of one cache object share. `tokenizer` is for its reports."""
 
     model: nn.Module
     state: ModelState
     store: ChunkStore
     settings: Settings
     grid: Grid
+    tokenizer: Decoder | None = None
 
     def origin(self, identity: ModelIdentity) -> Origin:
         """Where chunks of that identity, the model's present one, are found and kept."""

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import copy
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkcache.cache import RedisChunkCache
+from chunkcache.errors import SettingError
 from chunkcache.plan import Kind, Span
 from chunkcache.report import Report, RowReport
+from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny
+from tests.models import tokens as random_ids
+from tests.words import word_tokenizer
 
 COUNTS = ("reused", "moved", "recomputed", "computed")
 HOSTILE = '</div><script>alert(\'x\')</script>"&<b onmouseover="x">\n'
@@ -112,6 +121,48 @@ def test_html_shows_each_span_and_its_reason() -> None:
     assert "moved" not in html.text
 
 
+def test_ids_and_tokenizer_are_for_drawing_only() -> None:
+    tokenizer = word_tokenizer()
+    row = RowReport([Span(0, 2, Kind.COMPUTED)], np.array([77, 78]))
+    report = Report([row], tokenizer=tokenizer)
+    assert "w77 w78" in parsed(report).text
+    row.ids = None
+    assert "w77" not in parsed(report).text
+    row.ids = np.array([77, 78])
+    assert "7" not in repr(report)
+    found = report.to_dict()
+    assert "tokenizer" not in found
+    assert "77" not in json.dumps(found)
+    assert report == Report([RowReport([Span(0, 2, Kind.COMPUTED)])])
+
+
+def test_show_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    spans = [Span(0, 2, Kind.REUSED, "k"), Span(2, 3, Kind.COMPUTED, "l")]
+    report = Report([RowReport(spans, np.array([77, 78, 79]))], errors=["[red]\x1b[31m"])
+    report.show()
+    assert "w77" not in capsys.readouterr().out
+    report.show(word_tokenizer())
+    out = capsys.readouterr().out
+    assert "[reused] w77 w78│[computed]  w79" in out
+    assert "[red]␛[31m" in out
+    assert "\x1b" not in out
+
+
+def test_show_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    report = Report([RowReport([Span(0, 1, Kind.REUSED)], np.array([77]))])
+    report.show(word_tokenizer())
+    assert "w77" in shown[0]["text/html"]
+    assert shown[0]["text/plain"] == str(report)
+
+
+def test_what_is_no_tokenizer_is_refused() -> None:
+    with pytest.raises(SettingError, match="AutoTokenizer"):
+        Report().show("SmolLM2")  # type: ignore[arg-type]
+
+
 @given(reports)
 def test_to_dict_is_json_and_complete(report: Report) -> None:
     found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -155,6 +206,7 @@ def test_in_words() -> None:
         "1,500 of 2,000 prompt tokens reused, 500 computed, 2.5 MB read, "
         "lookup 0.0 + read 0.0 + prefill 0.0 ms, stood aside: no reason"
     )
+    assert "read 0.0 + move 2.0 + prefill" in str(Report(report.rows, move_ms=2))
 
 
 @given(reports)
@@ -170,3 +222,51 @@ def test_each_cause_is_listed_once_and_each_failure_counted() -> None:
     assert report.store_errors == 3
     report.rows = [RowReport([Span(0, 1, Kind.COMPUTED)])]
     assert "3 store errors: down; slow" in str(report)
+
+
+def held_by_each_row(cache: RedisChunkCache) -> list[list[int]]:
+    found = []
+    for row in cache.report.rows:
+        assert row.ids is not None
+        assert len(row.ids) == row.prompt_tokens
+        found.append(row.ids.tolist())
+    return found
+
+
+def test_the_ids_are_those_of_the_prompt() -> None:
+    model, store = tiny("llama"), MemoryStore()
+    ids = random_ids(150, rows=2)
+    for chunked in ({}, {"prefill_chunk_size": 60}):
+        cache = RedisChunkCache(model, store, tokenizer=word_tokenizer())
+        model.generate(ids, past_key_values=cache, max_new_tokens=3, **chunked)
+        assert held_by_each_row(cache) == ids.tolist()
+    longer = torch.cat([ids, random_ids(20, rows=2, seed=1)], dim=1)
+    model.generate(longer, past_key_values=cache, max_new_tokens=1)
+    assert held_by_each_row(cache) == longer.tolist()
+    assert f"w{longer[1, -1]}" in parsed(cache.report).text
+    assert copy.deepcopy(cache).report.tokenizer is cache.report.tokenizer
+
+
+def test_padding_is_not_drawn() -> None:
+    model = tiny("llama")
+    ids, mask = random_ids(40, rows=2), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :15] = 0
+    cache = RedisChunkCache(model, MemoryStore())
+    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    assert held_by_each_row(cache) == [ids[0, 15:].tolist(), ids[1].tolist()]
+
+
+def test_ids_where_the_cache_stands_aside() -> None:
+    model = tiny("llama").train()
+    ids = random_ids(50)
+    cache = RedisChunkCache(model, MemoryStore())
+    for chunked in ({}, {"prefill_chunk_size": 20}):
+        cache.reset()
+        model.generate(ids, past_key_values=cache, max_new_tokens=1, **chunked)
+        assert cache.report.skipped
+        assert held_by_each_row(cache) == ids.tolist()
+    cache.reset()
+    embeds = model.get_input_embeddings()(ids)
+    model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=1)
+    assert [row.ids for row in cache.report.rows] == [None]
+    assert cache.report._repr_html_()

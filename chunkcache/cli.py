@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from chunkcache.cli_doctor import app as doctor_commands
 from chunkcache.cli_errors import errors_in_one_line
 from chunkcache.cli_model import app as model_commands
 from chunkcache.cli_store import app as store_commands
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(store_commands)
 app.add_typer(model_commands)
+app.add_typer(doctor_commands)
 
 
 def _show_version(wanted: bool) -> None:

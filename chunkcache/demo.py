@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,7 @@ from rich.table import Table
 from chunkcache.errors import SettingError
 from chunkcache.measure import Job, Measurer, Run, in_fresh_process
 from chunkcache.stores import open_store
+from chunkcache.stores.address import without_password
 from chunkcache.stores.embedded import resolved
 
 STEPS = (
@@ -158,15 +159,6 @@ def run_demo(
         Row("warm", other, second),
     ]
     return Outcome(model, store, plain.namespace, rows)
-
-
-def without_password(url: str) -> str:
-    """The URL with its password as `***`."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user, _, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=f"{user.split(':')[0]}:***@{host}"))
 
 
 def _table(rows: list[Row]) -> Table:

@@ -83,7 +83,7 @@ def measure_layout(model: nn.Module) -> Proof:
 
 
 def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
-    if obstacle := _known_obstacle(model):
+    if obstacle := known_obstacle(model):
         return Proof(obstacle)
     try:
         with torch.no_grad():
@@ -97,7 +97,8 @@ def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
     return proof
 
 
-def _known_obstacle(model: nn.Module) -> str:
+def known_obstacle(model: nn.Module) -> str:
+    """Why a model cannot pass the test, as far as its configuration tells, or `""`."""
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     if obstacle := Ranks.of(model).obstacle:

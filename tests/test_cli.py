@@ -115,17 +115,3 @@ def test_a_changed_answer_ends_with_1(fake_runs: Callable[[list[int]], None]) ->
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code == 1
     assert result.stdout.count("DIFFERENT") == 1
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
-        ("redis://:secret@localhost:6379/0", "redis://:***@localhost:6379/0"),
-        ("rediss://ann:s:e@c@host/2?x=1", "rediss://ann:***@host/2?x=1"),
-        ("unix://:secret@/run/redis.sock", "unix://:***@/run/redis.sock"),
-        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
-    ],
-)
-def test_urls_are_shown_without_their_password(url: str, shown: str) -> None:
-    assert demo.without_password(url) == shown

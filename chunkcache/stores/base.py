@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
@@ -157,6 +157,13 @@ class ChunkStore(ABC):
         fails.
         """
 
+    def server_info(self) -> list[dict[str, Any]]:
+        """What each server behind the store says of itself, in the names of Redis' INFO.
+
+        Where it tells, `save` has the times of its snapshots. Empty for stores without a server.
+        """
+        return []
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was written can be read by others. False if `timeout` s passed."""
         return True
@@ -205,3 +212,6 @@ class ReadsFrom(ChunkStore):
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         return self.store.scan(prefix)
+
+    def server_info(self) -> list[dict[str, Any]]:
+        return self.store.server_info()

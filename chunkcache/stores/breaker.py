@@ -84,6 +84,9 @@ class Guarded(ChunkStore):
     def delete(self, keys: Sequence[str]) -> int:
         return self._change(lambda: self._store.delete(keys)) if keys else 0
 
+    def server_info(self) -> list[dict[str, Any]]:
+        return self._look_up(self._store.server_info)
+
     def check_writable(self) -> None:
         opened = self._writing.opened()
         if opened and not opened.is_over:

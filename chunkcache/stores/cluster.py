@@ -146,6 +146,11 @@ class ClusterStore(ChunkStore):
         pages = (server.guarded.scan(prefix) for server in self._topology.primaries)
         return chain.from_iterable(pages)
 
+    def server_info(self) -> list[dict[str, Any]]:
+        self._topology.refresh()
+        primaries = self._topology.primaries
+        return [info for server in primaries for info in server.guarded.server_info()]
+
     def flush(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         done = True

@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -77,6 +78,14 @@ class RedisStore(Listing, ChunkStore):
         """Connect now, and stay connected, instead of at the first use. Raises StoreError."""
         with self._store_errors():
             self._client.ping()
+
+    def server_info(self) -> list[dict[str, Any]]:
+        with self._store_errors():
+            info: dict[str, Any] = dict(self._client.info())
+            with suppress(redis.ResponseError):  # not every account may ask
+                config: Any = self._client.config_get("save")
+                info |= config
+        return [info]
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         def look(pipe: Any, key: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -103,6 +103,9 @@ class TieredStore(ChunkStore):
             seen.update(entry.key for entry in fresh)
             if fresh:
                 yield fresh
+
+    def server_info(self) -> list[dict[str, Any]]:
+        return [info for tier in self._tiers for info in tier.server_info()]
 
     def check_writable(self) -> None:
         """As in `ChunkStore`. The furthest tier decides, as it does about what was taken."""

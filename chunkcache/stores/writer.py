@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, copy_into, end_iteration
@@ -98,6 +98,9 @@ class WriteBehind(ChunkStore):
         """As in `ChunkStore`. What is queued is written first."""
         self._queue.drain(None)
         yield from self.store.scan(prefix)
+
+    def server_info(self) -> list[dict[str, Any]]:
+        return self.store.server_info()
 
     def delete(self, keys: Sequence[str]) -> int:
         queued = self._queue.remove(keys)

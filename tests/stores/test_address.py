@@ -4,7 +4,7 @@ import pytest
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.address import CLUSTER, SENTINEL, SERVER, Address, read_url
+from chunkcache.stores.address import CLUSTER, SENTINEL, SERVER, Address, read_url, without_password
 
 KINDS = {scheme: schemes for schemes in (SERVER, SENTINEL, CLUSTER) for scheme in schemes}
 
@@ -140,3 +140,17 @@ def test_a_socket_has_no_host() -> None:
     assert pool.connection_class is UnixDomainSocketConnection
     assert pool.connection_kwargs["path"] == "/a/b"
     assert "host" not in pool.connection_kwargs
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+        ("redis://:secret@localhost:6379/0", "redis://:***@localhost:6379/0"),
+        ("rediss://ann:s:e@c@host/2?x=1", "rediss://ann:***@host/2?x=1"),
+        ("unix://:secret@/run/redis.sock", "unix://:***@/run/redis.sock"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_urls_are_shown_without_their_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown

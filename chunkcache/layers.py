@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -22,7 +23,6 @@ from chunkcache.spare import SpareMemory
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128
 SLACK_SHARE = 0.25
-_NO_SPARE = SpareMemory(pieces=0)
 
 
 def with_room(tokens: int) -> int:
@@ -36,7 +36,10 @@ def allocate(
     """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    return torch.from_numpy((memory or _NO_SPARE).take(size * dtype.itemsize)).view(dtype)
+    nbytes = size * dtype.itemsize
+    # Without a weak reference, which a compiled forward cannot follow.
+    room = np.empty(nbytes, dtype=np.uint8) if memory is None else memory.take(nbytes)
+    return torch.from_numpy(room).view(dtype)
 
 
 class GrowingLayer(DynamicLayer):

@@ -314,7 +314,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
         Raises:
             SettingError: An argument that cannot work.
-            UnsupportedCallError: The model is in training mode, or takes no `past_key_values`.
+            UnsupportedCallError: The model is in training mode, or takes no cache.
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         prompt = Prompt.of(input_ids, attention_mask)

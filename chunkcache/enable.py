@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from chunkcache.cache import RedisChunkCache
-from chunkcache.model_check import check_model
+from chunkcache.model_check import CACHE, check_model
 from chunkcache.model_state import ModelState
-from chunkcache.prefill import is_installed, uninstall
+from chunkcache.prefill import cache_in, is_installed, uninstall
 from chunkcache.report import Report
 from chunkcache.stores.base import ChunkStore
 
@@ -124,7 +124,7 @@ class _Cover:
         context = (mine or contexts)[-1]
         cache = RedisChunkCache(self.model, context.store, **context.settings)
         try:
-            return self.generate(*args, past_key_values=cache, **kwargs)
+            return self.generate(*args, **kwargs, **{CACHE: cache})
         except BaseException:  # whose traceback holds the cache: nobody will use it
             ModelState.of(self.model).caches.discard(cache)
             raise
@@ -133,7 +133,7 @@ class _Cover:
 
     def _is_of_its_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call says itself what cache it wants."""
-        if kwargs.get("past_key_values") is not None:
+        if cache_in(kwargs) is not None:
             return True
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         for source in (kwargs, vars(config or self.model.generation_config)):

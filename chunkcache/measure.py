@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import ChunkCacheError, SettingError
 from chunkcache.loading import load_model
+from chunkcache.model_check import CACHE
 from chunkcache.samples import document, quiet_transformers
 
 WARM_UP_TOKENS = 256
@@ -141,7 +142,7 @@ class Measurer:
         started = time.perf_counter()
         ids = self.model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=job.max_new_tokens,
             do_sample=False,
             streamer=streamer,

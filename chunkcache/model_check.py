@@ -6,8 +6,13 @@ import inspect
 from typing import Any
 
 from torch import nn
+from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
+
+# What models call the cache among their arguments: another name since Transformers 5.24.
+_NEW = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if _NEW else "past_key_values"
 
 
 def check_model(model: Any) -> nn.Module:
@@ -45,11 +50,9 @@ def check_model(model: Any) -> nn.Module:
         )
     parameters = inspect.signature(inner.forward).parameters
     is_wrapped = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    if "past_key_values" not in parameters and not is_wrapped:
+    if CACHE not in parameters and not is_wrapped:
         state = " (it keeps a recurrent state)" if "cache_params" in parameters else ""
-        raise UnsupportedModelError(
-            f"{name} takes no past_key_values{state}: generate without chunkcache"
-        )
+        raise UnsupportedModelError(f"{name} takes no {CACHE}{state}: generate without chunkcache")
     generation_config = getattr(inner, "generation_config", None)
     implementation = getattr(generation_config, "cache_implementation", None)
     if implementation is not None:

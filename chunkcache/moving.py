@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from chunkcache.codec import KVLayout, LayerKV
 from chunkcache.layers import GrowingLayer, settle_all
+from chunkcache.model_check import CACHE
 from chunkcache.proof import ROUNDING, cache_of, forward, growing_layers, probe_ids, takes
 from chunkcache.ranks import Ranks
 from chunkcache.rope import KeyMover, find_rules
@@ -127,8 +128,8 @@ def _scatter_test(model: nn.Module, layout: KVLayout) -> str:
         input_ids=ids[:, _SCATTERED].to(logits.device),
         position_ids=columns[None],
         attention_mask=scatter_mask(model, columns, _SCATTER_TOKENS, 1),
-        past_key_values=cache_of(layers),
         use_cache=True,
+        **{CACHE: cache_of(layers)},
     )
     close_layers(layers)
     if not _close(out.logits, logits[:, _SCATTERED], layout.dtype):

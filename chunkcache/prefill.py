@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ _UNDERSTOOD = frozenset(
     (
         *_PER_TOKEN,
         "attention_mask",
+        "cache",
         "labels",
         "logits_to_keep",
         "output_attentions",
@@ -172,7 +174,7 @@ def _before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if args:
         kwargs = _by_name(module, args, kwargs)
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
     if kwargs.get("use_cache") is False:
@@ -186,7 +188,7 @@ def _before(
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
     arguments, cache.untrimmed = cache.untrimmed, None
@@ -195,6 +197,12 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     elif cache.end_forward(module):
         return module(**arguments or {})
     return None
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call: `cache=` since Transformers 5.24, both for now."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from chunkcache.layers import GrowingLayer
+from chunkcache.model_check import CACHE
 from chunkcache.proof import cache_of
 from chunkcache.repair import Scores
 from chunkcache.scatter import close_layers, open_layers, scatter_mask
@@ -139,8 +140,8 @@ class Probes:
                 input_ids=self.ids[:, columns.cpu()].to(device),
                 position_ids=columns[None],
                 attention_mask=mask,
-                past_key_values=cache_of(list(self.layers)),
                 use_cache=True,
+                **{CACHE: cache_of(list(self.layers))},
             )
         except _EnoughError:
             pass

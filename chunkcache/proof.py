@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 from chunkcache.codec import BlobForm, KVLayout, LayerShape, encode
 from chunkcache.errors import ChunkCacheError
 from chunkcache.layers import GrowingLayer, row_slice, settle_all
+from chunkcache.model_check import CACHE
 from chunkcache.ranks import Ranks
 
 # Largest difference of logits, relative to the largest logit, that rounding explains. Wrong K/V
@@ -109,6 +110,11 @@ def known_obstacle(model: nn.Module) -> str:
     for part in _rope_parts(getattr(text_config, "rope_parameters", None)):
         if part.get("rope_type", "default") in _LENGTH_DEPENDENT_ROPE:
             return f"RoPE type {part['rope_type']!r} depends on the prompt's length"
+    # LLM.int8() (https://arxiv.org/abs/2208.07339): a column of activations that has an outlier in
+    # any token is computed in 16 bits for all, so K/V depend on tokens that come later.
+    quantisation: Any = getattr(config, "quantization_config", None)
+    if getattr(quantisation, "load_in_8bit", False) and quantisation.llm_int8_threshold > 0:
+        return "8-bit weights with outliers depend on later tokens: set llm_int8_threshold=0"
     return ""
 
 
@@ -173,7 +179,8 @@ def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> 
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in more.items()
     }
-    out: Any = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True, **placed)
+    placed[CACHE] = cache
+    out: Any = model(input_ids=ids.to(device), use_cache=True, **placed)
     logits: Tensor = out.logits
     return logits
 

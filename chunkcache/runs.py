@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from chunkcache.codec import LayerKV
 from chunkcache.errors import SettingError, UnsupportedCallError
+from chunkcache.model_check import CACHE
 from chunkcache.prompt import Prompt, read_ids
 from chunkcache.proof import forward, takes
 
@@ -48,15 +49,15 @@ def run_both(
 
     Raises:
         SettingError: An argument that cannot work.
-        UnsupportedCallError: The model is in training mode, or takes no `past_key_values`.
+        UnsupportedCallError: The model is in training mode, or takes no cache.
     """
     if model.training:
         raise UnsupportedCallError(
             "audit needs a model whose outputs repeat: call model.eval() first"
         )
-    if not takes(model, "past_key_values"):
+    if not takes(model, CACHE):
         raise UnsupportedCallError(
-            f"audit runs a model with past_key_values, which {type(model).__name__} does not take"
+            f"audit runs a model with a cache, which {type(model).__name__} does not take"
         )
     if not bool(prompt.mask[:, -1].all()):
         raise SettingError("attention_mask is 0 at the end of a row: pad prompts on the left")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkcache.ranks import local
 
@@ -35,8 +36,9 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
     """SHA-256 over name, shape, dtype and content of every parameter and buffer (64 hex digits).
 
     The content of each tensor enters through xxh3-128: fast, and against mistakes, not against
-    somebody who forges weights. What accelerate has offloaded is read where it is. What cannot be
-    read (of a foreign kind) enters as random bytes: such a model shares with nobody.
+    somebody who forges weights. What accelerate has offloaded is read where it is, and quantised
+    weights count with their scales. What cannot be read (of a foreign kind) enters as random bytes:
+    such a model shares with nobody.
 
     Args:
         model: The model.
@@ -110,11 +112,7 @@ def watch(model: nn.Module, parts: Parts | None = None) -> Watched:
         if hasattr(module, "merged_adapters"):
             adapters.append(f"{path} {_adapter_state(module)}")
         for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                elsewhere = tensor.is_meta
-                tensor = local(_offloaded(module, name) if elsewhere else tensor)
+            for name, tensor, elsewhere in _plain(module, table):
                 dtype, device = tensor.dtype, tensor.device
                 kinds.append((path, name, dtype, tensor.shape, device))
                 # Inference tensors have no version counter: an in-place change could not be
@@ -145,11 +143,46 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    full = f"{path}.{name}" if path else name
-                    yield full, local(_offloaded(module, name) if tensor.is_meta else tensor)
+            new = {name: t for name, t in table.items() if t is not None and id(t) not in seen}
+            seen |= {id(tensor) for tensor in new.values()}
+            for name, tensor, _ in _plain(module, new):
+                yield f"{path}.{name}" if path else name, tensor
+
+
+def _plain(
+    module: nn.Module, table: Mapping[str, Tensor | None]
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, plain tensor, and whether it is kept elsewhere, of all that a module computes with."""
+    for name, tensor in table.items():
+        if tensor is None:
+            continue
+        elsewhere = tensor.is_meta
+        held = _offloaded(module, name) if elsewhere else tensor
+        for part, plain in _unwrapped(module, name, held):
+            yield part, plain, elsewhere
+
+
+def _unwrapped(module: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a quantised one stands for: numbers alone say nothing without scales.
+
+    torchao and quanto wrap them, in PyTorch's protocol for that; bitsandbytes keeps scales in
+    attributes of the weight, or in 8 bits, after the first forward, of its module.
+    """
+    tensor = local(tensor)
+    if is_traceable_wrapper_subclass(tensor):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _unwrapped(module, f"{name}.{inner}", getattr(tensor, inner))
+        return
+    yield name, tensor
+    if type(tensor) in (Tensor, nn.Parameter):
+        return
+    state = getattr(tensor, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    for holder in (state, nested, tensor, getattr(module, "state", None)):
+        for field in ("absmax", "code", "offset", "SCB"):
+            scale = getattr(holder, field, None)
+            if isinstance(scale, Tensor):
+                yield f"{name}.{'nested.' if holder is nested else ''}{field}", scale
 
 
 def _offloaded(module: Any, name: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from chunkcache import weights
 from chunkcache.weights import SAMPLED_RUNS, digest_adapters, digest_weights, watch
@@ -57,6 +58,21 @@ def test_bits_that_look_alike_in_another_type_differ() -> None:
 def test_layout_in_memory_does_not_count() -> None:
     table = torch.arange(12.0).reshape(3, 4)
     assert digest_weights(layer(a=table.t())) == digest_weights(layer(a=table.t().contiguous()))
+
+
+def test_a_wrapped_tensor_is_what_it_is_made_of() -> None:
+    """As torchao's and quanto's weights are: numbers and scales, in one tensor."""
+
+    def wrapped(scale: float) -> nn.Module:
+        return layer(a=TwoTensor(torch.ones(4), torch.full((4,), scale)))
+
+    assert digest_weights(wrapped(2.0)) == digest_weights(wrapped(2.0))
+    assert digest_weights(wrapped(2.0)) != digest_weights(wrapped(3.0))
+    module = wrapped(2.0)
+    before = watch(module)
+    assert watch(module) == before
+    module.a.b.mul_(1.5)
+    assert watch(module).edited_since(before) == {"a.b"}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from chunkcache import RedisChunkCache
@@ -124,6 +124,73 @@ def test_moved_to_another_type_after_the_cache_was_made(store):
     out = model.generate(IDS, past_key_values=cache, **HOW)
     assert torch.equal(out, plain)
     assert cache.report.reused == 0
+
+
+# ------------------------------------------------------------------------------- quantised
+
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+NESTED = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+)
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def quantised(
+    folder: Any,
+    how: BitsAndBytesConfig | None,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A model whose weights bitsandbytes has quantised, from a checkpoint named as all others."""
+    model: Any = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data.mul_(scale)
+    model.save_pretrained(folder / str(scale) / "model")
+    return AutoModelForCausalLM.from_pretrained(
+        folder / str(scale) / "model", quantization_config=how, dtype=dtype
+    ).eval()
+
+
+@pytest.mark.parametrize("how", [FOUR_BITS, NESTED, EIGHT_BITS], ids=["4 bits", "nested", "8 bits"])
+def test_quantised_weights(store, tmp_path, how):
+    run(quantised(tmp_path, None), store)  # the same checkpoint as it is
+    # Twice the values have the same numbers, and other scales.
+    for scale in (1.0, 2.0):
+        for reused in (False, True):  # the second time in another copy
+            model = quantised(tmp_path, how, scale=scale)
+            out, report = run(model, store)
+            assert torch.equal(out, model.generate(IDS, **HOW))
+            assert not report.skipped
+            assert (report.reused > 200) == reused
+
+
+def test_text_that_moved_in_a_quantised_model(store, tmp_path):
+    model = quantised(tmp_path, FOUR_BITS)
+    for ids in (IDS, torch.cat([tokens(30, seed=2), IDS], 1)):
+        cache = RedisChunkCache(model, store, reuse="anywhere", repair="full")
+        out = model.generate(ids, past_key_values=cache, **HOW)
+        cache.flush()
+        assert torch.equal(out, model.generate(ids, **HOW))
+    assert cache.report.recomputed > 200
+
+
+def test_an_edit_of_a_scale_alone(store, tmp_path):
+    model = quantised(tmp_path, FOUR_BITS)
+    run(model, store)
+    model.model.layers[1].self_attn.v_proj.weight.quant_state.absmax.mul_(1.5)
+    out, report = run(model, store)
+    assert report.reused == 0
+    assert torch.equal(out, model.generate(IDS, **HOW))
+
+
+def test_eight_bits_that_look_for_outliers_in_the_whole_prompt_stand_aside(store, tmp_path):
+    model = quantised(tmp_path, BitsAndBytesConfig(load_in_8bit=True), dtype=torch.bfloat16)
+    for _ in range(2):
+        out, report = run(model, store)
+        assert torch.equal(out, model.generate(IDS, **HOW))
+        assert report.reused == 0
+        assert "llm_int8_threshold" in report.skipped
 
 
 # ------------------------------------------------------------------------------- images

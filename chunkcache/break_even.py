@@ -76,7 +76,11 @@ def measure_break_even(
     """
     inner = check_model(model)
     namespace = f"doctor-{uuid.uuid4().hex[:12]}"
-    settings = {"namespace": namespace, "reuse": "prefix", "on_error": "raise"}
+    settings: dict[str, Any] = {
+        "namespace": namespace,
+        "reuse": "prefix",
+        "on_error": "raise",
+    }
     chunk = RedisChunkCache(model, store, **settings).settings.chunk_size
     config: Any = inner.config
     longest = config.get_text_config(decoder=True).max_position_embeddings

@@ -13,6 +13,7 @@ from torch import nn
 from chunkcache.codec import KVLayout
 from chunkcache.errors import StoreError
 from chunkcache.foreign import Hooks, HookWatch, foreign_hooks, patches
+from chunkcache.gain import Gauge
 from chunkcache.identity import ModelIdentity, digest_config, numerics
 from chunkcache.moving import find_rotation, prove_moving
 from chunkcache.proof import Proof, measure_layout, prove
@@ -39,6 +40,9 @@ class ModelState:
     foreign: list[tuple[str, Hooks, int]] = field(default_factory=list)
     hooks: HookWatch = field(default_factory=HookWatch)
     memory: SpareMemory = field(default_factory=SpareMemory)
+    gauges: weakref.WeakKeyDictionary[ChunkStore, Gauge] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those alive
     _watched: Watched | None = None
     _edited: set[str] = field(default_factory=set)

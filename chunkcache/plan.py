@@ -29,6 +29,10 @@ class Kind(StrEnum):
     COMPUTED = "computed"
 
 
+COMPUTING = (Kind.RECOMPUTED, Kind.COMPUTED)
+"""What the model does itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Neighbouring tokens of one row with the same fate.

@@ -18,6 +18,7 @@ from torch import Tensor
 from chunkcache.anywhere import relocate
 from chunkcache.chunking import Chunk, cut
 from chunkcache.errors import StoreError
+from chunkcache.gain import NO_GAIN
 from chunkcache.index import Passage
 from chunkcache.layers import GrowingLayer, settle_all
 from chunkcache.plan import NOT_IN_STORE, RowPlan, Span, computed_too, plan_row
@@ -64,7 +65,9 @@ class Recall:
         self.report.lookup_ms += 1e3 * (perf_counter() - started)
         started = perf_counter()
         filling = self._fill(ids, plans, sizes)
-        self.report.read_ms += 1e3 * (perf_counter() - started)
+        read_ms = 1e3 * (perf_counter() - started)
+        self.report.read_ms += read_ms
+        self.setup.gauge.note_read(filling.bytes_read, read_ms)
         if self.mover and (found := self._move(ids, filling, self.mover)):
             return found
         known = self.setup.state.ranks.least(min(filling.stops))
@@ -113,7 +116,25 @@ class Recall:
             plan_row(chunks, length, start, known, why)
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
+        if not self.mover and not self._pays(plans, known):
+            plans = [
+                plan_row(chunks, length, start, (), NO_GAIN)
+                for chunks, length, start in zip(rows, lengths, held, strict=True)
+            ]
         return plans, known
+
+    def _pays(self, plans: list[RowPlan], sizes: dict[str, int]) -> bool:
+        """Whether to read what these plans reuse."""
+        stop = min(
+            min(pad + plan.reach, self.limit)
+            for pad, plan in zip(self.held.transcript.pads, plans, strict=True)
+        )
+        tokens, hashes = 0, set()
+        for pad, plan in zip(self.held.transcript.pads, plans, strict=True):
+            tokens += max(0, stop - pad - plan.held)
+            hashes |= {chunk.hash for chunk in plan.reads(max(stop - pad, plan.held))}
+        nbytes = sum(sizes[name] for name in hashes)
+        return self.setup.gauge.pays(tokens, nbytes, self.setup.settings.min_gain)
 
     def _fill(self, ids: Tensor, plans: list[RowPlan], sizes: dict[str, int]) -> Filling:
         """Read what is known exactly; `plans` are revised where that fails."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkcache.chunking import Tokens
 from chunkcache.errors import ChunkCacheError
+from chunkcache.gain import NO_GAIN
 from chunkcache.plan import Kind, Span
 from chunkcache.prompt_map import STYLE, MapRow, html_map, terminal_map
 from chunkcache.token_text import Decoder, check_decoder, span_texts, visible
@@ -196,6 +197,8 @@ class Report(Counts):
         )
         if self.lossy:
             parts.append(f"approximate: K/V rounded to {self.lossy}")
+        if any(span.reason == NO_GAIN for span in self._spans()):
+            parts.append(NO_GAIN)
         if self.skipped:
             parts.append(f"stood aside: {self.skipped}")
         if self.bytes_dropped:

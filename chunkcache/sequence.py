@@ -19,7 +19,7 @@ from chunkcache.foreign import Hooks
 from chunkcache.harvest import exact_lengths, harvest
 from chunkcache.identity import ModelIdentity, numerics
 from chunkcache.index import Origin
-from chunkcache.plan import Kind, Span
+from chunkcache.plan import COMPUTING, Kind, Span
 from chunkcache.prefill import ForwardCall, Rest
 from chunkcache.proof import Proof, growing_layers
 from chunkcache.recall import Recall
@@ -124,6 +124,7 @@ class Sequence:
         for row, ids, pad in zip(report.rows, self.transcript.ids(), pads, strict=True):
             row.ids = ids[pad:].numpy()
         step.trimmed = rest.skip > 0 or rest.columns is not None
+        step.computed = sum(s.tokens for row in spans for s in row if s.kind in COMPUTING)
         step.prefill_from = perf_counter()
         return rest
 
@@ -203,7 +204,9 @@ class Sequence:
         if not self._has_arrived(step, report) or (changed and step.trimmed):
             return True
         if step.is_prompt:
-            report.prefill_ms += 1e3 * (perf_counter() - step.prefill_from)
+            prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
+            report.prefill_ms += prefill_ms
+            self.setup.gauge.note_computed(step.computed, prefill_ms)
             report.skipped = self.opaque or report.skipped
         self._fed = step.total
         close_layers(self.layers)
@@ -220,8 +223,10 @@ class Sequence:
         sound = arrival.finish()
         step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
         report.read_ms += arrival.waited_ms
+        nbytes = sum(chunk.nbytes for chunk in arrival.chunks if not chunk.missing)
+        self.setup.gauge.note_read(nbytes, arrival.waited_ms)
         report.hidden_ms += max(0.0, arrival.busy_ms - arrival.waited_ms)
-        report.bytes_read += sum(chunk.nbytes for chunk in arrival.chunks if not chunk.missing)
+        report.bytes_read += nbytes
         trouble = [arrival.error, *(chunk.error for chunk in arrival.chunks if not arrival.error)]
         with self.setup.store_calls(report):
             for error in filter(None, trouble):

@@ -68,6 +68,8 @@ class Settings:
             deleted from it.
         on_error: `"compute"` treats a failing store as a miss and reports it; `"raise"` raises
             `StoreError`.
+        min_gain: read known chunks only if computing them takes at least so many times as long, as
+            far as both have been timed; 0 reads them always. Text to be moved is always read.
         connect_timeout: seconds to wait for a connection to the store.
         read_timeout: seconds to wait for each answer of the store.
         max_delay: seconds that looking into the store may take one prompt, all its lookups
@@ -96,6 +98,7 @@ class Settings:
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     write: bool = True
     on_error: str = "compute"
+    min_gain: float = 1.0
     connect_timeout: float = 0.25
     read_timeout: float = 0.5
     max_delay: float = 0.5
@@ -129,6 +132,8 @@ class Settings:
             )
         for name in ("connect_timeout", "read_timeout", "max_delay"):
             _seconds(name, getattr(self, name))
+        if self.min_gain != 0:
+            _positive("min_gain", self.min_gain, "number", "or 0 to read always")
         if self.ttl != 0:
             _seconds("ttl", self.ttl, "or 0 for no end")
         for name in ("namespace", "tags"):
@@ -223,11 +228,13 @@ def _integer(name: str, value: object, least: int) -> None:
 
 
 def _seconds(name: str, value: object, otherwise: str = "") -> None:
+    _positive(name, value, "number of seconds", otherwise)
+
+
+def _positive(name: str, value: object, what: str, otherwise: str = "") -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise SettingError(
-            f"{name}={value!r} must be a positive number of seconds {otherwise}".rstrip()
-        )
+        raise SettingError(f"{name}={value!r} must be a positive {what} {otherwise}".rstrip())
 
 
 def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, str], what: str) -> None:

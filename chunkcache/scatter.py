@@ -79,7 +79,7 @@ def open_layers(layers: Sequence[Any], columns: Tensor, total: int) -> None:
 
 
 def close_layers(layers: Sequence[Any]) -> None:
-    """Go back to appending."""
+    """Go back to appending, and wait for nothing."""
     for layer in layers:
         if isinstance(layer, GrowingLayer):
-            layer.columns = layer.intercept = None
+            layer.columns = layer.intercept = layer.arriving = None

@@ -220,6 +220,7 @@ class Sequence:
         arrival = step.arrival
         if arrival is None:
             return True
+        step.arrival = None
         sound = arrival.finish()
         step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
         report.read_ms += arrival.waited_ms

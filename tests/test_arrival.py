@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,11 +71,14 @@ def test_tokens_are_those_of_a_run_without(
     model, ids = tiny(kind), tokens(PROMPT)
     ask(model, ids, store)
     assert not arrivals, "nothing was known"
-    report = ask(model, ids, store).report
+    cache = ask(model, ids, store)
+    report = cache.report
     assert len(arrivals) == 1
     assert (report.reused, report.computed, report.store_errors) == (PROMPT - 1, 1, 0)
     assert report.exact
     assert report.bytes_read == sum(chunk.nbytes for chunk in arrivals[0].chunks)
+    twin = copy.deepcopy(cache)
+    assert torch.equal(generate(model, ids, twin), generate(model, ids))
     more = torch.cat([ids[:, :100], tokens(30, seed=2)], 1)
     assert ask(model, more, store).report.reused == 96
 

@@ -218,10 +218,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Keep the chunks that this forward has completed. True if it must be done again."""
         self._in_flight = False
         again = self._sequence.end(self._step, self.report)
-        self._meter.read(self.report, self._step.is_prompt)
         if again:
             self._forget()
             self._again = True
+        else:
+            self._meter.read(self.report, self._step.is_prompt)
         return again
 
     def fail_forward(self) -> None:

@@ -74,7 +74,8 @@ def snapshot() -> dict[str, Any]:
     - `bytes_read`, `bytes_written`, `bytes_dropped`: of blobs, as in `Report`;
     - `seconds`: `sum` (seconds) and `count` (prompts that needed it) of `lookup`, `read`, `move`
       and `prefill`;
-    - `store_errors`: how many, by cause (`StoreError.cause`, `damaged` for a bad blob).
+    - `store_errors`: how many, by cause (`StoreError.cause`, `damaged` for a bad blob,
+      `sealed` for one under another key).
     """
     return METRICS.snapshot()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from servers import Server, redis_binary
 
-from chunkcache import RedisChunkCache, arrival, open_store, restore
+from chunkcache import RedisChunkCache, arrival, metrics, open_store, restore
 from chunkcache.layers import GrowingLayer
 from chunkcache.stores.base import ChunkStore, ReadsFrom
 from chunkcache.stores.memory import MemoryStore
@@ -181,6 +182,7 @@ def test_a_damaged_blob_is_a_miss_and_replaced(
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
+    before = metrics.snapshot()
     with redis_server.client() as client:
         name = next(
             key for key in client.keys("safetensors@*@kv_bytes") if b'"64-80"' in client.get(key)
@@ -192,6 +194,10 @@ def test_a_damaged_blob_is_a_miss_and_replaced(
         assert arrivals
         assert (report.reused, report.computed) == (64, PROMPT - 64)
         assert "damaged" in report.errors[0] or "not of this chunk" in report.errors[0]
+        after = metrics.snapshot()
+        assert after["prompts"] - before["prompts"] == 1
+        errors = (now["store_errors"].get("damaged", 0) for now in (before, after))
+        assert -operator.sub(*errors) == 1
         assert client.get(name) not in (None, bytes(blob))
     assert ask(model, ids, store).report.store_errors == 0
 

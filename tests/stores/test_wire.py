@@ -116,6 +116,21 @@ def test_a_value_that_changed_since_its_size_was_asked_for_is_none(
         assert read_all(reader, [b"a", b"b"]) == [None, b"x"]
 
 
+def test_parts_of_values_arrive_in_the_order_asked_for(redis_server: Server, path: str) -> None:
+    values = {name: blob(at, 300_000) for at, name in enumerate((b"a", b"b"))}
+    with redis_server.client() as client:
+        client.flushdb()
+        client.mset(values)
+    asked = [(b"a", 10, 7), (b"b", 0, 100_000), (b"none", 0, 5), (b"a", 299_990, 10),
+             (b"a", 299_990, 11), (b"b", 7, 3)]  # fmt: skip
+    parts = [(name, at, place_of(bytearray(size), 3)) for name, at, size in asked]
+    found = list(reader_of(redis_server.unix_url).read_parts(parts))
+    assert found == [True, True, False, True, False, True]
+    for (name, at, place), arrived in zip(parts, found, strict=True):
+        got = b"".join(place)
+        assert not arrived or got == values[name][at : at + len(got)]
+
+
 def test_an_absurd_length_is_refused_in_parts_too() -> None:
     def answer(command: list[bytes]) -> bytes:
         return b":%d\r\n" % (1 << 40)

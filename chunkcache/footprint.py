@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from chunkcache.codec import KVLayout, LayerShape
 from chunkcache.coding import ZSTD, Codec
 from chunkcache.errors import UnsupportedModelError
-from chunkcache.model_check import check_model
+from chunkcache.model_check import CACHE, check_model
 from chunkcache.proof import known_obstacle
 
 
@@ -43,7 +43,7 @@ def layout_of(config: Any, dtype: torch.dtype | None = None) -> KVLayout:
             cache = DynamicCache(config=config)
             if not obstacle:
                 ids = torch.zeros(1, 2, dtype=torch.long)
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                model(input_ids=ids, use_cache=True, **{CACHE: cache})
     except UnsupportedModelError:
         raise
     except Exception as error:  # a model may fail in any way without numbers

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from chunkcache.cli_doctor import app as doctor_commands
 from chunkcache.cli_errors import errors_in_one_line
 from chunkcache.cli_model import app as model_commands
+from chunkcache.cli_pack import app as pack_commands
 from chunkcache.cli_store import app as store_commands
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(store_commands)
 app.add_typer(model_commands)
 app.add_typer(doctor_commands)
+app.add_typer(pack_commands)
 
 
 def _show_version(wanted: bool) -> None:

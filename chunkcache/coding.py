@@ -23,7 +23,7 @@ from chunkcache.seal import OVERHEAD, Seal
 PLAIN, BF16, INT8 = FORMAT, f"{FORMAT}-bf16", f"{FORMAT}-int8"
 ZSTD = "+zstd"
 CODECS = (PLAIN, BF16, INT8, PLAIN + ZSTD, BF16 + ZSTD, INT8 + ZSTD)
-_SEALED = "+sealed"
+SEALED = "+sealed"
 _TEXT = "@token_ids"  # no sealed text may stand for a blob
 
 
@@ -49,7 +49,7 @@ class Codec:
     @property
     def format(self) -> str:
         """The first part of a key: who does not know it looks for other keys."""
-        return self.name + (_SEALED if self.seal else "")
+        return self.name + (SEALED if self.seal else "")
 
     @property
     def world(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from chunkcache import RedisChunkCache, open_store
 from tests.models import tiny, tokens
 
+# So that scripts find the tests, wherever they are themselves.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 KINDS = [
     "llama",
     "bloom",  # ALiBi
@@ -56,7 +59,11 @@ def test_cold_here_and_warm_in_another_process(tmp_path: Path, redis_server: Any
     script = "import json, sys; from tests.test_processes import in_turn;"
     script += "print(json.dumps(in_turn(*sys.argv[1:])))"
     done = subprocess.run(
-        [sys.executable, "-c", script, folder, url], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, folder, url],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     there = json.loads(done.stdout.splitlines()[-1])
@@ -109,6 +116,7 @@ def test_an_evaluation_that_accelerate_spreads(tmp_path: Path, redis_server: Any
         text=True,
         timeout=180,
         check=False,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]

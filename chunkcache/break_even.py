@@ -80,6 +80,7 @@ def measure_break_even(
         "namespace": namespace,
         "reuse": "prefix",
         "on_error": "raise",
+        "min_gain": 0.0,  # what would not pay is read too: that is the question
     }
     chunk = RedisChunkCache(model, store, **settings).settings.chunk_size
     config: Any = inner.config

@@ -61,3 +61,9 @@ def test_the_chunk_size_in_force(monkeypatch):
 def test_a_store_that_keeps_nothing():
     with MemoryStore(1000) as store, pytest.raises(StoreError, match="0 were found"):
         measure_break_even(tiny(), store)
+
+
+def test_what_would_not_pay_is_read_too(monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_MIN_GAIN", "1e9")
+    with MemoryStore() as store:
+        assert len(measure_break_even(tiny(), store).points) == 2

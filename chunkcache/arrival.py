@@ -22,7 +22,7 @@ from chunkcache.codec import Checksum
 from chunkcache.coding import Form
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.layers import GrowingLayer
-from chunkcache.stores.base import ChunkStore, Part
+from chunkcache.stores.base import ChunkStore, Part, nbytes_of
 
 # Of each chunk, read at once: more commands for smaller groups, a longer wait for larger ones.
 GROUP_BYTES = 1 << 20
@@ -35,14 +35,14 @@ class Incoming:
     """One chunk on its way.
 
     Attributes:
-        hash: Its hash.
         form: The form of its blob, which must be direct (`Form.is_direct`).
         header: Memory for what stands before the tensor data.
         runs: Of each layer in turn, where its keys and values belong.
-        error: What was wrong with it, once it is here.
+        error: What was wrong with it, once all is here.
+        missing: Whether a part of it was not in the store.
+        checksum: Of the tensor data that have come.
     """
 
-    hash: str
     form: Form
     header: memoryview
     runs: list[list[memoryview]]
@@ -57,18 +57,14 @@ class Incoming:
         except BlobError as error:
             self.error = error
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the blob."""
-        return self.form.file.size
-
 
 class Arrival:
     """The reading of chunks into layers, begun and not waited for.
 
     Attributes:
         chunks: What is read.
-        error: Why the store could not go on, if so.
+        error: Why the store could not go on, if so. What has come is not looked at then.
+        bytes_read: Bytes that have come.
         waited_ms: Milliseconds that layers have waited.
         busy_ms: Milliseconds from the beginning of the reading to its end.
     """
@@ -78,11 +74,12 @@ class Arrival:
     ) -> None:
         self.chunks = chunks
         self.error: StoreError | None = None
+        self.bytes_read = 0
         self.waited_ms = self.busy_ms = 0.0
         self._store = store
         self._stopped = False
-        largest = max(chunks, key=lambda chunk: chunk.nbytes)
-        self._groups = _groups([sum(v.nbytes for v in layer) for layer in largest.runs])
+        largest = max(chunks, key=lambda chunk: chunk.form.file.size)
+        self._groups = _groups([nbytes_of(layer) for layer in largest.runs])
         self._here = [threading.Event() for _ in self._groups]
         for here, group in zip(self._here, self._groups, strict=True):
             for number in group:
@@ -96,10 +93,12 @@ class Arrival:
     def finish(self) -> bool:
         """Wait for all of it. True if every chunk is here and as it must be."""
         self._wait_for(self._thread.join)
+        if self.error:
+            return False
         for chunk in self.chunks:
             if not chunk.missing:
                 chunk.check()
-        return self.error is None and not any(c.missing or c.error for c in self.chunks)
+        return not any(chunk.missing or chunk.error for chunk in self.chunks)
 
     def abandon(self) -> None:
         """Read no further than the part that is on its way. The layers must not be used."""
@@ -136,7 +135,9 @@ class Arrival:
                 for chunk, part in zip(self.chunks, group, strict=True):
                     if self._stopped:
                         return
-                    if not next(answers):
+                    if next(answers):
+                        self.bytes_read += nbytes_of(part.place)
+                    else:
                         chunk.missing = True
                     for view in part.place[not part.start :]:  # the header is not in the sum
                         chunk.checksum.update(view)
@@ -157,7 +158,7 @@ def _groups(sizes: Sequence[int]) -> list[range]:
 
 def _part(chunk: Incoming, group: range) -> Part:
     """A group of a chunk's layers; the header comes with the first."""
-    before = sum(view.nbytes for runs in chunk.runs[: group.start] for view in runs)
+    before = sum(map(nbytes_of, chunk.runs[: group.start]))
     place = [view for number in group for view in chunk.runs[number]]
     if not group.start:
         return Part(chunk.form.key, 0, [chunk.header, *place])

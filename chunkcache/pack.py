@@ -121,10 +121,10 @@ class _Writer:
         file.seek(self._room)
         for entry, blob in _blobs(store, self._found):
             done += entry.nbytes
-            if blob is not None and self._is_sound(entry, blob):
-                self._add(file, entry, blob)
+            if blob is not None and (sound := self._sound(entry, blob)):
+                self._add(file, sound, blob)
                 chunks += 1
-                tokens += int((entry.metadata or {})["tokens"])
+                tokens += int(sound.metadata["tokens"])
             progress(done, total)
         end = file.tell()
         header = json.dumps(self._tensors, separators=(",", ":")).encode()
@@ -132,20 +132,19 @@ class _Writer:
         file.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
         return Exported(chunks, tokens, end, len(self._found) - chunks)
 
-    def _entry(self, entry: Listed, blob: memoryview) -> PackEntry:
+    def _sound(self, entry: Listed, blob: memoryview) -> PackEntry | None:
+        """What the pack will say of a chunk; None if it is damaged."""
         checksum = xxhash.xxh3_128_hexdigest(blob)
         mentions = self._mentions.get(_hash(entry.key), {})
-        return PackEntry(entry.key, entry.metadata or {}, checksum, mentions)
-
-    def _is_sound(self, entry: Listed, blob: memoryview) -> bool:
+        described = PackEntry(entry.key, entry.metadata or {}, checksum, mentions)
         try:
-            check(self._entry(entry, blob), blob)
+            check(described, blob)
         except BlobError:
-            return False
-        return True
+            return None
+        return described
 
-    def _add(self, file: BinaryIO, entry: Listed, blob: memoryview) -> None:
-        halves = ((KV_BYTES, blob), (METADATA, self._entry(entry, blob).to_json()))
+    def _add(self, file: BinaryIO, entry: PackEntry, blob: memoryview) -> None:
+        halves = ((KV_BYTES, blob), (METADATA, entry.to_json()))
         for half, data in halves:
             begin = file.tell() - self._room
             file.write(data)

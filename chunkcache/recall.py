@@ -117,10 +117,7 @@ class Recall:
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
         if not self.mover and not self._pays(plans, known):
-            plans = [
-                plan_row(chunks, length, start, (), NO_GAIN)
-                for chunks, length, start in zip(rows, lengths, held, strict=True)
-            ]
+            plans = [plan.cut_at(plan.held, NO_GAIN) for plan in plans]
         return plans, known
 
     def _pays(self, plans: list[RowPlan], sizes: dict[str, int]) -> bool:

@@ -248,7 +248,7 @@ class _Read:
         """The same for a chunk that the layers wait for, each for its own part."""
         runs = [layer.runs(self.rows[0], self.column, self.tokens) for layer in self.growing]
         header = np.empty(len(self.form.file.header), dtype=np.uint8).data
-        return Incoming(self.chunk.hash, self.form, header, runs)
+        return Incoming(self.form, header, runs)
 
     def check(self) -> None:
         """Make K/V of the bytes that have arrived. Raises BlobError if that cannot be done."""

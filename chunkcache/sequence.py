@@ -224,17 +224,18 @@ class Sequence:
         sound = arrival.finish()
         step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
         report.read_ms += arrival.waited_ms
-        nbytes = sum(chunk.nbytes for chunk in arrival.chunks if not chunk.missing)
-        self.setup.gauge.note_read(nbytes, arrival.waited_ms)
+        self.setup.gauge.note_read(arrival.bytes_read, arrival.waited_ms)
         report.hidden_ms += max(0.0, arrival.busy_ms - arrival.waited_ms)
-        report.bytes_read += nbytes
-        trouble = [arrival.error, *(chunk.error for chunk in arrival.chunks if not arrival.error)]
+        report.bytes_read += arrival.bytes_read
+        damaged = [chunk for chunk in arrival.chunks if chunk.error]
         with self.setup.store_calls(report):
-            for error in filter(None, trouble):
+            for error in filter(None, [arrival.error, *(chunk.error for chunk in damaged)]):
                 self.setup.trouble(error, report)
-            damaged = [chunk.form.key for chunk in arrival.chunks if chunk.error]
-            if not arrival.error:  # else those that did not come look damaged, too
-                discard(self.setup.store, damaged, lambda error: self.setup.trouble(error, report))
+            discard(
+                self.setup.store,
+                [chunk.form.key for chunk in damaged],
+                lambda error: self.setup.trouble(error, report),
+            )
         return sound
 
     def _store_new(self, step: Step, report: Report) -> None:

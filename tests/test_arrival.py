@@ -77,7 +77,7 @@ def test_tokens_are_those_of_a_run_without(
     assert len(arrivals) == 1
     assert (report.reused, report.computed, report.store_errors) == (PROMPT - 1, 1, 0)
     assert report.exact
-    assert report.bytes_read == sum(chunk.nbytes for chunk in arrivals[0].chunks)
+    assert report.bytes_read == sum(chunk.form.file.size for chunk in arrivals[0].chunks)
     twin = copy.deepcopy(cache)
     assert torch.equal(generate(model, ids, twin), generate(model, ids))
     more = torch.cat([ids[:, :100], tokens(30, seed=2)], 1)

@@ -7,7 +7,7 @@ An entry is a pair, as two Redis values would be: `metadata`, a mapping people c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -70,9 +70,14 @@ class Part(NamedTuple):
     place: Sequence[memoryview]
 
 
+def nbytes_of(views: Iterable[memoryview]) -> int:
+    """Bytes of some views together."""
+    return sum(view.nbytes for view in views)
+
+
 def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
     """Copy a blob to the views of its place, if it is there and as long as they are together."""
-    if blob is None or blob.nbytes != sum(view.nbytes for view in place):
+    if blob is None or blob.nbytes != nbytes_of(place):
         return False
     at = 0
     for view in place:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import redis
 
+from chunkcache.stores.base import nbytes_of
+
 # Redis before 9 copies every pending reply before it sends it, so few bytes may be under way at
 # once; small blobs still need some replies in flight to hide the round trips.
 WINDOW_BYTES = 8 << 20
@@ -107,7 +109,7 @@ class GetStream:
         """Fill the views, one after the other, with the body; read the line end after it."""
         end = memoryview(bytearray(2))
         views = [view for view in (*target, end) if view.nbytes]
-        left = sum(view.nbytes for view in views)
+        left = nbytes_of(views)
         at = 0
         while left:
             count = self._receive_early(views[at]) or self._receive_into(

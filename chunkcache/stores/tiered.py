@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration, nbytes_of
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.locks import ForkSafeLock
 from chunkcache.stores.memory import MemoryStore
@@ -224,7 +224,7 @@ class TieredStore(ChunkStore):
     def _keep(self, key: str, views: Sequence[memoryview], level: int) -> None:
         """Copy a blob to the tiers nearer than `level`, which all take the same copy."""
         try:
-            blob = np.empty(sum(view.nbytes for view in views), dtype=np.uint8)
+            blob = np.empty(nbytes_of(views), dtype=np.uint8)
             at = 0
             for view in views:
                 part = np.frombuffer(view, dtype=np.uint8)

@@ -16,7 +16,7 @@ from typing import Any
 import redis
 from redis.connection import DefaultParser
 
-from chunkcache.stores.base import copy_into
+from chunkcache.stores.base import copy_into, nbytes_of
 from chunkcache.stores.stream import PART_BYTES, GetStream, Request, check_length, is_miss
 
 SEND_BYTES = 1 << 20  # the time-out of a send holds for each piece of this size
@@ -129,7 +129,7 @@ class BulkReader:
         """
         if not names:
             return
-        sizes = [_nbytes(place) for place in places]
+        sizes = [nbytes_of(place) for place in places]
         if max(sizes) <= PART_BYTES or not self._in_parts():
             sizes = [0] * len(sizes)
         with self._stream(_requests(names, sizes)) as stream:
@@ -152,13 +152,13 @@ class BulkReader:
         """
         if not parts:
             return
-        requests = [Request(name, at, at + _nbytes(place)) for name, at, place in parts]
+        requests = [Request(name, at, at + nbytes_of(place)) for name, at, place in parts]
         with self._stream(requests) as stream:
             for name, at, place in parts:
                 if stream is not None:
                     yield _read_one(stream, place)
                 else:
-                    value: Any = self._client.getrange(name, at, at + _nbytes(place) - 1)
+                    value: Any = self._client.getrange(name, at, at + nbytes_of(place) - 1)
                     yield copy_into(memoryview(value), place)
 
     def _sizes(self, names: Sequence[bytes]) -> list[int]:
@@ -256,7 +256,7 @@ def _read_parts(stream: GetStream, place: Sequence[memoryview]) -> bool:
 def _read_one(stream: GetStream, place: Sequence[memoryview]) -> bool:
     """Read one reply. False unless it was as long as its place."""
     length = stream.next_length()
-    fits = length == _nbytes(place)
+    fits = length == nbytes_of(place)
     if fits:
         stream.read_body(place)
     elif length is not None:
@@ -276,10 +276,6 @@ def _cut(place: Sequence[memoryview]) -> list[list[memoryview]]:
         parts[-1].append(view)
         room -= view.nbytes
     return parts
-
-
-def _nbytes(views: Sequence[memoryview]) -> int:
-    return sum(view.nbytes for view in views)
 
 
 def _expire(view: memoryview) -> None:

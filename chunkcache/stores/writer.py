@@ -7,7 +7,15 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, copy_into, end_iteration
+from chunkcache.stores.base import (
+    ChunkStore,
+    Entry,
+    Listed,
+    Part,
+    copy_into,
+    end_iteration,
+    nbytes_of,
+)
 from chunkcache.stores.queue import Queue, WriteStats
 
 CLOSE_SECONDS = 5.0
@@ -66,7 +74,8 @@ class WriteBehind(ChunkStore):
         found: Iterator[bool] = iter(())
         if rest:
             found = self.store.read_into([key for key, _ in rest], [place for _, place in rest])
-        return _fill(keys, places, queued, found)
+        blobs = [queued[key].blob if key in queued else None for key in keys]
+        return _fill(blobs, places, found)
 
     @property
     def reads_parts(self) -> bool:
@@ -75,16 +84,14 @@ class WriteBehind(ChunkStore):
     def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
         queued = self._blobs([part.key for part in parts])
         rest = [part for part in parts if part.key not in queued]
-        found = self.store.read_parts(rest) if rest else iter(())
-        try:
-            for part in parts:
-                if part.key in queued:
-                    stop = part.start + sum(view.nbytes for view in part.place)
-                    yield copy_into(queued[part.key].blob[part.start : stop], part.place)
-                else:
-                    yield next(found)
-        finally:
-            end_iteration(found)
+        found: Iterator[bool] = self.store.read_parts(rest) if rest else iter(())
+        blobs = [
+            queued[part.key].blob[part.start : part.start + nbytes_of(part.place)]
+            if part.key in queued
+            else None
+            for part in parts
+        ]
+        return _fill(blobs, [part.place for part in parts], found)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         queued = self._queue.find(keys)
@@ -146,14 +153,13 @@ def _merge(keys: Sequence[str], queued: Mapping[str, T], found: Iterator[T]) -> 
 
 
 def _fill(
-    keys: Sequence[str],
+    queued: Sequence[memoryview | None],
     places: Sequence[Sequence[memoryview]],
-    queued: Mapping[str, Entry],
     found: Iterator[bool],
 ) -> Generator[bool]:
     """Copy what was queued; the store fills the other places, and its answers are passed on."""
     try:
-        for key, place in zip(keys, places, strict=True):
-            yield copy_into(queued[key].blob, place) if key in queued else next(found)
+        for blob, place in zip(queued, places, strict=True):
+            yield next(found) if blob is None else copy_into(blob, place)
     finally:
         end_iteration(found)

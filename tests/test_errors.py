@@ -1,8 +1,14 @@
+"""The errors: their classes, and that each message names what is at fault and its mend."""
+
 from __future__ import annotations
 
-import pytest
+from dataclasses import fields
 
-from chunkcache import errors
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from chunkcache import Settings, cli, errors, open_store
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,104 @@ def test_every_error_derives_from_the_base() -> None:
     for value in vars(errors).values():
         if isinstance(value, type) and value.__module__ == errors.__name__:
             assert issubclass(value, errors.ChunkCacheError)
+
+
+# What a setting may be wrong by, what the message must name, and words of the mend.
+SETTINGS = [
+    ({"reuse": "sometimes"}, "reuse", 'use "prefix" or "anywhere" or "off"'),
+    ({"repair": "glue:4"}, "repair", "head:k"),
+    ({"repair": 4}, "repair", "must be a name or a Repair"),
+    ({"chunk_size": 0}, "chunk_size", "whole number of at least 1"),
+    ({"chunk_overlap": -1}, "chunk_overlap", "whole number of at least 0"),
+    ({"chunk_overlap": 128}, "chunk_overlap", "must be smaller than chunk_size=128"),
+    ({"store_tail": "yes"}, "store_tail", "must be True or False"),
+    ({"namespace": 7}, "namespace", "must be a string"),
+    ({"namespace": "\ud800"}, "namespace", "text that UTF-8 can express"),
+    ({"codec": "zip"}, "codec", '"safetensors-int8"'),
+    ({"secret": "short"}, "secret", "at least 16 random ones"),
+    ({"secret": 7}, "secret", "must be a string"),
+    ({"seal": "xyz"}, "seal", "hexadecimal"),
+    ({"tags": 7}, "tags", "must be a string"),
+    ({"metadata": "x"}, "metadata", "must be a mapping, as"),
+    ({"metadata": {"1": "x"}}, "metadata", "not begin with a digit"),
+    ({"metadata": {"model": "x"}}, "metadata", "choose another name"),
+    ({"metadata": {"x": 7}}, "metadata", "must be a string"),
+    ({"write": 1}, "write", "must be True or False"),
+    ({"on_error": "ignore"}, "on_error", 'use "compute" or "raise"'),
+    ({"connect_timeout": 0}, "connect_timeout", "positive number of seconds"),
+    ({"read_timeout": -1}, "read_timeout", "positive number of seconds"),
+    ({"max_delay": float("nan")}, "max_delay", "positive number of seconds"),
+    ({"write_queue_bytes": 0.5}, "write_queue_bytes", "whole number of at least 0"),
+    ({"ttl": -1}, "ttl", "or 0 for no end"),
+    ({"refresh_ttl": "no"}, "refresh_ttl", "must be True or False"),
+    ({"min_gain": -1}, "min_gain", "or 0 to read always"),
+    ({"pin": None}, "pin", "must be True or False"),
+    ({"chunksize": 7}, "chunksize", "the settings are reuse, repair, chunk_size"),
+]
+URLS = [
+    ("localhost:6379", "scheme", "for instance redis://localhost:6379/0"),
+    ("nope://x", "nope", "known are redis://"),
+    ("redis://host:port/0", "store's URL", "redis://user:password@host:6379/0"),
+    ("redis://host/0?protocol=3", "protocol", "known are client_name"),
+    ("redis+sentinel://host", "store URL", "redis+sentinel://host:26379/mymaster/0"),
+    ("redis+cluster://host/1", "store URL", "write no path"),
+    ("memory://x", "memory://", "write memory://?bytes=2GB"),
+    ("memory://?bytes=many", "'many'", "such as 2GB"),
+    ("memory://?byte=2GB", "'byte'", "known are bytes"),
+    ("file://", "file://", "write file:///path?bytes=50GB"),
+    ("file://folder", "file://", "with three slashes"),
+    ("file:///dev/null", "/dev/null", "name another with file:///path"),
+    ([], "store", "one URL per tier"),
+]
+COMMANDS = [
+    (["ls", "nonsense"], "'nonsense'", "write name=value, age>7d or age<1h"),
+    (["ls", "'open"], "filter", "write name=value"),
+    (["purge"], "purge needs terms", "such as namespace=team-a"),
+    (["stats", "--store", "redis://localhost:1/0"], "localhost:1", "check that the server runs"),
+    (["demo", "--store", "memory://"], "--store", "use redis://"),
+    (["explain", "nowhere.txt", "--model", "x"], "nowhere.txt", "Name a UTF-8 text file"),
+    (["explain", "/dev/null", "--model", "x"], "/dev/null", "put the prompt's text into it"),
+    (["explain", __file__, "--model", "/dev"], "--model", "Name a model's folder, a hub id"),
+    (["warm", "--model", "x"], "warm", "name what to compute"),
+    (["warm", "nowhere.txt", "--model", "x"], "nowhere.txt", "Name a text file"),
+    (["doctor", "--plan"], "--plan", "name both"),
+    (["export", __file__], "test_errors.py", "use --force"),
+    (["export", "/nowhere/x"], "no chunk", "check the terms and --store"),
+    (["import", __file__], "test_errors.py", "Name a file that chunkcache export wrote"),
+]
+
+
+def test_each_setting_is_in_the_list() -> None:
+    named = {name for given, *_ in SETTINGS for name in given}
+    assert {field.name for field in fields(Settings)} <= named
+
+
+def test_each_command_is_in_the_list() -> None:
+    never = {"show", "sweep"}  # no argument of theirs can be wrong but --store
+    assert set(typer.main.get_command(cli.app).commands) - never == {row[0][0] for row in COMMANDS}
+
+
+@pytest.mark.parametrize(("given", "named", "mend"), SETTINGS)
+def test_settings(given: dict[str, object], named: str, mend: str) -> None:
+    with pytest.raises(errors.SettingError) as raised:
+        Settings.load(**given)
+    assert named in str(raised.value)
+    assert mend in str(raised.value)
+
+
+@pytest.mark.parametrize(("url", "named", "mend"), URLS)
+def test_urls(url: str | list[str], named: str, mend: str) -> None:
+    with pytest.raises(errors.SettingError) as raised, open_store(url) as store:
+        store.sizes(["x"])
+    assert named in str(raised.value)
+    assert mend in str(raised.value)
+
+
+@pytest.mark.parametrize(("command", "named", "mend"), COMMANDS)
+def test_commands(command: list[str], named: str, mend: str) -> None:
+    result = CliRunner().invoke(cli.app, command, env={"CHUNKCACHE_URL": "memory://"})
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert named in result.stderr
+    assert mend in result.stderr

@@ -62,7 +62,10 @@ class DiskStore(ChunkStore):
             raise SettingError(f"max_bytes={max_bytes}: must be at least 1, or None for no limit")
         with contextlib.suppress(OSError):
             if self.path.exists() and not self.path.is_dir():
-                raise SettingError(f"file store {self.path}: exists and is not a folder")
+                raise SettingError(
+                    f"file store {self.path}: exists and is not a folder; name another with "
+                    "file:///path"
+                )
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r})"

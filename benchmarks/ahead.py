@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.corpus import documents
 from benchmarks.quality import write
 from benchmarks.rag import first_token
-from chunkcache import restore
+from chunkcache.reuse import restore
 from chunkcache.samples import load_smollm2
 from tests.servers import Server, redis_binary
 

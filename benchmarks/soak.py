@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 
 from chunkcache import RedisChunkCache, catalog, open_store
-from chunkcache.codec import FORMAT
-from chunkcache.index import ANCHOR_FORMAT
+from chunkcache.kv.codec import FORMAT
+from chunkcache.reuse.index import ANCHOR_FORMAT
 from tests.models import PAD, VOCABULARY, tiny
 from tests.servers import Server, redis_binary
 

@@ -44,17 +44,17 @@ from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.chunking import Grid, cut
-from chunkcache.codec import KVLayout, LayerShape
-from chunkcache.coding import Codec
-from chunkcache.identity import ModelIdentity
-from chunkcache.index import Origin
-from chunkcache.layers import GrowingLayer, row_slice, settle_all
-from chunkcache.plan import plan_row
-from chunkcache.restore import Filling
-from chunkcache.seal import Seal
+from chunkcache.kv.codec import KVLayout, LayerShape
+from chunkcache.kv.coding import Codec
+from chunkcache.kv.layers import GrowingLayer, row_slice, settle_all
+from chunkcache.kv.seal import Seal
+from chunkcache.model.identity import ModelIdentity
+from chunkcache.reuse.index import Origin
+from chunkcache.reuse.restore import Filling
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
+from chunkcache.tokens.chunking import Grid, cut
+from chunkcache.tokens.plan import plan_row
 from tests.servers import Server, free_port, redis_binary, valkey_binary
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,8 +1,7 @@
 """chunkcache: reuse the K/V of text met before, in HuggingFace Transformers, through Redis."""
 
-from chunkcache.audit import Audit
+from chunkcache import metrics
 from chunkcache.cache import RedisChunkCache
-from chunkcache.documents import DocumentFailure, DocumentsSummary, add_documents
 from chunkcache.enable import Enabled, enabled
 from chunkcache.errors import (
     ChunkCacheError,
@@ -11,9 +10,12 @@ from chunkcache.errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from chunkcache.explanation import Explanation
-from chunkcache.prefill import uninstall
+from chunkcache.insight.audit import Audit
+from chunkcache.insight.explanation import Explanation
+from chunkcache.inventory import catalog
+from chunkcache.library.documents import DocumentFailure, DocumentsSummary, add_documents
 from chunkcache.report import Report
+from chunkcache.reuse.prefill import uninstall
 from chunkcache.settings import Settings
 from chunkcache.stores import open_store
 
@@ -34,7 +36,9 @@ __all__ = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "add_documents",
+    "catalog",
     "enabled",
+    "metrics",
     "open_store",
     "uninstall",
 ]

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from chunkcache.audit import Audit, compare
-from chunkcache.chunking import Grid
-from chunkcache.coding import INT8
 from chunkcache.errors import UnsupportedCallError
-from chunkcache.explain import explain
-from chunkcache.explanation import Explanation
+from chunkcache.insight.audit import Audit, compare
+from chunkcache.insight.explain import explain
+from chunkcache.insight.explanation import Explanation
+from chunkcache.insight.runs import run_both
+from chunkcache.kv.coding import INT8
 from chunkcache.metrics import Meter
-from chunkcache.model_check import check_model
-from chunkcache.model_state import ModelState
-from chunkcache.prefill import ForwardCall, PrefillAware, Rest, install
-from chunkcache.prompt import Prompt
+from chunkcache.model.check import check_model
+from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.runs import run_both
-from chunkcache.sequence import Sequence
+from chunkcache.reuse.prefill import ForwardCall, PrefillAware, Rest, install
+from chunkcache.reuse.prompt import Prompt
+from chunkcache.reuse.sequence import Sequence
+from chunkcache.reuse.step import Setup, Step
 from chunkcache.settings import Settings
-from chunkcache.step import Setup, Step
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.readonly import ReadOnly
-from chunkcache.token_text import Decoder, check_decoder
+from chunkcache.tokens.chunking import Grid
+from chunkcache.tokens.token_text import Decoder, check_decoder
 
 
 class RedisChunkCache(DynamicCache, PrefillAware):
@@ -273,7 +273,12 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     # ------------------------------------------------------------------ what users call
 
     def explain(
-        self, input_ids: Any, *, attention_mask: Any = None, tokenizer: Any = None
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        tokenizer: Decoder | None = None,
+        elsewhere: bool = True,
     ) -> Explanation:
         """What the store has of a prompt, and why not more: a dry run.
 
@@ -283,15 +288,20 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         Args:
             input_ids: Token ids, `[batch, tokens]` or `[tokens]`: a tensor, an array or lists.
             attention_mask: Of the same shape, 0 at padding.
-            tokenizer: The prompt's. With it, `seams` tells where the same text has other tokens
-                in the store.
+            tokenizer: The prompt's; by default the cache's. With it, `seams` tells where the same
+                text has other tokens in the store.
+            elsewhere: Say also of what is not found whether the store has it for another model,
+                namespace, codec or chunk size. That goes through all keys of the store.
 
         Raises:
-            SettingError: These are not a prompt.
+            SettingError: These are not a prompt, or that is no tokenizer.
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
+        tokenizer = tokenizer or self._setup.tokenizer
+        if tokenizer is not None:
+            check_decoder(tokenizer)
         decode = None if tokenizer is None else tokenizer.decode
-        return explain(self._reading, Prompt.of(input_ids, attention_mask), decode)
+        return explain(self._reading, Prompt.of(input_ids, attention_mask), decode, elsewhere)
 
     def audit(
         self,

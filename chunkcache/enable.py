@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from chunkcache.cache import RedisChunkCache
-from chunkcache.model_check import CACHE, check_model
-from chunkcache.model_state import ModelState
-from chunkcache.prefill import cache_in, is_installed, uninstall
+from chunkcache.model.check import CACHE, check_model
+from chunkcache.model.state import ModelState
 from chunkcache.report import Report
+from chunkcache.reuse.prefill import cache_in, is_installed, uninstall
 from chunkcache.stores.base import ChunkStore
 
 

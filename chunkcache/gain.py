@@ -40,13 +40,17 @@ class Gauge:
         if tokens:
             self._computed.append((tokens, ms))
 
-    def pays(self, tokens: int, nbytes: int, min_gain: float) -> bool:
-        """Whether to read chunks of so many tokens and bytes.
+    def expects_gain(self, tokens: int, nbytes: int, min_gain: float) -> bool:
+        """Whether reading chunks of so many tokens and bytes pays, as far as is known.
 
-        They are read unless computing them is known to take less than `min_gain` times as long.
+        It does unless computing them is known to take less than `min_gain` times as long.
         """
         reading, computing = _expected(self._read, nbytes), _expected(self._computed, tokens)
-        if reading is None or computing is None or computing >= min_gain * reading:
+        return reading is None or computing is None or computing >= min_gain * reading
+
+    def pays(self, tokens: int, nbytes: int, min_gain: float) -> bool:
+        """Whether to read them now; now and then also what is not expected to pay."""
+        if self.expects_gain(tokens, nbytes, min_gain):
             return True
         self._left_out = (self._left_out + 1) % (TRY_AGAIN + 1)
         return not self._left_out

@@ -17,8 +17,8 @@ import threading
 from collections import Counter
 from typing import Any
 
-from chunkcache.plan import Kind
 from chunkcache.report import Report
+from chunkcache.tokens.plan import Kind
 
 STAGES = ("lookup", "read", "move", "prefill")
 _BYTES = ("bytes_read", "bytes_written", "bytes_dropped")

@@ -16,8 +16,8 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from chunkcache.plan import Kind, Span
-from chunkcache.token_text import visible
+from chunkcache.tokens.plan import Kind, Span
+from chunkcache.tokens.token_text import visible
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from chunkcache.chunking import Tokens
 from chunkcache.errors import ChunkCacheError
 from chunkcache.gain import NO_GAIN
-from chunkcache.plan import Kind, Span
 from chunkcache.prompt_map import STYLE, MapRow, html_map, terminal_map
-from chunkcache.token_text import Decoder, check_decoder, span_texts, visible
+from chunkcache.tokens.chunking import Tokens
+from chunkcache.tokens.plan import Kind, Span
+from chunkcache.tokens.token_text import Decoder, check_decoder, span_texts, visible
 
 if TYPE_CHECKING:
     import pandas

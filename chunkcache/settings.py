@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from chunkcache.coding import CODECS, ZSTD
-from chunkcache.compress import require_zstd
 from chunkcache.errors import SettingError
+from chunkcache.kv.coding import CODECS, ZSTD
+from chunkcache.kv.compress import require_zstd
+from chunkcache.kv.seal import Seal
 from chunkcache.repair import KNOWN, Repair, parse_repair
-from chunkcache.seal import Seal
 
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")

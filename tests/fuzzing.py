@@ -25,21 +25,21 @@ import redis
 import torch
 from redis.connection import AbstractConnection
 
-from chunkcache.chunking import Grid, cut
-from chunkcache.codec import KVLayout, LayerKV, LayerShape
-from chunkcache.coding import CODECS, Codec
 from chunkcache.errors import BlobError, SettingError, StoreError
-from chunkcache.identity import ChunkKey
-from chunkcache.index import Origin, Passage, index_entries, search
-from chunkcache.layers import GrowingLayer, peek_all, settle_all
-from chunkcache.plan import plan_row
-from chunkcache.restore import Filling, known_chunks
-from chunkcache.seal import Seal
+from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
+from chunkcache.kv.coding import CODECS, Codec
+from chunkcache.kv.layers import GrowingLayer, peek_all, settle_all
+from chunkcache.kv.seal import Seal
+from chunkcache.model.identity import ChunkKey
+from chunkcache.reuse.index import Origin, Passage, index_entries, search
+from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.settings import Settings
 from chunkcache.stores import OPENERS, _bytes_parameter, _folder, open_store
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
+from chunkcache.tokens.chunking import Grid, cut
+from chunkcache.tokens.plan import plan_row
 
 SEAL = Seal((bytes(range(32)),))
 NOTHING = memoryview(b"")

@@ -10,8 +10,8 @@ import torch
 from servers import Server
 
 from chunkcache import RedisChunkCache, SettingError, Settings, open_store
-from chunkcache.coding import CODECS
 from chunkcache.errors import SealedBlobError
+from chunkcache.kv.coding import CODECS
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks.coverage import NOT_RUN, TABLE, WRONG, cover
-from chunkcache import RedisChunkCache, recall
-from chunkcache.identity import ModelIdentity
-from chunkcache.prefill import ForwardCall
-from chunkcache.rope import KeyMover
-from chunkcache.scatter import scatter_mask
+from chunkcache import RedisChunkCache
+from chunkcache.kv.rope import KeyMover
+from chunkcache.model.identity import ModelIdentity
+from chunkcache.model.scatter import scatter_mask
+from chunkcache.reuse import recall
+from chunkcache.reuse.prefill import ForwardCall
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 

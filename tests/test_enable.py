@@ -16,8 +16,8 @@ from chunkcache import (
     UnsupportedModelError,
     enabled,
 )
-from chunkcache.model_check import CACHE
-from chunkcache.prefill import is_installed
+from chunkcache.model.check import CACHE
+from chunkcache.reuse.prefill import is_installed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.words import word_tokenizer, words

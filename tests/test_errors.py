@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from chunkcache import Settings, cli, errors, open_store
+from chunkcache import Settings, errors, open_store
+from chunkcache.cli import app as cli
 
 
 @pytest.mark.parametrize(

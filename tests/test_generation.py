@@ -9,7 +9,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from chunkcache import RedisChunkCache
-from chunkcache.model_check import CACHE
+from chunkcache.model.check import CACHE
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 

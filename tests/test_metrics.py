@@ -13,10 +13,10 @@ from models import tiny, tokens
 
 from chunkcache import RedisChunkCache, metrics
 from chunkcache.errors import BlobError, SettingError, StoreError
-from chunkcache.plan import Kind, Span
 from chunkcache.report import Report, RowReport
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
+from chunkcache.tokens.plan import Kind, Span
 
 FORK = multiprocessing.get_context("fork")
 

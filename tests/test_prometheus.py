@@ -6,9 +6,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chunkcache import metrics
 from chunkcache.errors import StoreError
-from chunkcache.plan import Kind, Span
 from chunkcache.prometheus import Collector
 from chunkcache.report import Report, RowReport
+from chunkcache.tokens.plan import Kind, Span
 
 
 def test_what_prometheus_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from chunkcache.plan import Kind, Span
 from chunkcache.prompt_map import COLOURS, STYLE, MapRow, html_map, terminal_map
+from chunkcache.tokens.plan import Kind, Span
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

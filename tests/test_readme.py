@@ -118,4 +118,4 @@ def test_what_is_shown_works(path: Path, redis_server: Server, tmp_path: Path) -
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_of_chunkcache_exist(path: Path) -> None:
     for words in commands(path.read_text()):
-        run([sys.executable, "-m", "chunkcache.cli", *words[1:], "--help"])
+        run([sys.executable, "-m", "chunkcache.cli.app", *words[1:], "--help"])

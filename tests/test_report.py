@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import SettingError
-from chunkcache.plan import Kind, Span
 from chunkcache.report import Report, RowReport
 from chunkcache.stores.memory import MemoryStore
+from chunkcache.tokens.plan import Kind, Span
 from tests.models import tiny
 from tests.models import tokens as random_ids
 from tests.words import word_tokenizer

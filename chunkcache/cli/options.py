@@ -1,0 +1,74 @@
+"""What several commands of the command line have in common: options, and a store that is open."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from chunkcache.cli.errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from chunkcache.inventory.filters import Filter
+    from chunkcache.stores.base import ChunkStore
+
+ERR = Console(file=sys.stderr)
+
+Store = Annotated[
+    str | None,
+    typer.Option("--store", help="URL. Default: CHUNKCACHE_URL, else the embedded store."),
+]
+Terms = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Which chunks: namespace=team-a tags=project=docs 'age>7d' temperature=0.7"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
+Model = Annotated[str, typer.Option("--model", help="A model's folder or hub id.")]
+Namespace = Annotated[
+    str | None,
+    typer.Option("--namespace", help="As in the setting. Default: CHUNKCACHE_NAMESPACE."),
+]
+
+
+@contextmanager
+def opened(url: str | None, doing: str = "looking through the store") -> Iterator[ChunkStore]:
+    """The store, a sign of life on stderr, and errors in one line. Loads no torch model."""
+    with errors_in_one_line():
+        from chunkcache.stores import open_store
+
+        with open_store(url) as store, ERR.status(doing):
+            yield store
+
+
+@contextmanager
+def loaded(model: str) -> Iterator[tuple[Any, Any]]:
+    """Model and tokenizer, and errors in one line."""
+    with errors_in_one_line():
+        with ERR.status("loading the model"):
+            from chunkcache.model.loading import load_model
+            from chunkcache.samples import quiet_transformers
+
+            with quiet_transformers():
+                pair = load_model(model)
+        with quiet_transformers():
+            yield pair
+
+
+def chosen(terms: list[str] | None) -> Filter:
+    """The filter that these terms make; without terms, all chunks."""
+    from chunkcache.inventory.filters import Filter
+
+    return Filter.parse(shlex.join(terms)) if terms else Filter()
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Those settings that were given; the others come from the environment."""
+    return {name: value for name, value in settings.items() if value is not None}

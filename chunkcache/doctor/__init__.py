@@ -1,0 +1,1 @@
+"""Does it work and does it pay here: checks, measurements, and the sizing of servers."""

@@ -1,0 +1,202 @@
+"""Doctor: is the store well, can the model's K/V be reused, and does it pay here?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from chunkcache.doctor.break_even import BreakEven, measure_break_even
+from chunkcache.doctor.footprint import chunk_bytes
+from chunkcache.errors import StoreError, UnsupportedCallError, UnsupportedModelError
+from chunkcache.model.check import check_model
+from chunkcache.model.state import ModelState
+from chunkcache.settings import Settings
+from chunkcache.stores import URL_VARIABLE, open_store
+from chunkcache.stores.address import without_password
+from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.health import Server, Speed, measure_speed, read_info
+
+Step = Callable[[str], object]
+LEFTOVERS_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHealth:
+    """One store, or one tier.
+
+    Attributes:
+        url: Its URL, without a password.
+        servers: The servers behind it, as far as they tell.
+        speed: What was measured.
+        advice: What should be changed, and how.
+    """
+
+    url: str
+    servers: tuple[Server, ...]
+    speed: Speed
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"store {self.url}"]
+        for server in self.servers:
+            bound = f"{server.max_memory / 1e9:.1f} GB" if server.max_memory else "no bound"
+            lines.append(
+                f"  {server.product}, {server.memory / 1e9:.2f} GB in use of {bound}, "
+                f"{server.policy}, persistence: {server.persistence}"
+            )
+        speed = self.speed
+        lines.append(
+            f"  a lookup takes {speed.round_trip_ms:.2f} ms, writes {speed.write / 1e6:,.0f} MB/s, "
+            f"reads {speed.read / 1e6:,.0f} MB/s"
+        )
+        return "\n".join([*lines, *(f"  ! {said}" for said in self.advice)])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHealth:
+    """What can be done with a model.
+
+    Attributes:
+        name: Its name.
+        dtype: Data type of its K/V.
+        obstacle: Why its K/V cannot be reused, or `""`.
+        moving: Why they cannot be moved (`reuse="anywhere"`), or `""`.
+        token_bytes: Bytes of K/V per token, as the codec stores them.
+        break_even: What was measured, if they can be reused.
+    """
+
+    name: str
+    dtype: str = ""
+    obstacle: str = ""
+    moving: str = ""
+    token_bytes: float = 0.0
+    break_even: BreakEven | None = None
+
+    def __str__(self) -> str:
+        lines = [f"model {self.name}"]
+        if self.obstacle:
+            return "\n".join([*lines, f"  ! is computed as usual: {self.obstacle}"])
+        can = "can be moved, too" if not self.moving else f"cannot be moved: {self.moving}"
+        lines.append(
+            f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store"
+        )
+        lines.append(f"  what stands at the beginning of a prompt is reused; K/V {can}")
+        if self.break_even and self.break_even.points:
+            measured = self.break_even
+            lines.append(f"  computes {measured.prefill_rate:,.0f} tokens/s")
+            lines += [
+                f"  {point.tokens:>6,} tokens: {point.compute_ms:>9,.1f} ms to compute, "
+                f"{point.read_ms:>9,.1f} ms to read"
+                for point in measured.points
+            ]
+            lines.append(
+                f"  reading is faster from {measured.from_tokens:,} tokens on"
+                if measured.from_tokens
+                else "  ! reading was never faster than computing: this store is too slow for this "
+                "model; use a nearer one, such as memory:// or unix://, or no cache"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """All that was found."""
+
+    stores: tuple[StoreHealth, ...]
+    model: ModelHealth | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether there is nothing to change."""
+        measured = self.model and self.model.break_even
+        pays = self.model is None or bool(measured and measured.from_tokens)
+        return pays and not any(store.advice for store in self.stores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was found, ready for JSON."""
+        told = {"good": self.good, **asdict(self)}
+        if self.model and (measured := self.model.break_even):
+            told["model"]["break_even"] |= {
+                "from_tokens": measured.from_tokens,
+                "prefill_rate": measured.prefill_rate if measured.points else None,
+            }
+        return told
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, [*self.stores, *([self.model] if self.model else [])]))
+
+
+def open_for_measuring(url: str | None) -> ChunkStore:
+    """The store, with the settings in force, but that what cannot be deleted is soon gone."""
+    return open_store(url, **(Settings.load().of_store | {"ttl": LEFTOVERS_SECONDS}))
+
+
+def examine_stores(url: str | None, step: Step) -> tuple[StoreHealth, ...]:
+    """Look at the store, or at each of its tiers by itself.
+
+    Args:
+        url: As in `open_store`.
+        step: Told what is being done.
+
+    Raises:
+        SettingError: The URL cannot work.
+        StoreError: A store does not answer, or does not keep what it is given.
+    """
+    settings = Settings.load()
+    urls: list[str | None] = [url] if url else [*os.environ.get(URL_VARIABLE, "").split()]
+    found = []
+    for each in urls or [None]:
+        shown = without_password(each or "embedded://")
+        step(f"measuring {shown}")
+        with open_for_measuring(each) as store:
+            found.append(_examine_store(shown, store, settings.ttl))
+    return tuple(found)
+
+
+def _examine_store(shown: str, store: ChunkStore, ttl: float) -> StoreHealth:
+    speed = measure_speed(store)
+    try:
+        servers = tuple(read_info(info, ttl) for info in store.server_info())
+    except StoreError as error:
+        why = f"the server tells nothing of itself; allow its account INFO (+info): {error}"
+        return StoreHealth(shown, (), speed, (why,))
+    advice = dict.fromkeys(said for server in servers for said in server.advice)
+    return StoreHealth(shown, servers, speed, tuple(advice))
+
+
+def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) -> ModelHealth:
+    """Test what can be done with a model, and measure whether it pays.
+
+    Args:
+        name: Its name.
+        model: The model, in evaluation mode.
+        store: An open store.
+        step: Told what is being done.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    settings = Settings.load()
+    step("testing the model")
+    try:
+        inner = check_model(model)
+    except (UnsupportedModelError, UnsupportedCallError) as error:
+        return ModelHealth(name, obstacle=str(error))
+    state = ModelState.of(inner)
+    identity = state.identity()
+    proof = state.proof(identity, store)
+    if proof.obstacle or proof.layout is None:
+        return ModelHealth(name, obstacle=proof.obstacle)
+    mover = state.mover(identity, proof.layout, store)
+    nbytes = chunk_bytes(proof.layout, settings.chunk_size, settings.codec)
+    return ModelHealth(
+        name,
+        str(proof.layout.dtype).removeprefix("torch."),
+        moving=mover if isinstance(mover, str) else "",
+        token_bytes=nbytes / settings.chunk_size,
+        break_even=measure_break_even(model, store, step),
+    )

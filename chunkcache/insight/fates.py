@@ -1,0 +1,170 @@
+"""Fates: what would become of each token of a row, and why, from what the store has of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from chunkcache.insight.elsewhere import Sighting
+from chunkcache.insight.explanation import Finding
+from chunkcache.repair import Mask
+from chunkcache.reuse.step import Setup
+from chunkcache.tokens.chunking import Chunk, Tokens
+from chunkcache.tokens.matching import Piece
+from chunkcache.tokens.plan import NOT_IN_STORE, Kind, RowPlan
+from chunkcache.tokens.seams import Decode, Seam, find_seams
+
+LAST_TOKEN = "the last token is always computed"
+TAIL_NOT_IN_STORE = "not in the store (a shorter last chunk is kept only where a prompt ended)"
+GAP_BEFORE = "in the store, but a chunk before it is missing"
+OTHER_ROW = "in the store, but another row of the batch needs these columns computed"
+OTHER_POSITION = "computed at another position"
+OTHER_CUT = "cut into other chunks"
+OTHER_CONTEXT = "computed behind other text"
+INEXACT_CONTEXT = "computed behind moved text"
+BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
+WOULD_MOVE = ": reuse='anywhere' would find it"
+
+
+@dataclass(frozen=True, slots=True)
+class RowFate:
+    """What is known of one row of the batch.
+
+    Attributes:
+        row: Its number.
+        setup: Whether text may move.
+        sizes: Bytes of each chunk's blob, by hash.
+        pad: Columns of padding before it.
+        plan: The row's chunks, and how far they are known.
+        known: How many tokens from the start could be reused.
+        pieces: What was found by its text behind those.
+        exact: Those of them whose K/V would be taken as they are.
+        seen: Where the store has the rest of its text, though not for this cache.
+    """
+
+    row: int
+    setup: Setup
+    sizes: Mapping[str, int]
+    pad: int
+    plan: RowPlan
+    known: int
+    pieces: list[Piece]
+    exact: set[Piece]
+    seen: Sequence[Sighting] = ()
+
+    @property
+    def _may_move(self) -> bool:
+        return self.setup.settings.reuse == "anywhere"
+
+    def _moving(self) -> list[Piece]:
+        return [p for p in self.pieces if self._may_move and self.sizes[p.chunk.hash]]
+
+    def unknown(self) -> Mask:
+        """`[tokens]`, True where this row alone would have to be computed."""
+        mask = np.ones(self.plan.tokens, dtype=bool)
+        mask[: self.known] = False
+        for piece in self._moving():
+            mask[piece.start : piece.stop] = False
+        return mask
+
+    def missing(self) -> Mask:
+        """`[tokens]`, True where nothing in the store is known to be of use."""
+        mask = np.ones(self.plan.tokens, dtype=bool)
+        mask[: self.known] = False
+        for piece in self.pieces:
+            mask[piece.start : piece.stop] = False
+        for chunk in self.plan.chunks:
+            if self.sizes[chunk.hash]:
+                mask[chunk.start : chunk.stop] = False
+        return mask
+
+    def moved_reads(self, computed: Mask) -> set[str]:
+        """Hashes of chunks to be moved, where they spare the model one of these columns."""
+        here = computed[self.pad :]
+        return {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
+
+    def exact_reads(self, computed: Mask) -> set[str]:
+        """Hashes of the chunks whose K/V would be taken as they are."""
+        stop = self.known
+        if not self._may_move:
+            stop = min(stop, int(computed[self.pad :].argmax()))
+        return {chunk.hash for chunk in self.plan.reads(stop)}
+
+    def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
+        """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
+        return find_seams(tokens, self.pieces, decode, self.row) if decode else []
+
+    def findings(self, computed: Mask) -> list[Finding]:
+        """The fate of every token, in order, when these columns are computed."""
+        end, here = self.plan.tokens, computed[self.pad :]
+        chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
+        exact = [c for c in chunks if c.start < self.known and c.stop <= self.plan.reach]
+        missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
+        there = [self._chunk(c, GAP_BEFORE) for c in chunks if self.sizes[c.hash]]
+        by_text = [self._piece(piece, here) for piece in self.pieces]
+        # What is said later of a token hides what was said before.
+        said = [
+            Finding(0, end, Kind.COMPUTED, reason=NOT_IN_STORE, row=self.row),
+            *missing,
+            *(
+                Finding(s.start, s.stop, Kind.COMPUTED, reason=s.reason, row=self.row)
+                for s in self.seen
+            ),
+            *([*there, *by_text] if self._may_move else [*by_text, *there]),
+            *(self._chunk(chunk, "", Kind.REUSED) for chunk in exact),
+            Finding(max(end - 1, 0), end, Kind.COMPUTED, reason=LAST_TOKEN, row=self.row),
+        ]
+        speaker = np.zeros(end, dtype=np.int64)
+        for number, finding in enumerate(said):
+            speaker[finding.start : finding.stop] = number
+        changes = (np.diff(speaker) != 0) | np.diff(here)
+        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), end]
+        findings = [said[speaker[a]].part(a, b) for a, b in pairwise(edges) if a < b]
+        return [
+            replace(f, kind=Kind.COMPUTED, reason=OTHER_ROW)
+            if f.kind is Kind.REUSED and here[f.start]
+            else f
+            for f in findings
+        ]
+
+    def _chunk(self, chunk: Chunk, why: str, kind: Kind = Kind.COMPUTED) -> Finding:
+        if why == NOT_IN_STORE and chunk.stop - chunk.start < self.setup.grid.size:
+            why = TAIL_NOT_IN_STORE
+        size = self.sizes[chunk.hash]
+        origin = "store" if size else ""
+        return Finding(
+            chunk.start, chunk.stop, kind, chunk.hash, origin, why, row=self.row, bytes=size
+        )
+
+    def _piece(self, piece: Piece, here: Mask) -> Finding:
+        size, why = self.sizes[piece.chunk.hash], self._why_not_exact(piece)
+        kind = Kind.COMPUTED
+        if not size:
+            why = BLOB_GONE
+        elif not self._may_move:
+            why += WOULD_MOVE
+        elif here[piece.start : piece.stop].all():
+            why = OTHER_ROW
+        elif piece in self.exact:
+            kind, why = Kind.REUSED, ""
+        else:
+            kind = Kind.MOVED
+        return Finding(
+            piece.start, piece.stop, kind, piece.chunk.hash, "", why,
+            row=self.row, bytes=size, old_start=piece.old_start,
+        )  # fmt: skip
+
+    def _why_not_exact(self, piece: Piece) -> str:
+        """Why text that is in the store is not found under a key of this prompt."""
+        if piece.old_start != piece.start:
+            return OTHER_POSITION
+        if not piece.chunk.clean:
+            return INEXACT_CONTEXT
+        stop = piece.chunk.start + len(piece.chunk.tokens)
+        for chunk in self.plan.chunks:
+            if (chunk.start, chunk.stop) == (piece.chunk.start, stop):
+                return GAP_BEFORE if chunk.hash == piece.chunk.hash else OTHER_CONTEXT
+        return OTHER_CUT

@@ -1,0 +1,1 @@
+"""What a store has: counted, chosen, deleted, and looked into."""

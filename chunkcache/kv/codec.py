@@ -1,0 +1,240 @@
+"""A chunk's K/V to bytes and back: one safetensors file per chunk, self-describing and checked.
+
+The blob can be read by `safetensors.safe_open` alone. Tensors are `layers.<i>.keys` and
+`layers.<i>.values`, each `[kv_heads, tokens, head_dim]`, keys as the model cached them (rotated
+to their position). The header's metadata holds tokens, positions, layout, chunk hash and an
+xxh3-128 checksum of all tensor data.
+
+A chunk's blob can have one form only: whoever knows the chunk knows every byte of the header but
+the checksum. So a blob is checked by comparing bytes, nothing in it is parsed or believed, and its
+tensors can be read straight to where they belong. The format is
+https://github.com/huggingface/safetensors#format, written here to be built in one pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from chunkcache.errors import BlobError
+from chunkcache.kv.spare import SpareMemory
+
+FORMAT = "safetensors"
+LAYOUT = "[kv_heads, tokens, head_dim]"
+# Tensor data begins on a cache line, whatever the header's length.
+_ALIGNMENT = 64
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer caches per token: heads and widths of keys and of values."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    def token_elements(self) -> int:
+        """Numbers cached per token."""
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+class Slot(NamedTuple):
+    """One tensor of a blob; its bytes are `begin` to `end` of the tensor data."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What all layers of a model cache: the shapes every blob of that model must have.
+
+    `layers` has one entry per layer of the cache, `None` for layers that cache nothing.
+    """
+
+    dtype: torch.dtype
+    layers: tuple[LayerShape | None, ...]
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of K/V per token, all layers."""
+        elements = sum(layer.token_elements() for layer in self.layers if layer)
+        return elements * self.dtype.itemsize
+
+    def slots(self, tokens: int) -> list[Slot]:
+        """The tensors of a chunk's blob, in order: each layer's keys and values as they are."""
+        out = []
+        end = 0
+        for index, layer in enumerate(self.layers):
+            if layer is None:
+                continue
+            for name, heads, dim in (
+                ("keys", layer.key_heads, layer.key_dim),
+                ("values", layer.value_heads, layer.value_dim),
+            ):
+                begin, end = end, end + heads * tokens * dim * self.dtype.itemsize
+                shape = (heads, tokens, dim)
+                out.append(Slot(f"layers.{index}.{name}", shape, begin, end, self.dtype))
+        return out
+
+
+LayerKV = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each `[kv_heads, tokens, head_dim]`."""
+
+Arrange = Callable[[KVLayout, int], list[Slot]]
+"""The tensors of a blob for so many tokens of a layout, without a gap between them."""
+
+# Blobs are gone as soon as they are written; here is room for those of a prompt.
+_SPARE = SpareMemory(pieces=16, most_bytes=20 << 20)
+_NO_CHECKSUM = b"0" * 32
+_CHECKSUM_MARK = b'"checksum":"xxh3_128:'
+Checksum = xxhash.xxh3_128
+
+
+@dataclass(frozen=True, slots=True)
+class BlobForm:
+    """The form of one chunk's blob.
+
+    Attributes:
+        layout: Layers, shapes and the data type of the numbers.
+        tokens: Number of tokens in the chunk.
+        header: All bytes before the tensor data, zeros standing where the checksum goes.
+        size: Bytes of the whole blob.
+        arrange: Which tensors it has.
+    """
+
+    layout: KVLayout
+    tokens: int
+    header: bytes
+    size: int
+    arrange: Arrange = KVLayout.slots
+
+    @classmethod
+    def of(
+        cls,
+        layout: KVLayout,
+        tokens: Sequence[int],
+        start: int,
+        chunk_hash: str,
+        arrange: Arrange = KVLayout.slots,
+        **notes: str,
+    ) -> BlobForm:
+        """The form of the chunk with these token ids, whose first one stands at `start`.
+
+        `notes` are more for the header's metadata.
+        """
+        metadata = {
+            "format": "pt",
+            "chunk_hash": chunk_hash,
+            "tokens": json.dumps(list(tokens), separators=(",", ":")),
+            "positions": f"{start}-{start + len(tokens)}",
+            "layout": LAYOUT,
+            **notes,
+            "checksum": f"xxh3_128:{_NO_CHECKSUM.decode()}",
+        }
+        described = json.dumps(metadata, separators=(",", ":"))
+        table, nbytes = _tensor_table(arrange, layout, len(tokens))
+        text = f'{{"__metadata__":{described},{table}'.encode()
+        offset = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT
+        header = (offset - 8).to_bytes(8, "little") + text.ljust(offset - 8)
+        return cls(layout, len(tokens), header, offset + nbytes, arrange)
+
+    def with_checksum(self, data: Iterable[memoryview]) -> bytes:
+        """The header for these tensor data, given in order in any number of pieces."""
+        checksum = Checksum()
+        for piece in data:
+            checksum.update(piece)
+        return self._stamped(checksum)
+
+    def check(self, header: bytes | bytearray | memoryview, data: Iterable[memoryview]) -> None:
+        """Check a blob that was read.
+
+        Raises:
+            BlobError: It is not this chunk's, or it is damaged.
+        """
+        self._compare(header, self.with_checksum(data))
+
+    def check_sum(self, header: bytes | bytearray | memoryview, checksum: Checksum) -> None:
+        """The same, for tensor data whose checksum was taken as they arrived."""
+        self._compare(header, self._stamped(checksum))
+
+    def _stamped(self, checksum: Checksum) -> bytes:
+        mark = _CHECKSUM_MARK + checksum.hexdigest().encode()
+        return self.header.replace(_CHECKSUM_MARK + _NO_CHECKSUM, mark, 1)
+
+    def _compare(self, header: bytes | bytearray | memoryview, expected: bytes) -> None:
+        if header == expected:
+            return
+        at = self.header.index(_CHECKSUM_MARK) + len(_CHECKSUM_MARK)
+        end = at + len(_NO_CHECKSUM)
+        if header[:at] == expected[:at] and header[end:] == expected[end:]:
+            raise BlobError("the blob is damaged: its checksum differs")
+        raise BlobError("the blob is not of this chunk: its header differs")
+
+    def tensors(self, blob: memoryview) -> list[Tensor]:
+        """The tensors of a whole blob in writable memory, in order, as views of it."""
+        data = torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
+        return [
+            data[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
+            for slot in self.arrange(self.layout, self.tokens)
+        ]
+
+    def views(self, blob: memoryview) -> list[LayerKV | None]:
+        """The same by layer, for blobs that hold keys and values as they are."""
+        parts = iter(self.tensors(blob))
+        return [(next(parts), next(parts)) if layer else None for layer in self.layout.layers]
+
+    def build(self, tensors: Iterable[Tensor]) -> memoryview:
+        """A blob in memory of its own, of its tensors in order; on any device, of any type."""
+        blob = _SPARE.take(self.size).data
+        for target, tensor in zip(self.tensors(blob), tensors, strict=True):
+            target.copy_(tensor.detach())
+        offset = len(self.header)
+        blob[:offset] = self.with_checksum([blob[offset:]])
+        return blob
+
+
+@lru_cache(maxsize=64)
+def _tensor_table(arrange: Arrange, layout: KVLayout, tokens: int) -> tuple[str, int]:
+    """The header's entries for the tensors, with the closing brace, and the bytes of their data.
+
+    Alike for all whole chunks.
+    """
+    slots = arrange(layout, tokens)
+    table = {
+        slot.name: {
+            "dtype": _DTYPE_NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [slot.begin, slot.end],
+        }
+        for slot in slots
+    }
+    return json.dumps(table, separators=(",", ":"))[1:], slots[-1].end
+
+
+def encode(form: BlobForm, layers: Iterable[LayerKV | None]) -> memoryview:
+    """Build a blob that holds keys and values as they are.
+
+    Args:
+        form: The chunk's form.
+        layers: Keys and values per layer, `None` for layers that cache nothing; on any device.
+    """
+    return form.build(part for kv in layers if kv for part in kv)

@@ -1,0 +1,185 @@
+"""Codec: how a chunk's K/V become the bytes that a store keeps, and K/V again.
+
+Up to three steps. Numbers, as they are or fewer bits of them, make a safetensors file (`codec.py`,
+`quantise.py`); it may be compressed (`compress.py`), and sealed (`seal.py`). The reader knows the
+codec from the key, and the chunk. So it knows all of the file but its numbers and their checksum,
+and the size of what every step must give; whatever else a blob is, it is a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from chunkcache.kv.codec import FORMAT, BlobForm, KVLayout, LayerKV, encode
+from chunkcache.kv.compress import compress, decompress, most_bytes
+from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
+from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.seal import OVERHEAD, Seal
+
+PLAIN, BF16, INT8 = FORMAT, f"{FORMAT}-bf16", f"{FORMAT}-int8"
+ZSTD = "+zstd"
+CODECS = (PLAIN, BF16, INT8, PLAIN + ZSTD, BF16 + ZSTD, INT8 + ZSTD)
+SEALED = "+sealed"
+_TEXT = "@token_ids"  # no sealed text may stand for a blob
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How all chunks of one cache are written and read.
+
+    Attributes:
+        name: One of the codecs of `Settings`.
+        seal: The keys that seal blobs, if they are sealed.
+        mover: Turns keys to position 0 and back for int8, where the model's rule is known.
+    """
+
+    name: str = PLAIN
+    seal: Seal | None = None
+    mover: KeyMover | None = None
+
+    @property
+    def numbers(self) -> str:
+        """The codec's name without compression."""
+        return self.name.removesuffix(ZSTD)
+
+    @property
+    def format(self) -> str:
+        """The first part of a key: who does not know it looks for other keys."""
+        return self.name + (SEALED if self.seal else "")
+
+    @property
+    def world(self) -> str:
+        """What every hash depends on, beside model and namespace; `""` for the plain codec.
+
+        K/V that were computed behind rounded ones are not those of the tokens before them alone, so
+        no other codec may find them. And an index entry names chunks of one format.
+        """
+        if self.format == PLAIN:
+            return ""
+        return self.format + (f" {_digest(self.mover)}" if self.mover else "")
+
+    def is_exact(self, dtype: torch.dtype) -> bool:
+        """Whether K/V of that type come back bit by bit."""
+        return self.numbers == PLAIN or (self.numbers == BF16 and dtype == torch.bfloat16)
+
+    def form(
+        self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
+    ) -> Form:
+        """The form of one chunk.
+
+        Args:
+            layout: What the model's layers cache.
+            tokens: Its token ids.
+            start: Position of the first.
+            chunk_hash: Its hash.
+            key: Its key in the store.
+        """
+        if self.numbers == PLAIN:
+            file = BlobForm.of(layout, tokens, start, chunk_hash)
+        elif self.numbers == BF16:
+            half = replace(layout, dtype=torch.bfloat16)
+            file = BlobForm.of(half, tokens, start, chunk_hash)
+        else:
+            turned = "position 0" if self.mover else "as cached"
+            file = BlobForm.of(layout, tokens, start, chunk_hash, int8_slots, keys=turned)
+        return Form(self, layout, start, key, file)
+
+    def hide(self, text: str, key: str) -> str:
+        """Text for the metadata under a key that only those may read who can read the blob."""
+        return self.seal.seal_text(text, key + _TEXT) if self.seal else text
+
+    def reveal(self, text: str, key: str) -> str:
+        """What was hidden. Raises BlobError where that is not possible."""
+        return self.seal.open_text(text, key + _TEXT) if self.seal else text
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of one chunk's blob.
+
+    Attributes:
+        codec: How it is written.
+        layout: What the model's layers cache.
+        start: Position of the first token.
+        key: Its key in the store.
+        file: The form of the safetensors file in it.
+    """
+
+    codec: Codec
+    layout: KVLayout
+    start: int
+    key: str
+    file: BlobForm
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the blob is a header, and then the very bytes of the layers."""
+        as_it_is = self.file.layout == self.layout and self.codec.numbers != INT8
+        return as_it_is and self.codec.format == self.codec.numbers
+
+    def may_have(self, nbytes: int) -> bool:
+        """Whether a sound blob can be so large."""
+        nbytes -= OVERHEAD if self.codec.seal else 0
+        if self.codec.name.endswith(ZSTD):
+            return 0 < nbytes <= most_bytes(self.file.size)
+        return nbytes == self.file.size
+
+    def spared(self, nbytes: int) -> int:
+        """How much smaller a blob of so many bytes is than one of the plain codec."""
+        tokens, head = self.file.tokens, len(self.file.header)
+        return max(0, head + tokens * self.layout.token_bytes - nbytes)
+
+    def encode(self, layers: Sequence[LayerKV | None]) -> memoryview:
+        """Build the blob, in memory of its own.
+
+        Args:
+            layers: Keys and values per layer, each `[kv_heads, tokens, head_dim]`, `None` for
+                layers that cache nothing; on any device.
+        """
+        codec, file = self.codec, self.file
+        if codec.numbers == INT8:
+            blob = encode_int8(file, layers, self.start, codec.mover)
+        else:
+            blob = encode(file, layers)
+        if codec.name.endswith(ZSTD):
+            blob = compress(blob, len(file.header), self._width)
+        return codec.seal.seal(blob, self.key) if codec.seal else blob
+
+    def decode(self, blob: memoryview) -> list[LayerKV | None]:
+        """The keys and values of a blob in the layout's data type, perhaps as views of it.
+
+        Raises:
+            SealedBlobError: It is sealed with another key.
+            BlobError: It is not this chunk's, or it is damaged.
+        """
+        codec, file, head = self.codec, self.file, len(self.file.header)
+        if codec.seal:
+            blob = codec.seal.open(blob, self.key)
+        if codec.name.endswith(ZSTD):
+            blob = decompress(blob, file.size, head, self._width)
+        file.check(blob[:head], [blob[head:]])
+        # torch warns of memory that may not be written, though nobody writes to it here.
+        blob = memoryview(bytearray(blob)) if blob.readonly else blob
+        if codec.numbers == INT8:
+            return decode_int8(file, blob, self.start, codec.mover)
+        dtype = self.layout.dtype
+        return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(blob)]
+
+    @property
+    def _width(self) -> int:
+        """Bytes of the numbers that are sorted by significance before they are compressed."""
+        return 1 if self.codec.numbers == INT8 else self.file.layout.dtype.itemsize
+
+
+def _digest(mover: KeyMover) -> str:
+    """SHA-256 over the rules by which keys were turned: with others they cannot be turned back."""
+    digest = hashlib.sha256()
+    for layer in mover.layers:
+        for turn in (layer.keys, layer.values) if layer else ():
+            what = turn and (turn.first, turn.interleaved, turn.sign, turn.inv_freq.tolist())
+            digest.update(repr(what).encode())
+    return digest.hexdigest()

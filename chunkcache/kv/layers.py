@@ -1,0 +1,268 @@
+"""Cache layers that can be filled from outside and grow without copying.
+
+`DynamicLayer` concatenates the whole cache with each new token: 100 ms a token for 200 MB. These
+layers keep room behind what they hold, write new tokens into it and hand out views. All else
+(crop, reorder, repeat, select, reset) is inherited: whatever replaces `keys` with a tensor of its
+own is noticed at the next update, which then moves house.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from chunkcache.kv.codec import KVLayout, LayerKV
+from chunkcache.kv.spare import SpareMemory
+
+# Room for new tokens: at least this many, and this share of what is held.
+SLACK_TOKENS = 128
+SLACK_SHARE = 0.25
+
+
+def with_room(tokens: int) -> int:
+    """Tokens to allocate for a layer that is about to hold `tokens`."""
+    return tokens + max(SLACK_TOKENS, math.ceil(tokens * SLACK_SHARE))
+
+
+def allocate(
+    size: int, dtype: torch.dtype, device: torch.device, memory: SpareMemory | None = None
+) -> Tensor:
+    """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    nbytes = size * dtype.itemsize
+    # Without a weak reference, which a compiled forward cannot follow.
+    room = np.empty(nbytes, dtype=np.uint8) if memory is None else memory.take(nbytes)
+    return torch.from_numpy(room).view(dtype)
+
+
+class GrowingLayer(DynamicLayer):
+    """A full-length cache layer with room to grow.
+
+    `keys` and `values` are `[batch, kv_heads, tokens, head_dim]` views of larger memory.
+    """
+
+    keys: Any  # a Tensor once initialised, which the parent class cannot say
+    values: Any
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
+        self._flat: list[memoryview] = []  # their bytes, once somebody has asked for them
+        # Where the next update writes, `[tokens]`, instead of behind what is held (see scatter.py).
+        self.columns: Tensor | None = None
+        # Called with keys and values before they are cached; may end the forward (see probes.py).
+        self.intercept: Callable[[Tensor, Tensor], None] | None = None
+        # Waits until what is held has arrived, should it still be on its way (see arrival.py).
+        self.arriving: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: all but the bytes of memory that is not its own."""
+        return {**self.__dict__, "_flat": []}
+
+    @property
+    def _rooms(self) -> tuple[Tensor, Tensor]:
+        """Memory of keys and of values, `[batch, kv_heads, capacity, head_dim]` each."""
+        assert self._key_room is not None
+        assert self._value_room is not None
+        return self._key_room, self._value_room
+
+    def settle(self, key_room: Tensor, value_room: Tensor) -> None:
+        """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each."""
+        self._live_in(key_room, value_room)
+        self.is_initialized = True
+        self.hold(0)
+
+    def _live_in(self, key_room: Tensor, value_room: Tensor) -> None:
+        self.dtype, self.device = key_room.dtype, key_room.device
+        self._key_room, self._value_room = key_room, value_room
+        self._flat = []
+
+    def hold(self, tokens: int) -> None:
+        """Declare that the first `tokens` of the room are filled."""
+        self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
+
+    def place(self, row: int, column: int, keys: Tensor, values: Tensor) -> None:
+        """Copy `[kv_heads, tokens, head_dim]` into one row's room, held or not (see `hold`)."""
+        for room, new in zip(self._rooms, (keys, values), strict=True):
+            room[row, :, column : column + new.shape[1]].copy_(new)
+
+    def peek(self, row: int, column: int, tokens: int) -> LayerKV:
+        """Views `[kv_heads, tokens, head_dim]` of one row's room, held or not."""
+        keys, values = (room[row, :, column : column + tokens] for room in self._rooms)
+        return keys, values
+
+    def one_row(self, row: int, column: int, tokens: int) -> GrowingLayer:
+        """A layer of one row only, on the same memory, that holds `tokens` from `column` on."""
+        layer = GrowingLayer()
+        layer.settle(*(room[row : row + 1, :, column:] for room in self._rooms))
+        layer.hold(tokens)
+        return layer
+
+    def blank(self, row: int, start: int, stop: int) -> None:
+        """Zero some of a row's columns: padding, which attention masks but multiplies by zero."""
+        for room in self._rooms:
+            room[row, :, start:stop].zero_()
+
+    def runs(self, row: int, column: int, tokens: int) -> list[memoryview]:
+        """The memory of one row's room behind `column`: where a blob's bytes belong, in its order.
+
+        Keys of each head, then values of each head. Only on the CPU.
+        """
+        views = []
+        if not self._flat:
+            self._flat = [room.view(torch.uint8).numpy().reshape(-1).data for room in self._rooms]
+        for room, flat in zip(self._rooms, self._flat, strict=True):
+            _, heads, capacity, dim = room.shape
+            width = dim * room.element_size()
+            for head in range(row * heads, (row + 1) * heads):
+                at = (head * capacity + column) * width
+                views.append(flat[at : at + tokens * width])
+        return views
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[batch, kv_heads, tokens, head_dim]` and return views of all that is held."""
+        if self.arriving is not None:
+            self.arriving()
+            self.arriving = None
+        if self.intercept is not None:
+            self.intercept(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.columns is not None:
+            return self._write_in_the_middle(key_states, value_states, self.columns)
+        if torch.is_grad_enabled():
+            # Autograd needs what it was given as it was: no writing in place.
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = self.get_seq_length()
+        total = held + key_states.shape[-2]
+        if not self._fits(key_states, value_states, held, total):
+            self._move(key_states, value_states, held, total)
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, held:total].copy_(new)
+        self.hold(total)
+        return self.keys, self.values
+
+    def _write_in_the_middle(
+        self, key_states: Tensor, value_states: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        held = self.get_seq_length()
+        if not self._fits(key_states, value_states, held, held):
+            self._move(key_states, value_states, held, held)
+            self.hold(held)
+        columns = columns.to(key_states.device)
+        new = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        if torch.is_grad_enabled():  # as in `update`
+            self.keys = self.keys.index_copy(2, columns, new[0])
+            self.values = self.values.index_copy(2, columns, new[1])
+        else:
+            self.keys.index_copy_(2, columns, new[0])
+            self.values.index_copy_(2, columns, new[1])
+        return self.keys, self.values
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in all, keeping what is held."""
+        held = self.get_seq_length()
+        tokens = max(held, tokens)
+        if held and not self._fits(self.keys, self.values, held, tokens):
+            self._move(self.keys, self.values, held, tokens)
+            self.hold(held)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._key_room = self._value_room = self.columns = None
+        self._flat = []
+
+    def _fits(self, keys: Tensor, values: Tensor, held: int, total: int) -> bool:
+        """Whether what is held is where we left it, and the new tokens may be written behind it."""
+        if self._key_room is None or self._value_room is None:
+            return False
+        return all(
+            room.shape[2] >= total
+            and room.shape[:2] == new.shape[:2]
+            and room.shape[3] == new.shape[3]
+            and room.device == new.device
+            and room.dtype == torch.promote_types(room.dtype, new.dtype)
+            # Memory made under torch.inference_mode may be written under it alone.
+            and room.is_inference() <= torch.is_inference_mode_enabled()
+            and (not held or _at_home(view, room))
+            for room, new, view in (
+                (self._key_room, keys, self.keys),
+                (self._value_room, values, self.values),
+            )
+        )
+
+    def _move(self, keys: Tensor, values: Tensor, held: int, total: int) -> None:
+        """Take larger memory, on the device of the new tokens, and copy what is held there."""
+        rooms = []
+        for old, new in ((self.keys, keys), (self.values, values)):
+            batch, heads, _, dim = new.shape
+            shape = (batch, heads, with_room(total), dim)
+            dtype = torch.promote_types(old.dtype, new.dtype) if held else new.dtype
+            room = allocate(math.prod(shape), dtype, new.device).view(shape)
+            if held:
+                room[:, :, :held].copy_(old)
+            rooms.append(room)
+        self._live_in(*rooms)
+
+
+def _at_home(view: Tensor, room: Tensor) -> bool:
+    return view.data_ptr() == room.data_ptr() and view.stride() == room.stride()
+
+
+def settle_all(
+    layers: Sequence[Any],
+    layout: KVLayout,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    memory: SpareMemory | None = None,
+) -> None:
+    """Give all layers room for `tokens` and some more, cut from one piece of memory.
+
+    One large piece instead of two per layer: few large pages instead of many small ones.
+    """
+    room = with_room(tokens)
+    numbers = batch * room * layout.token_bytes // layout.dtype.itemsize
+    arena = allocate(numbers, layout.dtype, device, memory)
+    at = 0
+
+    def take(heads: int, dim: int) -> Tensor:
+        nonlocal at
+        shape = (batch, heads, room, dim)
+        begin, at = at, at + math.prod(shape)
+        return arena[begin:at].view(shape)
+
+    for layer, shape in zip(layers, layout.layers, strict=True):
+        if shape is not None:
+            layer.settle(
+                take(shape.key_heads, shape.key_dim), take(shape.value_heads, shape.value_dim)
+            )
+
+
+def peek_all(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[LayerKV | None]:
+    """Views of one row's room in all layers, held or not: `[kv_heads, tokens, head_dim]` each."""
+    return [
+        layer.peek(row, column, tokens) if isinstance(layer, GrowingLayer) else None
+        for layer in layers
+    ]
+
+
+def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[LayerKV | None]:
+    """Views of one row's K/V in columns `start` to `stop`, each `[kv_heads, tokens, head_dim]`."""
+    return [
+        (layer.keys[row, :, start:stop], layer.values[row, :, start:stop])
+        if isinstance(layer, GrowingLayer)
+        else None
+        for layer in layers
+    ]

@@ -1,0 +1,254 @@
+"""KeyMover: turns keys computed at one position into keys at another.
+
+RoPE rotates pairs of dimensions by angles linear in the position, so `K(p') = R(p' - p) K(p)`,
+exactly, whatever the model around it. How a model pairs dimensions, which ones it rotates and with
+which frequencies is derived from the model by trying every known way on real keys of a lone token,
+which depend on nothing but itself and its position. Angles are taken at the old and at the new
+position from the model's own frequencies and then composed: `delta * inv_freq` would be off by
+1e-2 at position 100,000, since the model rounds `position * inv_freq` to float32.
+
+Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkcache.kv.codec import LayerKV
+
+# Largest error of a predicted key, relative to the largest key, that rounding explains. Wrong
+# rules are off by 20 % and more.
+TOLERANCE = {
+    torch.float64: 2e-4,
+    torch.float32: 2e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One way of rotating the last dimension of `[..., tokens, head_dim]`.
+
+    Attributes:
+        inv_freq: Radians per position of each pair, `[pairs]`, float32.
+        first: Where the rotated dimensions begin.
+        interleaved: Pairs are neighbours (GPT-J), not the two halves (GPT-NeoX).
+        sign: Direction, 1 or -1.
+    """
+
+    inv_freq: Tensor
+    first: int
+    interleaved: bool
+    sign: int
+
+    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """Rotate `[..., tokens, head_dim]` from positions `old` to `new`, each `[tokens]`."""
+        moved = torch.empty_like(x)
+        self.turn(x, moved, self.angles(old, new))
+        return moved
+
+    def angles(self, old: Tensor, new: Tensor) -> Tensor:
+        """Cosine and sine, `[2, tokens, pairs]` in float64, of the angles from `old` to `new`."""
+        freq = self.inv_freq.to(old.device)
+        then, now = (p.float()[:, None] * freq * self.sign for p in (old, new))
+        between = now.double() - then.double()
+        return torch.stack((between.cos(), between.sin()))
+
+    def turn(self, x: Tensor, out: Tensor, angles: Tensor) -> None:
+        """Write `x`, `[..., tokens, head_dim]`, to `out`, elsewhere in memory, turned by `angles`.
+
+        Computed in float32 (float64 for float64) and rounded once.
+        """
+        end = self.first + 2 * self.inv_freq.shape[0]
+        if end - self.first < x.shape[-1]:
+            out.copy_(x)
+        part, target = x[..., self.first : end], out[..., self.first : end]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = target if dtype == x.dtype else torch.empty_like(target, dtype=dtype)
+        cos, sin = angles.to(x.device, dtype)
+        (a, b), (c, d) = self._pairs(part.to(dtype)), self._pairs(wide)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        if wide is not target:
+            target.copy_(wide)
+
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second of each pair."""
+        if self.interleaved:
+            return x[..., 0::2], x[..., 1::2]
+        first, second = x.chunk(2, dim=-1)
+        return first, second
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one layer's keys and values turn with position; `None` where they do not."""
+
+    keys: Rotation | None
+    values: Rotation | None
+
+
+@dataclass(frozen=True)
+class KeyMover:
+    """The rules of all layers of a model. Found by `find_rules`, proven in `proof.py`."""
+
+    layers: tuple[LayerRule | None, ...]
+
+    def move(self, kv: LayerKV, layer: int, old: Tensor, new: Tensor) -> LayerKV:
+        """One layer's `[..., tokens, head_dim]` keys and values at other positions, `[tokens]`."""
+        rule = self.layers[layer]
+        if rule is None:
+            return kv
+        keys = rule.keys.move(kv[0], old, new) if rule.keys else kv[0]
+        values = rule.values.move(kv[1], old, new) if rule.values else kv[1]
+        return keys, values
+
+    def move_into(
+        self,
+        targets: Sequence[LayerKV | None],
+        sources: Sequence[LayerKV | None],
+        old: Tensor,
+        new: Tensor,
+    ) -> None:
+        """Write all layers' keys and values to other memory, as they are at other positions.
+
+        Straight into place: a copy of K/V costs as much as their turning does. And layers that lie
+        at equal distances, which turn alike, all at once: one by one they are too small for
+        several threads.
+        """
+        known: dict[Rotation | None, Tensor | None] = {None: None}
+        for part in (0, 1):
+            turns = [
+                ((rule.keys, rule.values)[part] if rule else None, target[part], source[part])
+                for rule, target, source in zip(self.layers, targets, sources, strict=True)
+                if target is not None and source is not None
+            ]
+            for rotation, alike in groupby(turns, key=lambda turn: turn[0]):
+                if rotation not in known:
+                    known[rotation] = rotation.angles(old, new)
+                _, outs, xs = zip(*alike, strict=True)
+                for out, x in _together(outs, xs):
+                    if rotation is None:
+                        out.copy_(x)
+                    else:
+                        rotation.turn(x, out, known[rotation])
+
+
+def _together(outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs of tensors, as one pair with one dimension more if that is possible without a copy."""
+    all_outs, all_xs = _stacked(outs), _stacked(xs)
+    if all_outs is None or all_xs is None:
+        return zip(outs, xs, strict=True)
+    return [(all_outs, all_xs)]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """`[n, ...]`, a view of `n` tensors of one shape that lie in one memory at equal distances."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first[None]
+    start, home = first.storage_offset(), first.untyped_storage().data_ptr()
+    step = tensors[1].storage_offset() - start
+    for number, tensor in enumerate(tensors):
+        if (
+            tensor.storage_offset() != start + number * step
+            or tensor.untyped_storage().data_ptr() != home
+            or tensor.shape != first.shape
+            or tensor.stride() != first.stride()
+            or tensor.dtype != first.dtype
+        ):
+            return None
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if step else None
+
+
+LoneToken = Sequence[LayerKV | None]
+"""Keys and values of every layer for single tokens: `[batch, kv_heads, 1, head_dim]` each."""
+
+
+def find_rules(model: nn.Module, at_zero: LoneToken, moved: dict[int, LoneToken]) -> KeyMover | str:
+    """Find each layer's rule.
+
+    Args:
+        model: Its buffers give the frequencies.
+        at_zero: What a few lone tokens cache at position 0.
+        moved: The same tokens at other positions.
+
+    Returns:
+        The rules, or why there are none for some layer.
+    """
+    widths = {part.shape[-1] for kv in at_zero if kv for part in kv}
+    known = _candidates(model, widths)
+    rules: list[LayerRule | None] = []
+    for index, start in enumerate(at_zero):
+        if start is None:
+            rules.append(None)
+            continue
+        found = []
+        for part, what in enumerate(("keys", "values")):
+            samples = {p: layers[index][part] for p, layers in moved.items()}  # type: ignore[index]
+            rule = _fit(start[part], samples, known)
+            if isinstance(rule, str):
+                return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
+            found.append(rule)
+        rules.append(LayerRule(found[0], found[1]))
+    return KeyMover(tuple(rules))
+
+
+_Fit = Rotation | str | None
+
+
+def _candidates(model: nn.Module, widths: set[int]) -> list[Rotation]:
+    """Every known way of rotating vectors of these widths with the model's frequencies."""
+    found = []
+    for table, interleaved, sign in product(_frequencies(model), (False, True), (1, -1)):
+        spares = {width - 2 * table.shape[0] for width in widths}
+        found += [
+            Rotation(table, first, interleaved, sign)
+            for first in sorted({0, *spares})
+            if first >= 0
+        ]
+    return found
+
+
+def _frequencies(model: nn.Module) -> list[Tensor]:
+    """All frequency tables that the model has, without duplicates."""
+    tables: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2].endswith("inv_freq") and "original" not in name:
+            table = buffer.detach().float().cpu()
+            if not any(torch.equal(table, other) for other in tables):
+                tables.append(table)
+    return tables
+
+
+def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation]) -> _Fit:
+    """The rotation that turns `start` into every sample, `None` for no turn, or what is wrong."""
+    tolerance = TOLERANCE[start.dtype]
+    if _error(None, start, samples) <= tolerance:
+        return None
+    best, smallest = None, float("inf")
+    for rotation in known:
+        if rotation.first + 2 * rotation.inv_freq.shape[0] <= start.shape[-1]:
+            error = _error(rotation, start, samples)
+            if error < smallest:
+                best, smallest = rotation, error
+    return best if best and smallest <= tolerance else f"the best is off by {smallest:.0e}"
+
+
+def _error(rotation: Rotation | None, start: Tensor, samples: dict[int, Tensor]) -> float:
+    worst = 0.0
+    for position, sample in samples.items():
+        expected: Any = start
+        if rotation is not None:
+            new = torch.tensor([position], device=start.device)
+            expected = rotation.move(start, torch.zeros_like(new), new)
+        difference = (sample.double() - expected.double()).abs().max() / sample.abs().max()
+        worst = max(worst, float(difference))
+    return worst

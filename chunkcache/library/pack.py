@@ -1,0 +1,181 @@
+"""Packs: the chunks of a store in one file, to be kept, copied, and put into another store.
+
+A pack is a safetensors file. Each chunk has two tensors of bytes, named as its halves are in a
+store: `<key>@kv_bytes` is the blob, and `<key>@metadata` a JSON object of `metadata`, `checksum`
+(xxh3-128 of the blob) and `mentions`, the index entries that lead to it: for each anchor's hash
+what the entry says of the chunk. One blob is in memory at a time, in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from chunkcache.errors import BlobError, SettingError
+from chunkcache.inventory import catalog
+from chunkcache.inventory.filters import Filter
+from chunkcache.library.pack_entry import FORMAT, PackEntry, check
+from chunkcache.model.identity import ChunkKey
+from chunkcache.reuse.index import ANCHOR_FORMAT
+from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
+
+MAX_HEADER = 100_000_000  # what the safetensors library reads
+AT_ONCE = 64  # blobs asked for together
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        chunks: Chunks in the pack.
+        tokens: Their tokens.
+        bytes: Bytes of the file.
+        left_out: Chunks that are damaged, incomplete, or went from the store meanwhile.
+    """
+
+    chunks: int
+    tokens: int
+    bytes: int
+    left_out: int
+
+    def __str__(self) -> str:
+        said = f"{self.chunks:,} chunks, {self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB"
+        return f"{said}; {self.left_out:,} left out as damaged or gone" if self.left_out else said
+
+
+def export_pack(
+    store: ChunkStore,
+    path: Path,
+    chosen: Filter | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Exported:
+    """Write the chunks that are meant to a file. It appears whole or not at all.
+
+    Args:
+        store: An open store.
+        path: The file, by convention `*.safetensors`.
+        chosen: Which chunks; `None` means all of them.
+        overwrite: Replace the file if it is there.
+        progress: Told the bytes of blobs that are done, and of all of them.
+
+    Raises:
+        SettingError: No chunk is meant, or the file is there, cannot be written or would have too
+            many chunks.
+        StoreError: The store failed.
+    """
+    if path.exists() and not overwrite:
+        raise SettingError(f"{str(path)!r} is there already: name another file, or use --force")
+    found = [e for e in catalog.entries(store, chosen or Filter()) if e.metadata and e.nbytes]
+    if not found:
+        raise SettingError("no chunk in this store is meant: check the terms and --store")
+    found.sort(key=lambda entry: entry.key)
+    writer = _Writer(found, _mentions(store, {_hash(entry.key) for entry in found}))
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            exported = writer.write(store, file, progress)
+        os.replace(partial, path)
+    except OSError as error:
+        raise SettingError(
+            f"{str(path)!r} cannot be written: {error}. Name a file in a folder with room that you "
+            "may write to"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return exported
+
+
+class _Writer:
+    """Writes data first, into the room behind a header of the largest size that it can have."""
+
+    def __init__(self, found: Sequence[Listed], mentions: dict[str, dict[str, str]]) -> None:
+        self._found = found
+        self._mentions = mentions
+        self._tensors: dict[str, object] = {"__metadata__": {"format": FORMAT}}
+        # No offset has more digits than their sum.
+        most = sum(e.nbytes for e in found) + (1 << 20) * len(found)
+        longest = sum(2 * len(e.key) + 200 + 6 * len(str(most)) for e in found)
+        self._room = 8 + -(-(longest + 100) // 64) * 64
+        if self._room > MAX_HEADER:
+            raise SettingError(
+                f"{len(found):,} chunks are too many for one pack: export them in parts, by terms "
+                "such as tags=… or 'age>7d'"
+            )
+
+    def write(
+        self, store: ChunkStore, file: BinaryIO, progress: Callable[[int, int], object]
+    ) -> Exported:
+        total, done, chunks, tokens = sum(e.nbytes for e in self._found), 0, 0, 0
+        file.seek(self._room)
+        for entry, blob in _blobs(store, self._found):
+            done += entry.nbytes
+            if blob is not None and (sound := self._sound(entry, blob)):
+                self._add(file, sound, blob)
+                chunks += 1
+                tokens += int(sound.metadata["tokens"])
+            progress(done, total)
+        end = file.tell()
+        header = json.dumps(self._tensors, separators=(",", ":")).encode()
+        file.seek(0)
+        file.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
+        return Exported(chunks, tokens, end, len(self._found) - chunks)
+
+    def _sound(self, entry: Listed, blob: memoryview) -> PackEntry | None:
+        """What the pack will say of a chunk; None if it is damaged."""
+        checksum = xxhash.xxh3_128_hexdigest(blob)
+        mentions = self._mentions.get(_hash(entry.key), {})
+        described = PackEntry(entry.key, entry.metadata or {}, checksum, mentions)
+        try:
+            check(described, blob)
+        except BlobError:
+            return None
+        return described
+
+    def _add(self, file: BinaryIO, entry: PackEntry, blob: memoryview) -> None:
+        halves = ((KV_BYTES, blob), (METADATA, entry.to_json()))
+        for half, data in halves:
+            begin = file.tell() - self._room
+            file.write(data)
+            self._tensors[entry.key + half] = {
+                "dtype": "U8",
+                "shape": [len(data)],
+                "data_offsets": [begin, begin + len(data)],
+            }
+
+
+def _blobs(
+    store: ChunkStore, found: Sequence[Listed]
+) -> Iterator[tuple[Listed, memoryview | None]]:
+    """Each entry with its blob, valid until the next one."""
+    for at in range(0, len(found), AT_ONCE):
+        part = found[at : at + AT_ONCE]
+        with closing(store.read([entry.key for entry in part])) as blobs:  # type: ignore[type-var]
+            yield from zip(part, blobs, strict=True)
+
+
+def _mentions(store: ChunkStore, wanted: set[str]) -> dict[str, dict[str, str]]:
+    """What the index says of these chunks: by chunk, for each anchor."""
+    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for page in store.scan(f"{ANCHOR_FORMAT}@"):
+        for entry in page:
+            for name, place in (entry.metadata or {}).items():
+                if name in wanted:
+                    with suppress(SettingError):  # not ours
+                        found[name][ChunkKey.parse(entry.key).chunk_hash] = place
+    return found
+
+
+def _hash(key: str) -> str:
+    return ChunkKey.parse(key).chunk_hash

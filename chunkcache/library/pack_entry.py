@@ -1,0 +1,124 @@
+"""One chunk of a pack: its metadata as JSON, and what must be true of it and of its blob."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from chunkcache.errors import BlobError, SettingError
+from chunkcache.kv.coding import CODECS, SEALED, ZSTD
+from chunkcache.model.identity import ChunkKey
+
+FORMAT = "chunkcache-pack/1"
+FORMATS = frozenset((*CODECS, *(name + SEALED for name in CODECS)))
+MAX_METADATA = 1 << 20  # bytes of one chunk's JSON
+MAX_HEADER = 1 << 20  # bytes of the header in one blob
+_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_PLACE = re.compile(r"-?\d{1,7} [0-9T:+.Z-]{1,40}", re.ASCII)
+_CONTEXTS = ("exact", "approximate")
+
+
+@dataclass(frozen=True, slots=True)
+class PackEntry:
+    """What a pack says of one chunk.
+
+    Attributes:
+        key: Its key.
+        metadata: As in a store.
+        checksum: xxh3-128 of its blob, 32 hexadecimal digits.
+        mentions: For each anchor's hash, what its index entry says of the chunk.
+    """
+
+    key: str
+    metadata: Mapping[str, str]
+    checksum: str
+    mentions: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        """As it stands in a pack."""
+        told = {
+            "metadata": dict(self.metadata),
+            "checksum": self.checksum,
+            "mentions": dict(self.mentions),
+        }
+        return json.dumps(told).encode()
+
+    @classmethod
+    def read(cls, key: str, raw: bytes) -> PackEntry:
+        """Read what stands in a pack.
+
+        Raises:
+            BlobError: It is something else.
+        """
+        try:
+            told = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise BlobError("its metadata are damaged") from None
+        if not isinstance(told, dict) or set(told) != {"metadata", "checksum", "mentions"}:
+            raise BlobError("its metadata are damaged")
+        metadata, mentions = told["metadata"], told["mentions"]
+        if not _are_texts(metadata) or not _are_texts(mentions):
+            raise BlobError("its metadata are damaged")
+        if not all(map(_HASH.fullmatch, mentions)) or not all(
+            map(_PLACE.fullmatch, mentions.values())
+        ):
+            raise BlobError("its mentions in the index are damaged")
+        return cls(key, metadata, str(told["checksum"]), mentions)
+
+
+def check(entry: PackEntry, blob: memoryview) -> None:
+    """Check that a blob is whole, and of this very chunk.
+
+    A blob that is neither compressed nor sealed is looked into. Others are compared with the pack's
+    checksum alone, and looked into when they are used, as all blobs are.
+
+    Raises:
+        BlobError: It is not.
+    """
+    try:
+        key = ChunkKey.parse(entry.key)
+    except SettingError:
+        raise BlobError("its key is no chunk's") from None
+    fields = entry.metadata
+    if str(key) != entry.key or key.format not in FORMATS:
+        raise BlobError("its key is no chunk's")
+    if fields.get("codec") != key.format or fields.get("model") != key.model:
+        raise BlobError("its metadata are of another key")
+    count, bytes_, positions = (fields.get(n, "") for n in ("tokens", "bytes", "positions"))
+    start, _, stop = positions.partition("-")
+    if not all(text.isdecimal() and len(text) < 12 for text in (count, bytes_, start, stop)):
+        raise BlobError("its metadata are damaged")
+    if int(stop) - int(start) != int(count) or fields.get("context") not in _CONTEXTS:
+        raise BlobError("its metadata are damaged")
+    if int(bytes_) != blob.nbytes or xxhash.xxh3_128_hexdigest(blob) != entry.checksum:
+        raise BlobError("its blob is damaged")
+    if not key.format.endswith((ZSTD, SEALED)):
+        _look_into(blob, key.chunk_hash, fields)
+
+
+def _look_into(blob: memoryview, chunk_hash: str, fields: Mapping[str, str]) -> None:
+    """Compare what a blob says of itself with what is said of it."""
+    size = int.from_bytes(blob[:8], "little")
+    if not 0 < size <= min(MAX_HEADER, blob.nbytes - 8):
+        raise BlobError("its blob is damaged")
+    try:
+        told: Any = json.loads(bytes(blob[8 : 8 + size]))["__metadata__"]
+        own = {name: told[name] for name in ("chunk_hash", "positions", "tokens", "checksum")}
+        same_tokens = json.loads(own["tokens"]) == json.loads(fields["token_ids"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BlobError("its blob is damaged") from None
+    if own["chunk_hash"] != chunk_hash or own["positions"] != fields["positions"]:
+        raise BlobError("its blob is of another key")
+    if not same_tokens:
+        raise BlobError("its blob is of other tokens")
+    if own["checksum"] != f"xxh3_128:{xxhash.xxh3_128_hexdigest(blob[8 + size :])}":
+        raise BlobError("its blob is damaged")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

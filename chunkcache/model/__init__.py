@@ -1,0 +1,1 @@
+"""What must be known of a model: its identity, and which reuse of its K/V is proven right."""

@@ -1,0 +1,206 @@
+"""ModelIdentity: what the K/V of a token depend on besides the tokens; ChunkKey: a chunk's name.
+
+Two models that differ in anything that shapes their K/V must never share a chunk, and the same
+checkpoint in two processes must. So the identity is a digest of content, never of names alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+import transformers
+from torch import nn
+
+from chunkcache.errors import SettingError
+from chunkcache.model.foreign import patches
+from chunkcache.model.ranks import Ranks
+from chunkcache.model.weights import digest_adapters, digest_weights
+
+# Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
+# it, since a release may change what a layer caches (rotated or not, latent or expanded).
+KV_LAYOUT = f"1+transformers-{'.'.join(transformers.__version__.split('.')[:2])}"
+
+# Parts of a configuration that say where a model came from or how outputs are returned, not what
+# its K/V are.
+_INERT = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",  # each tensor's own counts, with the weights
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What stored K/V belong to.
+
+    Attributes:
+        name: Readable name of the model, the `model` part of a key. Not trusted: `digest` decides.
+        revision: Commit on the Hub, or `""`.
+        dtype: Data type of the weights, as `"float32"`.
+        digest: SHA-256 over configuration, weights, adapters, numerics and K/V layout (64 hex).
+        parts: The digests that went into `digest`, by name, to tell what differs.
+        world_size: Processes that share one model (tensor parallel).
+        worker: This process among them.
+    """
+
+    name: str
+    revision: str
+    dtype: str
+    digest: str
+    parts: tuple[tuple[str, str], ...]
+    world_size: int = 1
+    worker: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, edited: Collection[str] = ()) -> ModelIdentity:
+        """The identity of a model as it stands: weights, adapters and settings of this moment.
+
+        `edited` names tensors that changed while they were watched (see `weights.digest_weights`).
+        """
+        config: Any = model.config
+        revision = getattr(config, "_commit_hash", None) or ""
+        parts = (
+            ("layout", KV_LAYOUT),
+            ("class", f"{type(model).__module__}.{type(model).__qualname__}"),
+            ("config", digest_config(model)),
+            ("rope", _rope(config)),  # in the configuration too; by itself, it can be told
+            ("revision", revision),
+            ("weights", digest_weights(model, edited)),
+            ("adapters", digest_adapters(model)),
+            ("numerics", numerics(model)),
+            ("patches", json.dumps(patches(model))),
+        )
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        ranks = Ranks.of(model)
+        name = model_name(model)
+        return cls(name, revision, dtype, digest, parts, ranks.size, ranks.rank)
+
+    def salt(self, namespace: str, secret: str = "", codec: str = "") -> bytes:
+        """The key of every chunk hash of this model, 32 bytes.
+
+        Args:
+            namespace: Each is a world of its own.
+            secret: Who does not know it can compute no hash, unless it is `""`.
+            codec: The codec's own part, as `Codec.world` gives it.
+        """
+        text = json.dumps([self.digest, namespace, self.world_size, self.worker, codec])
+        key = hashlib.sha256(secret.encode()).digest()  # HMAC pads short keys: "x" would be "x\0"
+        return hmac.digest(key, text.encode(), "sha256")
+
+    def key(self, chunk_hash: str, format: str) -> ChunkKey:
+        """The key of a chunk of this model."""
+        return ChunkKey(format, self.name, self.world_size, self.worker, chunk_hash)
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's name on the Hub, the last part of a local folder, or its class name."""
+    config: Any = model.config
+    name = getattr(config, "_name_or_path", "") or ""
+    if not name:
+        return type(model).__name__
+    path = Path(name)
+    # A folder's path says where one machine keeps it; others would miss, and it tells too much.
+    if path.is_absolute() or name.startswith(".") or path.exists():
+        return path.resolve().name or type(model).__name__
+    return name
+
+
+def digest_config(model: nn.Module) -> str:
+    """SHA-256 over all settings of a model that can shape its K/V (64 hex digits)."""
+    config: Any = model.config
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items() if k not in _INERT}
+        return value
+
+    settings = plain(config.to_dict())
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rope(config: Any) -> str:
+    """The settings of the rotation, as text."""
+    text = config.get_text_config(decoder=True)
+    names = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+    return json.dumps({n: getattr(text, n, None) for n in names}, sort_keys=True, default=str)
+
+
+def numerics(model: nn.Module) -> str:
+    """Switches that change what the same weights compute, as text; cheap enough for each prompt."""
+    config: Any = model.config
+    device = next(model.parameters()).device.type
+    if device == "meta":  # weights are elsewhere and come when they are needed
+        device = "cpu"
+    autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
+    attention = getattr(config, "_attn_implementation", None)
+    experts = getattr(config, "_experts_implementation", None)
+    precision = torch.get_float32_matmul_precision()
+    return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"
+
+
+_KEY = re.compile(r"([a-z0-9+.-]+)@([^@]*)@(\d{1,9})@(\d{1,9})@([0-9a-f]{64})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKey:
+    """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
+
+    `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
+    a store adds `@metadata` and `@kv_bytes`, and in a cluster the hash stands in braces.
+    """
+
+    format: str
+    model: str
+    world_size: int
+    worker: int
+    chunk_hash: str
+
+    def __str__(self) -> str:
+        name = quote(self.model, safe="/:+=,", errors="surrogatepass")
+        return f"{self.format}@{name}@{self.world_size}@{self.worker}@{self.chunk_hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> ChunkKey:
+        """Read a key back, also as a cluster writes it, with or without its half behind it.
+
+        Raises:
+            SettingError: The text is not a key of ours.
+        """
+        name = text.removesuffix("@metadata").removesuffix("@kv_bytes")
+        name = re.sub(r"@\{([0-9a-f]{64})\}\Z", r"@\1", name)
+        if match := _KEY.fullmatch(name):
+            format, model, world_size, worker, chunk_hash = match.groups()
+            try:
+                model = unquote(model, errors="surrogatepass")
+                key = cls(format, model, int(world_size), int(worker), chunk_hash)
+            except UnicodeDecodeError:
+                key = None
+            if key is not None and str(key) == name:  # written as we write it, no other way
+                return key
+        raise SettingError(
+            f"{text[:200]!r} is not a chunk key: expected format@model@world_size@worker@chunk_hash"
+        )

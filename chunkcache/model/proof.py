@@ -1,0 +1,234 @@
+"""Proof: may this model's K/V be taken out, put back, and continued from? It is tried, not assumed.
+
+A name or a class says little: models differ in what they cache, and some give other results when
+a prompt is computed in two parts, with any cache. So each model is tested once: 32 tokens in one
+pass against the same tokens continued from K/V that went through a blob. The verdict is kept in
+the store under the model's identity, so that the next process does not repeat the test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from chunkcache.errors import ChunkCacheError
+from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
+from chunkcache.kv.layers import GrowingLayer, row_slice, settle_all
+from chunkcache.model.check import CACHE
+from chunkcache.model.ranks import Ranks
+
+# Largest difference of logits, relative to the largest logit, that rounding explains. Wrong K/V
+# are off by 10 % and more.
+ROUNDING = {
+    torch.float64: 1e-5,  # parts of many models compute in float32 all the same
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+_TOKENS = 32
+# Frequencies that change with the length of the prompt: stored keys would depend on more than
+# the tokens before them.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The verdict on one model.
+
+    `obstacle` is empty when the model is proven; otherwise it says why the cache stands aside.
+    `layout` is what its layers cache, when they could be tapped.
+    """
+
+    obstacle: str = ""
+    layout: KVLayout | None = None
+
+
+def growing_layers(model: nn.Module) -> list[Any] | None:
+    """A growing layer for each layer of the model that caches K/V, a dummy for the others.
+
+    `None` when some layer is of a kind that is not understood (recurrent or compressed state).
+    Sliding layers become full-length ones: their masks still apply, and a whole prompt's K/V can
+    be taken out.
+    """
+    layers: list[Any] = []
+    config: Any = model.config
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(GrowingLayer())
+        elif type(layer) is DummyLayer:
+            layers.append(layer)
+        else:
+            return None
+    return layers or None
+
+
+def prove(model: nn.Module) -> Proof:
+    """Test a model in evaluation mode. Draws no random numbers and leaves no trace in the model."""
+    return _try(model, _split_test)
+
+
+def measure_layout(model: nn.Module) -> Proof:
+    """For a model that is proven: what its layers cache, seen on one token."""
+    return _try(model, lambda m: Proof("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
+
+
+def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
+    if obstacle := known_obstacle(model):
+        return Proof(obstacle)
+    try:
+        with torch.no_grad():
+            proof = test(model)
+    except ChunkCacheError as error:
+        return Proof(f"the self-test failed: {error}")
+    except Exception as error:  # a model may fail in any way on a prompt that is not its own
+        return Proof(f"the self-test could not run: {type(error).__name__}: {error}"[:300])
+    if proof.layout and proof.layout.dtype not in ROUNDING:
+        return Proof(f"K/V of type {proof.layout.dtype} are not supported")
+    return proof
+
+
+def known_obstacle(model: nn.Module) -> str:
+    """Why a model cannot pass the test, as far as its configuration tells, or `""`."""
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    if obstacle := Ranks.of(model).obstacle:
+        return obstacle
+    if growing_layers(model) is None:
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        return f"cache layers of a kind that is not supported: {', '.join(sorted(kinds)) or 'none'}"
+    for part in _rope_parts(getattr(text_config, "rope_parameters", None)):
+        if part.get("rope_type", "default") in _LENGTH_DEPENDENT_ROPE:
+            return f"RoPE type {part['rope_type']!r} depends on the prompt's length"
+    # LLM.int8() (https://arxiv.org/abs/2208.07339): a column of activations that has an outlier in
+    # any token is computed in 16 bits for all, so K/V depend on tokens that come later.
+    quantisation: Any = getattr(config, "quantization_config", None)
+    if getattr(quantisation, "load_in_8bit", False) and quantisation.llm_int8_threshold > 0:
+        return "8-bit weights with outliers depend on later tokens: set llm_int8_threshold=0"
+    return ""
+
+
+def _rope_parts(parameters: Any) -> list[dict[str, Any]]:
+    """RoPE settings are one mapping, or one per layer type."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return nested or [parameters]
+
+
+def _split_test(model: nn.Module) -> Proof:
+    ids = probe_ids(model)
+    config: Any = model.config
+    whole = forward(model, ids, DynamicCache(config=config))
+    half, most = ids.shape[1] // 2 - 1, ids.shape[1] - 1
+    # What is stored must not depend on what came behind it: from a prompt that goes on otherwise,
+    # and for longer. Nor on rounding, which is another in a short prompt: there are models that
+    # make much of it.
+    for cut, behind in ((half, True), (most, True), (half, False)):
+        other = [ids[:, :cut], ids.flip(1), ids[:, cut:]] if behind else [ids[:, :cut]]
+        stored, _ = _prefill(model, torch.cat(other, dim=1))
+        layout = _layout_of(stored)
+        # As a hit would: through a blob, into fresh layers.
+        tokens = ids[0, :cut].tolist()
+        form = BlobForm.of(layout, tokens, 0, "")
+        parts = form.views(encode(form, row_slice(stored, 0, 0, cut)))
+        layers = _test_layers(model)
+        settle_all(layers, layout, 1, ids.shape[1], whole.device)
+        for layer, kv in zip(layers, parts, strict=True):
+            if kv is not None:
+                layer.place(0, 0, *kv)
+                layer.hold(cut)
+        rest = forward(model, ids[:, cut:], cache_of(layers))
+        error = float((rest - whole[:, cut:]).abs().max() / whole.abs().max())
+        if not error <= ROUNDING.get(layout.dtype, 0.0):
+            return Proof(
+                "continuing from stored K/V changes this model's logits by "
+                f"{error:.1e} of the largest"
+            )
+    return Proof("", layout)
+
+
+def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
+    """Layers filled with the K/V of a prompt, and its logits."""
+    layers = _test_layers(model)
+    return layers, forward(model, ids, cache_of(layers))
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of that name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> Tensor:
+    """Logits of `[batch, tokens]` ids, computed where the model's embeddings are."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device = next(embedding.parameters()).device
+    if device.type == "meta":  # offloaded: accelerate brings inputs to where weights will be
+        device = ids.device
+    placed = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in more.items()
+    }
+    placed[CACHE] = cache
+    out: Any = model(input_ids=ids.to(device), use_cache=True, **placed)
+    logits: Tensor = out.logits
+    return logits
+
+
+def cache_of(layers: list[Any]) -> DynamicCache:
+    """A plain cache, which our hook ignores, around layers of ours."""
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = layers, None
+    return cache
+
+
+def _test_layers(model: nn.Module) -> list[Any]:
+    layers = growing_layers(model)
+    assert layers is not None
+    return layers
+
+
+def _layout_of(layers: Sequence[Any]) -> KVLayout:
+    shapes: list[LayerShape | None] = []
+    dtypes = set()
+    for layer in layers:
+        if not isinstance(layer, GrowingLayer):
+            shapes.append(None)
+            continue
+        if not layer.is_initialized:
+            raise ChunkCacheError("a layer that should cache K/V got none")
+        k, v = layer.keys, layer.values
+        shapes.append(LayerShape(k.shape[1], k.shape[3], v.shape[1], v.shape[3]))
+        dtypes |= {k.dtype, v.dtype}
+    if len(dtypes) != 1:
+        raise ChunkCacheError(f"layers cache K/V of several types: {sorted(map(str, dtypes))}")
+    return KVLayout(dtypes.pop(), tuple(shapes))
+
+
+def probe_ids(model: nn.Module) -> Tensor:
+    """`[1, 32]` ids spread over the vocabulary, without those that mean something special."""
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    special: set[int] = set()
+    for part in (config, text_config):
+        for name, value in part.to_dict().items():
+            if name.endswith(("token_id", "token_index")):
+                special |= {
+                    v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)
+                }
+    vocabulary = int(text_config.vocab_size)
+    ids = [i for i in range(vocabulary) if i not in special] if vocabulary < 4096 else []
+    if not ids:
+        ids = [i for i in range(10, vocabulary, vocabulary // 2048) if i not in special]
+    # A fixed pattern with a step prime to most lengths: no generator, so no effect on sampling.
+    return torch.tensor([[ids[(7 + 613 * i) % len(ids)] for i in range(_TOKENS)]])

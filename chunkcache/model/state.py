@@ -1,0 +1,175 @@
+"""ModelState: the one small object that chunkcache attaches to a model, and all it keeps there."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+from torch import nn
+
+from chunkcache.errors import StoreError
+from chunkcache.gain import Gauge
+from chunkcache.kv.codec import KVLayout
+from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.spare import SpareMemory
+from chunkcache.model.foreign import Hooks, HookWatch, foreign_hooks, patches
+from chunkcache.model.identity import ModelIdentity, digest_config, numerics
+from chunkcache.model.moving import find_rotation, prove_moving
+from chunkcache.model.proof import Proof, measure_layout, prove
+from chunkcache.model.ranks import Ranks
+from chunkcache.model.weights import Watched, watch
+from chunkcache.stores import open_store
+from chunkcache.stores.base import ChunkStore, Entry
+
+PROOF_FORMAT = "proof"
+MOVING_FORMAT = "moving"
+
+
+@dataclass
+class ModelState:
+    """Identity and proof of one model, and the stores opened for it by URL.
+
+    Found through a weak dictionary, so that it goes with the model.
+    """
+
+    _model: weakref.ref[nn.Module]
+    _lock: RLock = field(default_factory=RLock)
+    foreign: list[tuple[str, Hooks, int]] = field(default_factory=list)
+    hooks: HookWatch = field(default_factory=HookWatch)
+    memory: SpareMemory = field(default_factory=SpareMemory)
+    gauges: weakref.WeakKeyDictionary[ChunkStore, Gauge] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those alive
+    _watched: Watched | None = None
+    _edited: set[str] = field(default_factory=set)
+    _rest: tuple[object, ...] = ()
+    _identity: ModelIdentity | None = None
+    _proofs: dict[str, Proof] = field(default_factory=dict)
+    _movers: dict[str, KeyMover | str] = field(default_factory=dict)
+    _rotations: dict[str, KeyMover | None] = field(default_factory=dict)
+    _stores: dict[tuple[object, ...], ChunkStore] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelState:
+        """The state attached to a model, a new one the first time."""
+        with _LOCK:
+            state = _STATES.get(model)
+            if state is None:
+                state = _STATES[model] = cls(weakref.ref(model))
+            return state
+
+    @property
+    def model(self) -> nn.Module:
+        """The model. It outlives whatever asks, since caches hold it."""
+        model = self._model()
+        assert model is not None
+        return model
+
+    def identity(self) -> ModelIdentity:
+        """The model's identity now: computed again only when the watch says that it may differ."""
+        with self._lock:
+            model = self.model
+            parts = list(model.named_modules())
+            watched = watch(model, parts)
+            rest = (numerics(model), digest_config(model), patches(model, parts))
+            self.foreign = foreign_hooks(model, parts)
+            if self._identity is None or watched != self._watched or rest != self._rest:
+                if self._watched is not None:
+                    self._edited |= watched.edited_since(self._watched)
+                self._watched, self._rest = watched, rest
+                self._identity = ModelIdentity.of(model, self._edited)
+            return self._identity
+
+    def proof(self, identity: ModelIdentity, store: ChunkStore) -> Proof:
+        """Whether K/V of that identity, the model's present one, may be reused.
+
+        Known from before, known to the store, or tested now.
+        """
+        with self._lock:
+            if identity.digest not in self._proofs:
+                self._proofs[identity.digest] = self._prove(store, identity)
+            return self._proofs[identity.digest]
+
+    def mover(self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore) -> KeyMover | str:
+        """The proven rotation of that identity, the model's present one, or why there is none.
+
+        The rotation is found anew by each process; that it is good enough is known from before,
+        known to the store, or tested now.
+        """
+        with self._lock:
+            if identity.digest not in self._movers:
+                proven = _was_proven(store, identity, MOVING_FORMAT)
+                mover = prove_moving(self.model, layout, proven)
+                if not proven and not isinstance(mover, str):
+                    _keep_proven(store, identity, MOVING_FORMAT)
+                self._movers[identity.digest] = mover
+            return self._movers[identity.digest]
+
+    def rotation(self, identity: ModelIdentity) -> KeyMover | None:
+        """How keys of that identity, the model's present one, turn with their position, if known.
+
+        Unlike `mover`, not proven: good for turning them and turning them back.
+        """
+        with self._lock:
+            if identity.digest not in self._rotations:
+                self._rotations[identity.digest] = find_rotation(self.model)
+            return self._rotations[identity.digest]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the model."""
+        return Ranks.of(self.model)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the model was looked at before."""
+        return self._identity is not None
+
+    def open(self, url: str | list[str] | None, **settings: Any) -> ChunkStore:
+        """The store at a URL, or tiers, opened once for all caches of this model."""
+        with self._lock:
+            key = (tuple(url) if isinstance(url, list) else url, *sorted(settings.items()))
+            if key not in self._stores:
+                self._stores[key] = open_store(url, **settings)
+            return self._stores[key]
+
+    def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
+        # Tests are forwards, which all ranks run or none.
+        if self.ranks.all(_was_proven(store, identity, PROOF_FORMAT)):
+            proof = measure_layout(self.model)
+            if self.ranks.all(not proof.obstacle):
+                return proof
+        proof = prove(self.model)
+        if not proof.obstacle:
+            _keep_proven(store, identity, PROOF_FORMAT)
+        return proof
+
+
+def _was_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> bool:
+    """Whether another process has proven this very model. Only that is taken on trust."""
+    try:
+        fields = store.read_metadata([str(identity.key(identity.digest, format))])[0] or {}
+    except StoreError:
+        return False
+    return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
+
+
+def _keep_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
+    fields = {
+        "model": identity.name,
+        "identity": identity.digest,
+        "parts": json.dumps(dict(identity.parts)),  # to tell in what another model differs
+        "proven": "yes",
+    }
+    key = str(identity.key(identity.digest, format))
+    with suppress(StoreError):  # the next process tests again
+        store.write([Entry(key, fields, memoryview(b""))])
+
+
+_STATES: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
+_LOCK = RLock()

@@ -1,0 +1,229 @@
+"""Index: which stored chunks hold a text, wherever it stood when they were computed.
+
+Two round trips more than an exact lookup, for all rows of a batch together: one asks for the
+anchors of the unknown part of the prompt, one for the tokens of the chunks that hold them. Entries
+are hints: tokens are compared here, and blobs when they are read. Who meets an entry that names
+chunks which are gone, or too many, leaves it as it should be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from chunkcache.errors import BlobError, SealedBlobError
+from chunkcache.kv.codec import KVLayout
+from chunkcache.kv.coding import Codec, Form
+from chunkcache.model.identity import ModelIdentity
+from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.tokens.anchors import WINDOW, anchors
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
+from chunkcache.tokens.matching import Piece, StoredChunk, cover
+
+ANCHOR_FORMAT = "anchor"
+# Texts that every prompt has (a system prompt) collect variants; the newest are enough.
+MOST_VARIANTS = 8
+# And some texts are one window over and over again.
+MOST_PLACES = 32
+REACH = 2 * WINDOW - 1  # tokens beside a chunk that lead to it
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where chunks of one model and namespace are found, by which hashes, and in which form."""
+
+    store: ChunkStore
+    identity: ModelIdentity
+    salt: bytes = field(repr=False)
+    codec: Codec
+
+    def key(self, chunk_hash: str) -> str:
+        """The store's key of a chunk."""
+        return str(self.identity.key(chunk_hash, self.codec.format))
+
+    def lossy(self, layout: KVLayout) -> str:
+        """The codec's name if K/V come back rounded, else `""`."""
+        return "" if self.codec.is_exact(layout.dtype) else self.codec.name
+
+    def form(self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
+        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
+        return self.codec.form(layout, tokens, start, chunk_hash, self.key(chunk_hash))
+
+    def anchor_key(self, anchor_hash: str) -> str:
+        """The store's key of an anchor's entry."""
+        return str(self.identity.key(anchor_hash, ANCHOR_FORMAT))
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Equal rows of a batch, and the part of them that is not known exactly.
+
+    Attributes:
+        tokens: `[tokens]`, a row's token ids without padding.
+        start: Position where the exact beginning ends.
+        stop: Position where the tokens begin whose outputs are wanted.
+        rows: Numbers of the rows.
+        pad: Columns of left padding before each.
+    """
+
+    tokens: Tokens
+    start: int
+    stop: int
+    rows: tuple[int, ...] = (0,)
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        pieces: Parts of each passage that the store has K/V for, in order.
+        stale: Index entries that name chunks which are gone, or too many: by key, what shall
+            replace them.
+    """
+
+    pieces: list[list[Piece]]
+    stale: dict[str, Entry]
+
+
+def created_now() -> str:
+    """When a chunk is made, as metadata and index say it: later ones sort behind earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def index_entries(
+    origin: Origin, chunk: Chunk, row: Tokens, created: str, pinned: bool = False
+) -> list[Entry]:
+    """The anchor entries by which a chunk of a row of tokens will be found.
+
+    Windows beside it count too: a text may begin with the chunk's last tokens, or end with its
+    first ones, which are too few to have an anchor of their own.
+    """
+    begin, size = max(chunk.start - REACH, 0), chunk.stop - chunk.start
+    offsets: defaultdict[str, list[int]] = defaultdict(list)
+    for anchor in anchors(row[begin : chunk.stop + REACH], origin.salt):
+        offsets[anchor.hash].append(begin + anchor.start - chunk.start)
+
+    def outside(offset: int) -> int:
+        return max(-offset, offset + WINDOW - size)
+
+    return [
+        Entry(
+            origin.anchor_key(name),
+            {chunk.hash: f"{min(found, key=outside)} {created}"},
+            memoryview(b""),
+            merge=True,
+            pinned=pinned,
+        )
+        for name, found in offsets.items()
+    ]
+
+
+def search(origin: Origin, passages: Sequence[Passage]) -> Found:
+    """Which parts of the passages the store has K/V for, computed anywhere.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    places = _anchor_places(origin, passages)
+    if not places:
+        return Found([[] for _ in passages], {})
+    entries = origin.store.read_metadata([origin.anchor_key(anchor) for anchor in places])
+    answers = [fields or {} for fields in entries]
+    newest = [_newest(fields) for fields in answers]
+    hashes = list(dict.fromkeys(name for variants in newest for name in variants))
+    records = origin.store.read_metadata([origin.key(name) for name in hashes]) if hashes else []
+    chunks: dict[str, StoredChunk] = {}
+    sealed: set[str] = set()  # with another key: of no use here, and good for others
+    for name, fields in zip(hashes, records, strict=True):
+        try:
+            if fields and (chunk := _read_record(origin, name, fields)):
+                chunks[name] = chunk
+        except SealedBlobError:
+            sealed.add(name)
+    shifts: list[set[tuple[str, int]]] = [set() for _ in passages]
+    stale = {}
+    for anchor, fields, variants in zip(places, answers, newest, strict=True):
+        good = {name: offset for name, offset in variants.items() if name in chunks}
+        kept = [name for name in variants if name in good or name in sealed]
+        if len(kept) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
+            key = origin.anchor_key(anchor)
+            rest = {name: fields[name] for name in kept}
+            pinned = any(chunks[name].pinned for name in good)
+            stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
+        for number, start in places[anchor]:
+            shifts[number] |= {(name, start - offset) for name, offset in good.items()}
+    pieces = []
+    for passage, found in zip(passages, shifts, strict=True):
+        candidates = [(chunks[name], shift) for name, shift in sorted(found)]
+        pieces.append(cover(passage.tokens, candidates, passage.start, passage.stop))
+    return Found(pieces, stale)
+
+
+def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
+    """Whether a piece has the K/V of this very text: where it stood, and behind all that is here.
+
+    A part of a chunk may be so where the rest of it is not, or where a chunk before it is missing.
+    Its hash tells, since it covers all that stood before.
+    """
+    if piece.start != piece.old_start:
+        return False
+    then = np.concatenate([tokens[: piece.start], piece.chunk.tokens[piece.offset :]])
+    chunks = cut(then, grid, salt, tail=True)
+    return bool(chunks) and chunks[-1].hash == piece.chunk.hash
+
+
+def _anchor_places(origin: Origin, passages: Sequence[Passage]) -> dict[str, list[tuple[int, int]]]:
+    """Each anchor's hash, and where it stands: numbers of passages, and positions."""
+    places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for number, passage in enumerate(passages):
+        if passage.start >= passage.stop:
+            continue
+        for anchor in anchors(passage.tokens[passage.start : passage.stop], origin.salt):
+            there = places[anchor.hash]
+            if len(there) < MOST_PLACES or there[-MOST_PLACES][0] != number:
+                there.append((number, passage.start + anchor.start))
+    return dict(places)
+
+
+def _newest(fields: Mapping[str, str]) -> dict[str, int]:
+    """The newest variants that an anchor's entry names: their hashes, and where it is in them."""
+    newest = sorted(fields.items(), key=lambda item: item[1].partition(" ")[2])
+    variants = {}
+    for name, place in newest[-MOST_VARIANTS:]:
+        offset = place.partition(" ")[0]
+        if offset.removeprefix("-").isdecimal() and len(offset) < 8:
+            variants[name] = int(offset)
+    return variants
+
+
+def _read_record(origin: Origin, chunk_hash: str, fields: dict[str, str]) -> StoredChunk | None:
+    """A chunk's metadata as a candidate. Only a hint: the blob is checked against it later.
+
+    Raises SealedBlobError if its tokens are sealed with another key.
+    """
+    try:
+        text = origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash))
+        ids = np.array(json.loads(text), dtype=np.int64)
+        start = int(fields["positions"].partition("-")[0])
+    except SealedBlobError:
+        raise
+    except (BlobError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    if ids.ndim != 1 or not 0 < len(ids) < 1 << 20 or not 0 <= start < 1 << 31:
+        return None
+    return StoredChunk(
+        chunk_hash,
+        start,
+        ids,
+        parent=fields.get("parent", ""),
+        clean=fields.get("context") == "exact",
+        created=fields.get("created", ""),
+        pinned=fields.get("pinned") == "yes",
+    )

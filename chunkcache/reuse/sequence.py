@@ -1,0 +1,301 @@
+"""Sequence: the tokens in a cache object's layers, and the way of one prompt through them.
+
+What is known is recalled into the layers, the model computes the rest, and what is new is
+harvested. A cache has one sequence at a time and takes a new one whenever it drops what it holds.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from chunkcache.errors import StoreError, UnsupportedModelError
+from chunkcache.kv.coding import Codec
+from chunkcache.kv.rope import KeyMover
+from chunkcache.model.foreign import Hooks
+from chunkcache.model.identity import ModelIdentity, numerics
+from chunkcache.model.proof import Proof, growing_layers
+from chunkcache.model.scatter import close_layers
+from chunkcache.report import Report, RowReport
+from chunkcache.reuse.harvest import exact_lengths, harvest
+from chunkcache.reuse.index import Origin
+from chunkcache.reuse.prefill import ForwardCall, Rest
+from chunkcache.reuse.recall import Recall
+from chunkcache.reuse.restore import discard
+from chunkcache.reuse.step import Held, Setup, Step
+from chunkcache.tokens.plan import COMPUTING, Kind, Span
+from chunkcache.tokens.transcript import Transcript
+
+_NOT_TEXT = "mask and positions are not those of a text with padding on its left alone"
+
+
+class Sequence:
+    """See the module. `layers` is the list that the cache object works on.
+
+    `opaque` says why K/V of these tokens can be neither taken from the store nor put there; the
+    model then computes as with a plain cache.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.transcript = Transcript()
+        self.opaque = ""
+        self.identity: ModelIdentity | None = None
+        self.proof = Proof()
+        self.layers: list[Any] = self._empty_layers()
+        self._salt = b""
+        self._codec = Codec()
+        self._fed = 0
+        self._known: set[str] = set()
+        self._complete: list[int] = []
+        self._checks: list[Tensor | bool] = []
+        self._hooks: list[tuple[str, Hooks, int]] = []
+        self._numerics = ""
+
+    @property
+    def length(self) -> int:
+        """Columns whose K/V are held."""
+        for layer in self.layers:
+            if isinstance(layer, CacheLayerMixin):
+                return int(layer.get_seq_length())
+        return self._fed  # recurrent layers do not count
+
+    def identify(self) -> bool:
+        """Look at the model. True if it is no longer the one that computed what is held."""
+        identity = self.setup.state.identity()
+        if identity == self.identity:
+            return False
+        changed = self.identity is not None
+        self.identity = identity
+        self._numerics = numerics(self.setup.model)
+        self.proof = self.setup.state.proof(identity, self.setup.store)
+        if not self.proof.obstacle:
+            origin = self.setup.origin(identity)
+            self._salt, self._codec = origin.salt, origin.codec
+        return changed
+
+    def begins_like(self, call: ForwardCall) -> bool:
+        """Whether the ids given and those held have a beginning in common."""
+        assert call.ids is not None
+        return self.transcript.common_columns(call.ids, self.transcript.pads) > 0
+
+    def common_columns(self, call: ForwardCall) -> int:
+        """Columns of a whole prompt that are held, the last ones that must be computed left out."""
+        if self.opaque or call.opaque or call.whole or self.identify() or self.proof.obstacle:
+            return 0
+        assert call.ids is not None
+        common = self.transcript.common_columns(call.ids, call.pads())
+        return max(0, min(common, call.new - max(call.keep, 1)))
+
+    # ------------------------------------------------------------------ a forward begins
+
+    def begin(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
+        """Fill the layers with what is known. Returns what is left to compute."""
+        with self.setup.store_calls(report):
+            rest = self._prepare(module, call, step, report)
+        self.setup.state.hooks.begin([] if self.opaque else self._hooks)
+        return rest
+
+    def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
+        self.opaque = self.opaque or call.opaque
+        if step.is_prompt:
+            self.opaque = self.opaque or self._why_aside(module, call, step)
+            if not self.setup.state.ranks.all(not self.opaque):
+                self.opaque = self.opaque or "another process of this model stands aside"
+        if self.opaque:
+            if step.held > step.past:
+                self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
+            if step.is_prompt:
+                self._report_aside(call, step, report)
+            return Rest()
+        assert call.ids is not None
+        self.transcript.append(call.ids[:, step.held - step.past :])
+        if not step.is_prompt:
+            self._checks.append(call.follows(step.past, self.transcript.pads))
+            return Rest(step.held - step.past)
+        rest, spans = self._recall(call, step, report)
+        self._report_exactness(report)
+        pads = self.transcript.pads
+        self._report(spans, [max(step.past - pad, 0) for pad in pads], report)
+        for row, ids, pad in zip(report.rows, self.transcript.ids(), pads, strict=True):
+            row.ids = ids[pad:].numpy()
+        step.trimmed = rest.skip > 0 or rest.columns is not None
+        step.computed = sum(s.tokens for row in spans for s in row if s.kind in COMPUTING)
+        step.prefill_from = perf_counter()
+        return rest
+
+    def _why_aside(self, module: nn.Module, call: ForwardCall, step: Step) -> str:
+        if module is not self.setup.model:
+            if not step.held:
+                config: Any = module.config
+                self.layers[:] = DynamicCache(config=config).layers
+            return "this cache was made for another model"
+        if self.identify() and step.held:
+            return "the model changed after a part of this sequence was computed"
+        if not step.held:
+            self.layers[:] = self._empty_layers()
+        if self.proof.obstacle:
+            return self.proof.obstacle
+        self._hooks = self.setup.state.foreign
+        if reason := self.setup.state.hooks.reason(self._hooks):
+            return reason
+        if not step.held:
+            self.transcript.start(call.pads())
+        if self.transcript.columns != step.held:
+            return "the cache holds K/V of tokens that it has not seen"
+        if step.past and call.mask is not None and len(self.transcript.pads) == len(call.mask):
+            self.transcript.more_padding(call.pads())
+        return "" if bool(call.follows(step.past, self.transcript.pads)) else _NOT_TEXT
+
+    def _empty_layers(self) -> list[Any]:
+        """Ours where the model is proven, else those of a plain `DynamicCache`."""
+        ours = None if self.proof.obstacle else growing_layers(self.setup.model)
+        config: Any = self.setup.model.config
+        return ours or DynamicCache(config=config).layers
+
+    def _recall(
+        self, call: ForwardCall, step: Step, report: Report
+    ) -> tuple[Rest, list[list[Span]]]:
+        """Bring what is known into the layers. Returns what is left, and each token's fate."""
+        assert call.ids is not None
+        report.skipped = call.whole
+        limit = step.held if call.whole else step.total - max(call.keep, 1)
+        if step.past and not self.setup.state.hooks.is_known(self._hooks):
+            limit = step.held  # should a hook change something, this part could not be done again
+        mover = None
+        if self.setup.settings.reuse == "anywhere" and limit > step.held:
+            try:
+                mover = self.mover()
+            except UnsupportedModelError as error:  # its attention was changed since it was made
+                self.setup.trouble(error, report)
+        held = self._held
+        return Recall(self.setup, held, step, limit, mover, call.ids.device, report).run()
+
+    def mover(self) -> KeyMover:
+        """The model's proven rotation.
+
+        Raises:
+            UnsupportedModelError: Its K/V may not be moved.
+        """
+        assert self.identity is not None
+        mover: KeyMover | str = self.proof.obstacle
+        if not mover:
+            mover = self.setup.state.mover(self.identity, self._held.layout, self.setup.store)
+        if isinstance(mover, str):
+            raise UnsupportedModelError(
+                f"reuse='anywhere' is not possible with {self.setup.model.__class__.__name__}: "
+                f"{mover}. Use reuse='prefix'"
+            )
+        return mover
+
+    # ------------------------------------------------------------------ a forward has come back
+
+    def end(self, step: Step, report: Report) -> bool:
+        """Hand over what is new. True if the forward must be done again, with nothing left out."""
+        changed = self.setup.state.hooks.end()
+        if step.trimmed:
+            changed = not self.setup.state.ranks.all(not changed)
+        if changed:
+            self.opaque = self.setup.state.hooks.reason(self._hooks)
+        if not self._has_arrived(step, report) or (changed and step.trimmed):
+            return True
+        if step.is_prompt:
+            prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
+            report.prefill_ms += prefill_ms
+            self.setup.gauge.note_computed(step.computed, prefill_ms)
+            report.skipped = self.opaque or report.skipped
+        self._fed = step.total
+        close_layers(self.layers)
+        if not self.opaque:
+            with self.setup.store_calls(report):
+                self._store_new(step, report)
+        return False
+
+    def _has_arrived(self, step: Step, report: Report) -> bool:
+        """Whether all K/V that the model was promised have come, and are what they must be."""
+        arrival = step.arrival
+        if arrival is None:
+            return True
+        step.arrival = None
+        sound = arrival.finish()
+        step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
+        report.read_ms += arrival.waited_ms
+        self.setup.gauge.note_read(arrival.bytes_read, arrival.waited_ms)
+        report.hidden_ms += max(0.0, arrival.busy_ms - arrival.waited_ms)
+        report.bytes_read += arrival.bytes_read
+        damaged = [chunk for chunk in arrival.chunks if chunk.error]
+        with self.setup.store_calls(report):
+            for error in filter(None, [arrival.error, *(chunk.error for chunk in damaged)]):
+                self.setup.trouble(error, report)
+            discard(
+                self.setup.store,
+                [chunk.form.key for chunk in damaged],
+                lambda error: self.setup.trouble(error, report),
+            )
+        return sound
+
+    def _store_new(self, step: Step, report: Report) -> None:
+        """Hand over chunks that are complete, certain and not in the store."""
+        if self.length != step.total:
+            self.opaque = "the model cached another number of tokens than it was given"
+            return
+        held = self._held
+        complete = [self.setup.grid.complete(length) for length in exact_lengths(held, step)]
+        if complete == self._complete and not step.is_whole_prompt:
+            return  # no chunk ends here: nearly every step of decoding
+        self._complete = complete
+        if not all(bool(check) for check in self._checks):
+            self.opaque = _NOT_TEXT
+            return
+        if numerics(self.setup.model) != self._numerics:
+            self.opaque = "autocast, attention or matrix precision changed in the course of it"
+            return
+        self._checks.clear()
+        entries = harvest(self.setup, held, step) if self.setup.settings.write else []
+        size = sum(entry.nbytes for entry in entries)
+        taken = 0
+        try:
+            taken = self.setup.store.write(entries) if entries else 0
+        except StoreError as error:
+            self.setup.trouble(error, report)
+        report.bytes_written += taken
+        report.bytes_dropped += size - taken
+
+    # ------------------------------------------------------------------ small parts
+
+    @property
+    def _held(self) -> Held:
+        assert self.identity is not None
+        assert self.proof.layout is not None, "a sequence without a layout is opaque"
+        origin = Origin(self.setup.store, self.identity, self._salt, self._codec)
+        return Held(self.layers, self.proof.layout, self.transcript, origin, self._known)
+
+    def _report_exactness(self, report: Report) -> None:
+        report.approximate = not self.transcript.is_exact
+        report.lossy = self._codec.name if self.transcript.lossy_from is not None else ""
+
+    def _report_aside(self, call: ForwardCall, step: Step, report: Report) -> None:
+        report.skipped = self.opaque
+        if step.past:
+            self._report_exactness(report)
+        step.prefill_from = perf_counter()
+        rows = 1 if call.ids is None else call.ids.shape[0]
+        span = Span(step.past, step.total, Kind.COMPUTED, reason=self.opaque)
+        self._report([[span] for _ in range(rows)], [step.past] * rows, report)
+        for row, ids in zip(report.rows, () if call.ids is None else call.ids.cpu(), strict=False):
+            if len(row.spans) == 1:
+                row.ids = ids.numpy().copy()  # callers write the next token into theirs
+            elif row.ids is not None:
+                row.ids = np.concatenate([row.ids, ids.numpy()])
+
+    def _report(self, spans: list[list[Span]], past: list[int], report: Report) -> None:
+        """Add this forward's spans, behind those of earlier parts of the same prompt if any."""
+        if len(report.rows) != len(spans):
+            report.rows = [RowReport(row) for row in spans]
+        else:
+            for row, new, begin in zip(report.rows, spans, past, strict=True):
+                row.spans += [span for span in new if span.start >= begin]

@@ -1,0 +1,1 @@
+"""Token ids: cut into chunks, hashed, matched with known texts, planned. No models here."""

@@ -1,0 +1,43 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from chunkcache import SettingError
+from chunkcache.model.loading import SMOLLM2, load_config, load_model, load_tokenizer
+from tests.models import tiny
+from tests.words import word_tokenizer
+
+
+def test_a_folder(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(tmp_path))
+    assert not model.training
+    assert tokenizer("w7")["input_ids"] == [1, 7]
+    assert load_config(str(tmp_path)).num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("load", [load_model, load_config])
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "nonsense"}'])
+def test_what_cannot_be_loaded(tmp_path, load, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SettingError, match=r"(?s)--model .* cannot be loaded: .* hub id"):
+        load(str(tmp_path))
+
+
+def test_damaged_weights(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(SettingError, match=r"(?s)--model .* cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_alone(tmp_path):
+    word_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("w7")["input_ids"] == [1, 7]
+    assert load_tokenizer(SMOLLM2).decode([28]) == "0"
+    with pytest.raises(SettingError, match="--tokenizer '/no/such'"):
+        load_tokenizer("/no/such")

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from chunkcache.kv.codec import KVLayout, LayerShape
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.model.proof import growing_layers, measure_layout, prove
+from tests.models import VOCABULARY, tiny, tokens
+
+ACCEPTED = [
+    "bloom",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gpt_oss",
+    "gptj",
+    "llama",
+    "mistral",
+    "mixtral",
+    "opt",
+    "phi",
+    "qwen2",
+    "qwen3_moe",
+]
+
+
+@pytest.mark.parametrize("model_type", ACCEPTED)
+def test_accepted(model_type: str) -> None:
+    model = tiny(model_type)
+    proof = prove(model)
+    assert proof.obstacle == ""
+    assert proof.layout is not None
+    assert proof.layout.dtype == torch.float32
+    assert len(proof.layout.layers) == 4
+    # The layout is what the model caches in truth.
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens(3), past_key_values=cache)
+    for shape, layer in zip(proof.layout.layers, cache.layers, strict=True):
+        assert shape is not None
+        assert (shape.key_heads, shape.key_dim) == (layer.keys.shape[1], layer.keys.shape[3])
+        assert (shape.value_heads, shape.value_dim) == (
+            layer.values.shape[1],
+            layer.values.shape[3],
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_accepted_in_other_types(dtype: torch.dtype) -> None:
+    proof = prove(tiny("llama", dtype=dtype))
+    assert proof.obstacle == ""
+    assert proof.layout is not None
+    assert proof.layout.dtype == dtype
+
+
+def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {
+        "rope_type": rope_type,
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 128,
+        "factor": 4.0,
+        **parameters,
+    }
+
+
+def test_rope_of_a_fixed_kind_is_accepted() -> None:
+    for parameters in (rope("linear"), rope("yarn")):
+        assert prove(tiny("llama", rope_parameters=parameters)).obstacle == ""
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        rope("dynamic"),
+        rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rope_that_depends_on_the_length_is_an_obstacle(parameters: dict[str, Any]) -> None:
+    proof = prove(tiny("llama", rope_parameters=parameters))
+    assert f"RoPE type {parameters['rope_type']!r}" in proof.obstacle
+
+
+def test_rope_of_one_kind_of_layer_is_looked_at_too() -> None:
+    parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": rope("dynamic"),
+    }
+    assert "'dynamic'" in prove(tiny("gemma3_text", rope_parameters=parameters)).obstacle
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [
+        ("mamba", "LinearAttention"),
+        ("lfm2", "LinearAttention"),
+        ("deepseek_v32", "DynamicIndexedLayer"),
+    ],
+)
+def test_layers_that_hold_more_than_kv_are_an_obstacle(model_type: str, kind: str) -> None:
+    model = tiny(model_type)
+    proof = prove(model)
+    assert "kind that is not supported" in proof.obstacle
+    assert kind in proof.obstacle
+    assert growing_layers(model) is None
+
+
+def test_sliding_layers_become_whole_ones() -> None:
+    layers = growing_layers(tiny("gemma3_text"))
+    assert layers is not None
+    assert [type(layer) for layer in layers] == [GrowingLayer] * 4
+
+
+def test_layers_that_look_ahead_are_an_obstacle() -> None:
+    # K/V of a token would depend on those behind it, and its chunk is named by those before it.
+    assert prove(tiny("gemma3_text", use_bidirectional_attention=True)).obstacle
+
+
+# ------------------------------------------------------------------------ models that do wrong
+
+
+def depends_on_the_prompts_length(model: PreTrainedModel) -> None:
+    """Keys that depend on how many tokens are computed together."""
+    projection = model.model.layers[2].self_attn.k_proj
+    forward = projection.forward
+    projection.forward = lambda x: forward(x) * (1 + x.shape[1] / 32)
+
+
+def depends_on_the_last_token(model: PreTrainedModel) -> None:
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda x, **kwargs: forward(x + x[:, -1:], **kwargs)
+
+
+def counts_its_calls(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0]
+    forward = layer.forward
+    calls = []
+
+    def counting(x: torch.Tensor, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(x * len(calls), **kwargs)
+
+    layer.forward = counting
+
+
+def gives_no_numbers(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+
+
+def fails(model: PreTrainedModel) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise KeyError("no such expert")
+
+    model.model.layers[3].forward = forward
+
+
+def skips_a_layer(model: PreTrainedModel) -> None:
+    model.model.layers[3].forward = lambda x, **_: x
+
+
+def caches_two_types(model: PreTrainedModel) -> None:
+    projection = model.model.layers[2].self_attn.v_proj
+    forward = projection.forward
+    projection.forward = lambda x: forward(x).double()
+
+
+BROKEN: list[tuple[Callable[[PreTrainedModel], None], str]] = [
+    (depends_on_the_prompts_length, "changes this model's logits"),
+    (depends_on_the_last_token, "changes this model's logits"),
+    (counts_its_calls, "changes this model's logits"),
+    (gives_no_numbers, "changes this model's logits"),
+    (fails, "could not run: KeyError"),
+    (skips_a_layer, "got none"),
+    (caches_two_types, "self-test"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), BROKEN, ids=[f.__name__ for f, _ in BROKEN])
+def test_a_broken_model_is_refused(spoil: Callable[[PreTrainedModel], None], why: str) -> None:
+    model = tiny("llama")
+    spoil(model)
+    proof = prove(model)
+    assert why in proof.obstacle
+    assert proof.layout is None
+
+
+def test_a_type_of_kv_that_no_blob_holds_is_an_obstacle() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            # Complex numbers stand for whatever type comes next.
+            forward = projection.forward
+            projection.forward = lambda x, forward=forward: forward(x).to(torch.complex64)
+    assert prove(model).obstacle
+
+
+# ------------------------------------------------------------------------ without a trace
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone() -> None:
+    model = tiny("mixtral")
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    prove(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    ids = tokens(10)
+    with torch.no_grad():
+        logits = model(ids).logits
+    prove(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_in_every_mode(mode: Callable[[], Any]) -> None:
+    with mode():
+        assert prove(tiny("llama")).obstacle == ""
+
+
+def test_special_tokens_are_not_used() -> None:
+    seen = set()
+    model = tiny("llama")
+    model.config.image_token_id = 20
+    model.config.eos_token_id = [30, 31]
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.update(kwargs["input_ids"].flatten().tolist()),
+        with_kwargs=True,
+    )
+    prove(model)
+    assert seen
+    assert not seen & {0, 1, 20, 30, 31}
+    assert max(seen) < VOCABULARY
+
+
+@pytest.mark.parametrize("size", [8, 40, 5000])
+def test_vocabularies_of_any_size(size: int) -> None:
+    assert prove(tiny("llama", vocab_size=size)).obstacle == ""
+
+
+# ------------------------------------------------------------------------ what is cached
+
+
+def test_the_layout_is_measured() -> None:
+    assert measure_layout(tiny("llama")).layout == KVLayout(
+        torch.float32, (LayerShape(2, 16, 2, 16),) * 4
+    )
+    assert measure_layout(tiny("mamba")).layout is None
+    for kind in ("gemma3_text", "deepseek_v3", "gpt2"):
+        model = tiny(kind)
+        assert measure_layout(model).layout == prove(model).layout
+
+
+def test_a_model_that_makes_much_of_rounding_is_an_obstacle() -> None:
+    """Many turns through the same layers: a prompt of another length already rounds otherwise."""
+    assert "changes this model's logits" in prove(tiny("hrm_text")).obstacle
+    assert prove(tiny("hrm_text", dtype=torch.float64)).obstacle == ""

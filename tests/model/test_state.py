@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from chunkcache.errors import StoreError
+from chunkcache.kv.rope import KeyMover
+from chunkcache.model import identity, moving
+from chunkcache.model import state as model_state
+from chunkcache.model.proof import Proof
+from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
+from chunkcache.stores.base import Entry
+from chunkcache.stores.memory import MemoryStore
+from tests.models import tiny
+
+
+class Counter:
+    """Counts the calls of a function that goes on working."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts how often weights are hashed."""
+    counter = Counter(identity.digest_weights)
+    monkeypatch.setattr(identity, "digest_weights", counter)
+    return counter
+
+
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts how often a model is put to the test."""
+    counter = Counter(model_state.prove)
+    monkeypatch.setattr(model_state, "prove", counter)
+    return counter
+
+
+class Down(MemoryStore):
+    """A store that cannot be reached."""
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        raise StoreError("no connection")
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        raise StoreError("no connection")
+
+
+def proof_of(model: PreTrainedModel, store: MemoryStore) -> Proof:
+    state = ModelState.of(model)
+    return state.proof(state.identity(), store)
+
+
+# ------------------------------------------------------------------------ one per model
+
+
+def test_one_state_per_model() -> None:
+    model = tiny("llama")
+    assert ModelState.of(model) is ModelState.of(model)
+    assert ModelState.of(model).model is model
+    assert ModelState.of(copy.deepcopy(model)) is not ModelState.of(model)
+
+
+def test_the_state_goes_with_the_model() -> None:
+    model = tiny("llama")
+    state = weakref.ref(ModelState.of(model))
+    proof_of(model, MemoryStore())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert state() is None
+
+
+def test_one_store_per_url_and_settings() -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    first = state.open("memory://?bytes=1MB", read_timeout=1.0)
+    assert state.open("memory://?bytes=1MB", read_timeout=1.0) is first
+    assert state.open("memory://?bytes=2MB", read_timeout=1.0) is not first
+    assert state.open("memory://?bytes=1MB", read_timeout=2.0) is not first
+
+
+# ------------------------------------------------------------------------ identity
+
+
+def test_the_weights_are_hashed_once_while_nothing_changes(hashed: Counter) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    first = state.identity()
+    model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
+    for _ in range(3):
+        assert state.identity() is first
+    assert hashed.calls == 1
+
+
+def edit(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+
+
+CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
+    "no_grad": edit,
+    "data": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.data + 1),
+    "data in place": lambda m: m.lm_head.weight.data.add_(1),
+    "state": lambda m: m.load_state_dict(tiny("llama", seed=1).state_dict()),
+    "half": lambda m: m.half(),
+    "attention": lambda m: m.set_attn_implementation("eager"),
+    "config": lambda m: setattr(m.config, "sliding_window", 4),
+    "layer gone": lambda m: m.model.layers.pop(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_is_noticed_once(
+    change: Callable[[PreTrainedModel], object], hashed: Counter
+) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    before = state.identity()
+    change(model)
+    after = state.identity()
+    assert after.digest != before.digest
+    assert state.identity() is after
+    assert hashed.calls == 2
+
+
+def test_a_change_taken_back_is_the_model_of_before(hashed: Counter) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    before = state.identity()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert state.identity().digest != before.digest
+    assert state.identity() == before
+    assert hashed.calls <= 3
+
+
+def test_an_edit_between_samples_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chunkcache.model import weights
+
+    monkeypatch.setattr(weights, "WHOLE_MODEL_BYTES", 1 << 10)
+    monkeypatch.setattr(weights, "WHOLE_TENSOR_BYTES", 1 << 10)
+    monkeypatch.setattr(weights, "SAMPLED_RUNS", 8)
+    model = tiny("llama")
+    state = ModelState.of(model)
+    before = state.identity().digest
+    weight = model.model.layers[1].mlp.up_proj.weight
+    found = {before}
+    for _ in range(3):
+        with torch.no_grad():
+            weight.view(-1)[weight.numel() // 16] += 1
+        found.add(state.identity().digest)
+    assert len(found) == 4
+
+
+def test_weights_that_cannot_be_watched_are_hashed_each_time(hashed: Counter) -> None:
+    with torch.inference_mode():
+        model = tiny("llama", num_hidden_layers=1)
+    state = ModelState.of(model)
+    before = state.identity()
+    assert state.identity().digest == before.digest
+    with torch.inference_mode():
+        model.lm_head.weight.add_(1)
+    assert state.identity().digest != before.digest
+    assert hashed.calls == 3
+
+
+def test_adapters_are_noticed() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = tiny("llama")
+    state = ModelState.of(model)
+    found = [state.identity().digest]
+    adapted = peft.get_peft_model(model, config)
+    assert ModelState.of(adapted.get_base_model()) is state
+    found.append(state.identity().digest)
+    with adapted.disable_adapter():
+        found.append(state.identity().digest)
+    assert state.identity().digest == found[1]
+    adapted.merge_adapter()
+    found.append(state.identity().digest)
+    assert len(set(found)) == 4
+
+
+def test_an_adapter_swapped_in_place_is_noticed() -> None:
+    peft = pytest.importorskip("peft")
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny("llama"), config)
+    state = ModelState.of(adapted.get_base_model())
+    before = state.identity().digest
+    weights = {
+        name: torch.rand_like(weight)
+        for name, weight in adapted.state_dict().items()
+        if "lora_" in name
+    }
+    hotswap_adapter_from_state_dict(adapted, weights, "default", config)
+    assert state.identity().digest != before
+
+
+def test_several_threads_see_one_identity(hashed: Counter) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(state.identity().digest)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 8
+    assert hashed.calls == 1
+
+
+# ------------------------------------------------------------------------ proof
+
+
+def test_a_model_is_tested_once(proven: Counter) -> None:
+    store = MemoryStore()
+    model = tiny("llama")
+    proof = proof_of(model, store)
+    assert proof.obstacle == ""
+    assert proof_of(model, store) is proof
+    # Another process finds the verdict in the store.
+    assert proof_of(tiny("llama"), store) == proof
+    assert proven.calls == 1
+    # Other weights are another model.
+    assert proof_of(tiny("llama", seed=1), store) == proof
+    assert proven.calls == 2
+
+
+def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> None:
+    store = MemoryStore()
+    for _ in range(2):
+        model = tiny("mamba")
+        assert proof_of(model, store).obstacle
+    assert proven.calls == 2
+    found = ModelState.of(model).identity()
+    assert store.read_metadata([str(found.key(found.digest, PROOF_FORMAT))]) == [None]
+
+
+def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
+    model = tiny("llama")
+    for _ in range(2):
+        assert proof_of(model, Down()).obstacle == ""
+    assert proven.calls == 1
+
+
+def stored(
+    model: PreTrainedModel, fields: dict[str, str], format: str = PROOF_FORMAT
+) -> MemoryStore:
+    """A store that holds this as the verdict on the model."""
+    store = MemoryStore()
+    found = ModelState.of(model).identity()
+    key = str(found.key(found.digest, format))
+    store.write([Entry(key, fields, memoryview(b""))])
+    return store
+
+
+LIES = {
+    "nothing": {},
+    "proven, of no model": {"proven": "yes"},
+    "proven, of another model": {"proven": "yes", "identity": "0" * 64},
+    "a layout": {"obstacle": "", "layout": "[" * 100_000},
+    "garbage": {"proven": "\x00", "identity": "["},
+}
+
+
+@pytest.mark.parametrize("fields", LIES.values(), ids=LIES.keys())
+def test_a_stored_verdict_that_lies_is_not_believed(
+    fields: dict[str, str], proven: Counter
+) -> None:
+    truth = proof_of(tiny("llama"), MemoryStore())
+    model = tiny("llama")
+    assert proof_of(model, stored(model, fields)) == truth
+    assert proven.calls == 2
+
+
+def test_a_stored_verdict_is_no_shortcut_for_a_model_known_to_be_unfit() -> None:
+    model = tiny("mamba")
+    digest = ModelState.of(model).identity().digest
+    found = proof_of(model, stored(model, {"proven": "yes", "identity": digest}))
+    assert "not supported" in found.obstacle
+
+
+# ------------------------------------------------------------------------ moving
+
+
+@pytest.fixture
+def scattered(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Counts how often the costly part of the test for moving is run."""
+    counter = Counter(moving._scatter_test)
+    monkeypatch.setattr(moving, "_scatter_test", counter)
+    return counter
+
+
+def mover_of(model: PreTrainedModel, store: MemoryStore) -> KeyMover | str:
+    state = ModelState.of(model)
+    found = state.identity()
+    layout = state.proof(found, store).layout
+    assert layout is not None
+    return state.mover(found, layout, store)
+
+
+def test_whether_a_model_may_be_moved_is_tested_once(scattered: Counter) -> None:
+    store = MemoryStore()
+    model = tiny("llama")
+    mover = mover_of(model, store)
+    assert isinstance(mover, KeyMover)
+    assert mover_of(model, store) is mover
+    # Another process finds the verdict in the store, and the rule on its own.
+    other = mover_of(tiny("llama"), store)
+    assert isinstance(other, KeyMover)
+    assert len(other.layers) == len(mover.layers)
+    assert scattered.calls == 1
+    assert isinstance(mover_of(tiny("llama", seed=1), store), KeyMover)
+    assert scattered.calls == 2
+
+
+def test_that_a_model_may_not_be_moved_is_not_kept_in_the_store() -> None:
+    store = MemoryStore()
+    model = tiny("gpt2")
+    assert isinstance(mover_of(model, store), str)
+    found = ModelState.of(model).identity()
+    assert store.read_metadata([str(found.key(found.digest, MOVING_FORMAT))]) == [None]
+
+
+def test_a_store_that_is_down_costs_no_more_than_the_test_for_moving(scattered: Counter) -> None:
+    model = tiny("llama")
+    for _ in range(2):
+        assert isinstance(mover_of(model, Down()), KeyMover)
+    assert scattered.calls == 1
+
+
+@pytest.mark.parametrize("fields", LIES.values(), ids=LIES.keys())
+def test_a_stored_verdict_on_moving_that_lies_is_not_believed(
+    fields: dict[str, str], scattered: Counter
+) -> None:
+    model = tiny("llama")
+    assert isinstance(mover_of(model, stored(model, fields, MOVING_FORMAT)), KeyMover)
+    assert scattered.calls == 1
+
+
+def test_a_stored_verdict_does_not_make_a_model_movable() -> None:
+    """The rule is found by each process: where there is none, nobody's word helps."""
+    model = tiny("gpt2")
+    digest = ModelState.of(model).identity().digest
+    proven = {"proven": "yes", "identity": digest}
+    found = mover_of(model, stored(model, proven, MOVING_FORMAT))
+    assert isinstance(found, str)
+    assert "no known rotation" in found
+
+
+def test_the_rule_for_turning_keys_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    state = ModelState.of(model)
+    found = state.rotation(state.identity())
+    assert isinstance(found, KeyMover)
+    monkeypatch.setattr(model, "forward", None)
+    assert state.rotation(state.identity()) is found

@@ -1,0 +1,83 @@
+"""Probes: what they say must be what the model does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chunkcache.model.proof import cache_of, growing_layers
+from chunkcache.reuse.probes import Probes
+from tests.models import tiny, tokens
+
+LENGTH, BEHIND = 60, slice(50, 60)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral", "phi", "deepseek_v3"])
+def test_attention_is_that_of_the_model(name):
+    model = tiny(name)
+    ids = tokens(LENGTH)
+    layers = growing_layers(model)
+    known = torch.ones(LENGTH, dtype=torch.bool)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache_of(layers), use_cache=True)
+        columns = torch.arange(LENGTH)[BEHIND]
+        found = Probes(model, layers, ids, known, 0, []).attention(columns, [0, 1])
+        model.set_attn_implementation("eager")
+        weights = model(input_ids=ids, output_attentions=True).attentions
+    for layer in (0, 1):
+        expected = weights[layer][0, :, BEHIND].sum((0, 1))
+        torch.testing.assert_close(found[layer], expected, atol=1e-5, rtol=1e-4)
+
+
+def held(model, ids):
+    """Layers that hold the K/V of a prompt."""
+    layers = growing_layers(model)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache_of(layers), use_cache=True)
+    return layers
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
+def test_the_deviation_is_the_error_of_the_second_layers_values(name):
+    model, ids = tiny(name), tokens(LENGTH)
+    truth, layers = held(model, ids), held(model, ids)
+    known = torch.ones(LENGTH, dtype=torch.bool)
+    with torch.no_grad():
+        assert Probes(model, layers, ids, known, 0, [(0, LENGTH)]).deviation().max() < 1e-4
+        layers[1].values[:, :, 20:30] += 1
+        probes = Probes(model, layers, ids, known, 10, [(20, 30)])
+        found = probes.deviation()
+    expected = (layers[1].values - truth[1].values).pow(2).sum((0, 1, 3)).sqrt()
+    torch.testing.assert_close(torch.from_numpy(found).float(), expected, atol=1e-4, rtol=1e-4)
+    assert probes.deviation() is found
+    assert probes.charged == 10 * 2 / 4  # two of four layers for each moved token, once
+
+
+def test_the_query_looks_at_what_is_known_and_at_itself_only():
+    model, ids = tiny("llama"), tokens(LENGTH)
+    layers, known = held(model, ids), torch.ones(LENGTH, dtype=torch.bool)
+    known[5:20] = False
+    known[52:] = False
+    with torch.no_grad():
+        probes = Probes(model, layers, ids, known, 0, [(20, 52)])
+        found = probes.query_attention()
+    assert not found[5:20].any()
+    assert (found[20:] > 0).all()
+    assert 0 < probes.charged <= 8
+
+
+def test_a_probe_leaves_known_kv_and_the_model_as_they_were():
+    model, ids = tiny("gemma3_text"), tokens(LENGTH)
+    layers = held(model, ids)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+    known = torch.ones(LENGTH, dtype=torch.bool)
+    known[55:] = False
+    with torch.no_grad():
+        probes = Probes(model, layers, ids, known, 30, [(30, 55)])
+        probes.deviation()
+        probes.query_attention()
+    assert model.config._attn_implementation == "sdpa"
+    for layer, (keys, values) in zip(layers, before, strict=True):
+        assert layer.columns is layer.intercept is None
+        torch.testing.assert_close(layer.keys[:, :, :55], keys[:, :, :55], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.values[:, :, :55], values[:, :, :55], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,204 @@
+"""Relocation: each chunk is read once, checked, turned, and put wherever its text stands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from chunkcache.errors import BlobError, SealedBlobError, StoreError
+from chunkcache.kv.coding import Codec
+from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.kv.seal import Seal
+from chunkcache.model.moving import prove_moving
+from chunkcache.model.proof import growing_layers, prove
+from chunkcache.reuse.index import Origin, Passage
+from chunkcache.reuse.relocate import fill_pieces
+from chunkcache.stores.base import Entry
+from chunkcache.stores.memory import MemoryStore
+from chunkcache.tokens.matching import Piece, StoredChunk
+from tests.models import tiny
+from tests.reuse.test_index import Identity
+
+PLAIN = Codec()
+MODEL = tiny("deepseek_v3", num_hidden_layers=2)
+LAYOUT = prove(MODEL).layout
+MOVER = prove_moving(MODEL, LAYOUT)
+
+
+class Reads(MemoryStore):
+    """Notes the keys asked for, call by call; fails after a number of answers."""
+
+    def __init__(self, fail_after=None):
+        super().__init__()
+        self.asked, self.fail_after = [], fail_after
+
+    def read(self, keys):
+        self.asked.append(list(keys))
+        for number, blob in enumerate(super().read(keys)):
+            if number == self.fail_after:
+                raise StoreError("gone")
+            yield blob
+
+
+def random_kv(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(shape.key_heads, tokens, shape.key_dim, generator=generator),
+            torch.randn(shape.value_heads, tokens, shape.value_dim, generator=generator),
+        )
+        for shape in LAYOUT.layers
+    ]
+
+
+def chunk(store, name, start, tokens=20, seed=0, codec=PLAIN):
+    """A stored chunk and its K/V."""
+    ids = np.arange(tokens) + 100 * seed
+    kv = random_kv(tokens, seed)
+    form = Origin(store, Identity(), b"", codec).form(LAYOUT, ids.tolist(), start, name)
+    store.write([Entry(form.key, {"m": "1"}, form.encode(kv))])
+    return StoredChunk(name, start, ids), kv
+
+
+class Filling:
+    """Layers of three rows and 100 columns, full of garbage, and what happens to them."""
+
+    def __init__(self, store):
+        self.store = store
+        self.layers = growing_layers(MODEL)
+        settle_all(self.layers, LAYOUT, 3, 100, torch.device("cpu"))
+        for layer in self.layers:
+            layer.hold(100)
+            layer.keys.fill_(7.0)
+            layer.values.fill_(7.0)
+        self.troubles = []
+
+    def fill(self, wanted, at_hand=None, codec=PLAIN):
+        origin = Origin(self.store, Identity(), b"", codec)
+        return fill_pieces(
+            origin, self.layers, LAYOUT, MOVER, wanted, at_hand or {}, self.troubles.append
+        )
+
+    def holds(self, row, column, kv, part, old, new):
+        """Whether a row has this part of a chunk's K/V, moved, at the column."""
+        for index, layer in enumerate(self.layers):
+            keys, values = (x[:, part] for x in kv[index])
+            count = keys.shape[1]
+            keys, values = MOVER.move(
+                (keys, values), index, old + torch.arange(count), new + torch.arange(count)
+            )
+            place = slice(column, column + count)
+            if not torch.allclose(layer.keys[row, :, place], keys, atol=1e-6):
+                return False
+            if not torch.allclose(layer.values[row, :, place], values, atol=1e-6):
+                return False
+        return True
+
+    def untouched(self, row, *columns):
+        return all((layer.keys[row][:, list(columns)] == 7).all() for layer in self.layers)
+
+
+def test_a_chunk_is_read_once_for_all_rows_and_places():
+    store = Reads()
+    a, kv = chunk(store, "a", 40)
+    twins = Passage(np.arange(100), 0, 90, rows=(0, 2))
+    other = Passage(np.arange(95), 0, 85, rows=(1,), pad=5)
+    pieces = [Piece(3, 23, a, 0), Piece(50, 60, a, 10)]
+    moved = Piece(30, 45, a, 5)
+    filling = Filling(store)
+    placed, bytes_read, _ = filling.fill([(twins, pieces), (other, [moved])])
+    assert store.asked == [["safetensors@m@1@0@a"]]
+    assert bytes_read == store.sizes(["safetensors@m@1@0@a"])[0]
+    assert placed == {*pieces, moved}
+    for row in (0, 2):
+        assert filling.holds(row, 3, kv, slice(0, 20), 40, 3)
+        assert filling.holds(row, 50, kv, slice(10, 20), 50, 50)
+        assert filling.untouched(row, 0, 2, 23, 49, 60, 99)
+    assert filling.holds(1, 35, kv, slice(5, 20), 45, 30)  # column and position differ
+    assert filling.untouched(1, 30, 34, 50, 99)
+    assert filling.troubles == []
+
+
+def test_what_is_in_the_layers_is_not_read():
+    store = Reads()
+    a, kv = chunk(store, "a", 8)
+    filling = Filling(store)
+    for layer, pair in zip(filling.layers, kv, strict=True):
+        layer.place(1, 10, *pair)
+    passage = Passage(np.arange(100), 0, 90, rows=(0,))
+    placed, bytes_read, _ = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
+    assert (len(placed), bytes_read, store.asked) == (1, 0, [])
+    assert filling.holds(0, 60, kv, slice(0, 20), 8, 60)
+    assert filling.holds(1, 10, kv, slice(0, 20), 8, 8)
+
+
+@pytest.mark.parametrize("harm", ["bit", "short", "long", "other", "empty"])
+def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
+    store = Reads()
+    (a, _), (b, kv) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
+    blob = bytearray(next(iter(store.read(["safetensors@m@1@0@a"]))))
+    if harm == "bit":
+        blob[-3] ^= 1
+    blob = {"short": blob[:-4], "long": blob + b"1234", "empty": blob[:9]}.get(harm, blob)
+    if harm == "other":
+        blob = bytes(next(iter(store.read(["safetensors@m@1@0@b"]))))
+    store.write([Entry("safetensors@m@1@0@a", {}, memoryview(bytes(blob)))])
+    filling = Filling(store)
+    passage = Passage(np.arange(100), 0, 90)
+    pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
+    placed, *_ = filling.fill([(passage, pieces)])
+    assert placed == {pieces[1]}
+    assert filling.untouched(0, *range(20))
+    assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
+    assert [type(error) for error in filling.troubles] == [BlobError]
+
+
+def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
+    store = Reads()
+    ours, theirs = (Codec(seal=Seal((key * 32,))) for key in (b"o", b"t"))
+    (a, _), (b, kv) = (
+        chunk(store, "a", 0, seed=1, codec=theirs),
+        chunk(store, "b", 20, seed=2, codec=ours),
+    )
+    filling = Filling(store)
+    pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
+    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)], codec=ours)
+    assert placed == {pieces[1]}
+    assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
+    assert [type(error) for error in filling.troubles] == [SealedBlobError]
+    assert all(store.sizes([f"safetensors+sealed@m@1@0@{name}" for name in "ab"]))
+
+
+def test_a_store_that_fails_half_way_leaves_holes():
+    store = Reads(fail_after=1)
+    (a, kv), (b, _) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
+    filling = Filling(store)
+    pieces = [Piece(30, 50, a, 0), Piece(50, 70, b, 0)]
+    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
+    assert placed == {pieces[0]}
+    assert filling.holds(0, 30, kv, slice(0, 20), 0, 30)
+    assert filling.untouched(0, *range(50, 70))
+    assert [str(error) for error in filling.troubles] == ["gone"]
+
+
+def test_a_chunk_that_went_is_a_hole_and_no_trouble():
+    store = Reads()
+    a, _ = chunk(store, "a", 0)
+    store.delete(["safetensors@m@1@0@a"])
+    filling = Filling(store)
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0, 0)
+    assert filling.troubles == []
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0, 0)
+    assert len(store.asked) == 1  # nothing to read, nothing asked
+
+
+def test_a_move_by_nothing_changes_no_bit():
+    store = Reads()
+    a, kv = chunk(store, "a", 30)
+    filling = Filling(store)
+    filling.fill([(Passage(np.arange(100), 0, 90), [Piece(30, 50, a, 0)])])
+    for layer, (keys, values) in zip(filling.layers, kv, strict=True):
+        assert isinstance(layer, GrowingLayer)
+        assert torch.equal(layer.keys[0, :, 30:50], keys)
+        assert torch.equal(layer.values[0, :, 30:50], values)

@@ -1,0 +1,211 @@
+"""Restore: known chunks into the layers, row by row or together, as far as blobs are good."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from chunkcache.errors import StoreError
+from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
+from chunkcache.kv.coding import Codec
+from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.reuse.index import Origin
+from chunkcache.reuse.restore import Filling, known_chunks
+from chunkcache.stores.base import Entry
+from chunkcache.stores.memory import MemoryStore
+from chunkcache.tokens.chunking import Chunk, Grid, cut
+from chunkcache.tokens.plan import plan_row
+from tests.reuse.test_index import Identity
+
+LAYOUT = KVLayout(torch.float32, (LayerShape(2, 4, 2, 4), None, LayerShape(1, 4, 1, 2)))
+GRID = Grid(4)
+CODEC = Codec()
+
+
+class Store(MemoryStore):
+    """Notes the keys asked for; fails after a number of answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+        self.fail_after: int | None = None
+
+    def read(self, keys):
+        self.asked += keys
+        for number, blob in enumerate(super().read(keys)):
+            if number == self.fail_after:
+                raise StoreError("gone")
+            yield blob
+
+
+def truth(tokens: list[int], start: int) -> list[LayerKV | None]:
+    """K/V that tell which token and position they are of."""
+    x = torch.tensor([[t + 100.0 * (start + i)] for i, t in enumerate(tokens)])
+    return [
+        (x.expand(s.key_heads, -1, s.key_dim), -x.expand(s.value_heads, -1, s.value_dim))
+        if s
+        else None
+        for s in LAYOUT.layers
+    ]
+
+
+class Batch:
+    """Padded rows, their chunks in a store, and layers to fill."""
+
+    def __init__(self, rows: list[list[int]], codec: Codec = CODEC) -> None:
+        self.store = Store()
+        self.origin = Origin(self.store, Identity(), b"", codec)  # type: ignore[arg-type]
+        self.rows = rows
+        width = max(map(len, rows))
+        self.pads = [width - len(row) for row in rows]
+        self.ids = torch.tensor([[0] * p + r for p, r in zip(self.pads, rows, strict=True)])
+        self.chunks = [cut(row, GRID, b"", tail=True) for row in rows]
+        for row, chunks in zip(rows, self.chunks, strict=True):
+            for chunk in chunks:
+                tokens = row[chunk.start : chunk.stop]
+                form = self.origin.form(LAYOUT, tokens, chunk.start, chunk.hash)
+                self.store.write([Entry(form.key, {}, form.encode(truth(tokens, chunk.start)))])
+        self.layers: list[Any] = [GrowingLayer() if s else object() for s in LAYOUT.layers]
+        settle_all(self.layers, LAYOUT, len(rows), width, torch.device("cpu"))
+        self.troubles: list[Exception] = []
+
+    def fill(self, limit: int, held: int = 0, together: bool = True) -> Filling:
+        lengths = [max(held - pad, 0) for pad in self.pads]
+        known = known_chunks(self.store, self.chunks, lengths, self.origin.key)
+        plans = [
+            plan_row(chunks, len(row), length, known, "not in the store")
+            for chunks, row, length in zip(self.chunks, self.rows, lengths, strict=True)
+        ]
+        stops = [
+            max(min(limit, p + plan.reach), held) for p, plan in zip(self.pads, plans, strict=True)
+        ]
+        filling = Filling(
+            self.origin, known, self.layers, LAYOUT, self.ids, self.pads, plans, stops, together,
+            self.troubles.append,
+        )  # fmt: skip
+        filling.run()
+        return filling
+
+    def holds(self, row: int, start: int, stop: int) -> bool:
+        expected = truth(self.rows[row][start:stop], start)
+        column = self.pads[row] + start
+        return all(
+            torch.equal(mine, its)
+            for layer, kv in zip(self.layers, expected, strict=True)
+            if kv is not None
+            for mine, its in zip(layer.peek(row, column, stop - start), kv, strict=True)
+        )
+
+    def lose(self, *chunks: Chunk) -> None:
+        self.store.delete([self.origin.key(chunk.hash) for chunk in chunks])
+
+    def spoil(self, chunk: Chunk) -> None:
+        key = self.origin.key(chunk.hash)
+        blob = bytearray(next(MemoryStore.read(self.store, [key])))
+        blob[-1] ^= 1
+        self.store.write([Entry(key, {}, memoryview(blob))])
+
+
+def rows_of(*lengths: int) -> list[list[int]]:
+    return [[100 * n + i for i in range(length)] for n, length in enumerate(lengths, 1)]
+
+
+def test_one_call_tells_what_is_known() -> None:
+    batch = Batch(rows_of(10, 6))
+    batch.lose(batch.chunks[0][1])
+    first, second = batch.chunks
+
+    def known(*held: int) -> dict[str, int]:
+        return known_chunks(batch.store, batch.chunks, held, batch.origin.key)
+
+    hashes = {chunk.hash for chunk in (*first, *second)} - {first[1].hash}
+    assert known(0, 0) == {name: batch.store.sizes([batch.origin.key(name)])[0] for name in hashes}
+    assert set(known(8, 6)) == {first[2].hash}
+    assert known(10, 6) == {}
+
+
+def test_rows_are_filled_together() -> None:
+    batch = Batch(rows_of(12, 9))
+    batch.lose(batch.chunks[1][1])
+    filling = batch.fill(11)
+    assert filling.stops == [7, 7]
+    assert batch.holds(0, 0, 7)
+    assert batch.holds(1, 0, 4)
+    assert filling.bytes_read == sum(batch.store.sizes(batch.store.asked))
+    assert len(batch.store.asked) == 3  # the first row's last chunk is of no use
+
+
+def test_or_each_as_far_as_it_is_known() -> None:
+    batch = Batch(rows_of(12, 9))
+    batch.lose(batch.chunks[1][1])
+    filling = batch.fill(11, together=False)
+    assert filling.stops == [11, 7]
+    assert batch.holds(0, 0, 11)
+    assert batch.holds(1, 0, 4)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_bad_blob_ends_its_row(together: bool) -> None:
+    batch = Batch(rows_of(12, 12))
+    batch.spoil(batch.chunks[0][1])
+    filling = batch.fill(11, together=together)
+    assert filling.stops == ([4, 4] if together else [4, 11])
+    assert filling.plans[0].reach == 4
+    assert "damaged" in filling.plans[0].missing
+    assert filling.bad == {batch.chunks[0][1].hash}
+    assert batch.holds(0, 0, 4)
+    assert batch.holds(1, 0, filling.stops[1])
+    assert len(batch.troubles) == 1
+    assert batch.store.sizes([batch.origin.key(batch.chunks[0][1].hash)]) == [
+        0
+    ]  # nobody shall meet it again
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_store_that_fails_on_the_way_ends_all(together: bool) -> None:
+    batch = Batch(rows_of(12, 12))
+    batch.store.fail_after = 3
+    filling = batch.fill(11, together=together)
+    assert filling.stops == ([4, 4] if together else [8, 4])
+    assert batch.holds(0, 0, filling.stops[0])
+    assert batch.holds(1, 0, 4)
+    assert [str(error) for error in batch.troubles] == ["gone"]
+    assert filling.bad == set()
+
+
+def test_equal_chunks_are_read_once_and_stand_in_every_row() -> None:
+    row, other = rows_of(12, 9)
+    batch = Batch([row, row[:8] + other, row[:10]])
+    filling = batch.fill(16, together=False)
+    assert filling.stops == [16, 16, 16]
+    assert len(batch.store.asked) == len(set(batch.store.asked))
+    for number, tokens in enumerate(batch.rows):
+        assert batch.holds(number, 0, min(len(tokens), 16 - batch.pads[number]))
+    for name, (at, column) in filling.at_hand.items():
+        chunk = next(c for c in batch.chunks[at] if c.hash == name)
+        assert column == batch.pads[at] + chunk.start
+        assert batch.holds(at, chunk.start, chunk.stop)
+
+
+def test_what_is_held_is_neither_read_nor_touched() -> None:
+    batch = Batch(rows_of(12))
+    for layer in batch.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.hold(6)
+            layer.keys.fill_(7)
+            layer.values.fill_(7)
+    filling = batch.fill(11, held=6)
+    assert filling.stops == [11]
+    assert batch.origin.key(batch.chunks[0][0].hash) not in batch.store.asked
+    assert batch.holds(0, 6, 11)
+    assert (batch.layers[0].peek(0, 0, 6)[0] == 7).all()
+
+
+def test_nothing_to_read_asks_nothing() -> None:
+    batch = Batch(rows_of(12))
+    assert batch.fill(6, held=6).stops == [6]
+    batch.lose(*batch.chunks[0])
+    assert batch.fill(11).stops == [0]
+    assert batch.store.asked == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator, Sequence
 
 import pytest
 from hypothesis import settings
@@ -13,7 +14,7 @@ from shelf import Shelf, blobs, entry, until
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import writer
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import Entry, Part, copy_into, nbytes_of
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind
@@ -68,6 +69,42 @@ def test_places_are_filled_from_the_queue_and_the_store(shelf: Shelf) -> None:
     assert list(behind.read_into(keys, places)) == there
     filled = [bytes(room) for room, is_there in zip(memory, there, strict=True) if is_there]
     assert filled == [b"old", b"new!", b"old", b"new!"]
+
+
+class PartShelf(Shelf):
+    """A shelf that gives parts of blobs."""
+
+    reads_parts = True
+
+    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
+        self._call("read_parts", [part.key for part in parts])
+        for part in parts:
+            blob = self.kept[part.key].blob if part.key in self.kept else None
+            stop = part.start + nbytes_of(part.place)
+            yield copy_into(blob and blob[part.start : stop], part.place)
+
+
+def test_parts_are_taken_from_the_queue_and_the_store() -> None:
+    old, new = bytes(range(100)), bytes(range(100, 200))
+    shelf = PartShelf()
+    shelf.kept = {"old": entry("old", old)}
+    behind = WriteBehind(shelf)
+    shelf.gate.clear()
+    behind.write([entry("new", new)])
+    wanted = [("old", 10, 5), ("new", 90, 10), ("none", 0, 1), ("new", 0, 3), ("old", 95, 5)]
+    wanted += [("new", 95, 6), ("old", 95, 6)]  # longer than there is
+    memory = [bytearray(length) for _, _, length in wanted]
+    parts = [
+        Part(key, start, [memoryview(room)[:1], memoryview(room)[1:]])
+        for (key, start, _), room in zip(wanted, memory, strict=True)
+    ]
+    there = list(behind.read_parts(parts))
+    shelf.gate.set()
+    assert behind.reads_parts
+    assert there == [True, True, False, True, True, False, False]
+    filled = [bytes(room) for room, is_there in zip(memory, there, strict=True) if is_there]
+    assert filled == [old[10:15], new[90:], new[:3], old[95:]]
+    assert ("read_parts", ["old", "none", "old", "old"]) in shelf.calls
 
 
 def test_a_dead_store_does_not_matter_while_all_is_queued(shelf: Shelf) -> None:

@@ -55,7 +55,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._key_room: Tensor | None = None
         self._value_room: Tensor | None = None
-        self._flat: list[memoryview] = []  # their bytes, once somebody has asked for them
+        # Of each room its bytes, heads, capacity and bytes per token, once somebody has asked.
+        self._flat: list[tuple[memoryview, int, int, int]] = []
         # Where the next update writes, `[tokens]`, instead of behind what is held (see scatter.py).
         self.columns: Tensor | None = None
         # Called with keys and values before they are cached; may end the forward (see probes.py).
@@ -116,16 +117,16 @@ class GrowingLayer(DynamicLayer):
 
         Keys of each head, then values of each head. Only on the CPU.
         """
-        views = []
         if not self._flat:
-            self._flat = [room.view(torch.uint8).numpy().reshape(-1).data for room in self._rooms]
-        for room, flat in zip(self._rooms, self._flat, strict=True):
-            _, heads, capacity, dim = room.shape
-            width = dim * room.element_size()
-            for head in range(row * heads, (row + 1) * heads):
-                at = (head * capacity + column) * width
-                views.append(flat[at : at + tokens * width])
-        return views
+            for room in self._rooms:
+                _, heads, capacity, dim = room.shape
+                memory = room.view(torch.uint8).numpy().reshape(-1).data
+                self._flat.append((memory, heads, capacity, dim * room.element_size()))
+        return [
+            memory[(head * capacity + column) * width : (head * capacity + column + tokens) * width]
+            for memory, heads, capacity, width in self._flat
+            for head in range(row * heads, (row + 1) * heads)
+        ]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
-from chunkcache.kv.codec import KVLayout, LayerKV
+from chunkcache.kv.codec import BlobForm, Checksum, KVLayout, LayerKV
 from chunkcache.kv.layers import GrowingLayer, peek_all
 from chunkcache.reuse.arrival import LEAST_BYTES, Arrival, Incoming
 from chunkcache.reuse.index import Origin
-from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.base import ChunkStore, Place
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
@@ -210,6 +210,31 @@ def discard(store: ChunkStore, keys: Sequence[str], trouble: Callable[[Exception
         trouble(error)
 
 
+class _Place(Place):
+    """Where a blob goes that is a header of `head` bytes and then the bytes of the layers.
+
+    Stores that tell what has come let the checksum be taken of bytes in the processor's cache.
+    """
+
+    def __init__(self, views: Iterable[memoryview], head: int) -> None:
+        super().__init__(views)
+        self._head = head
+        self._seen = 0
+        self._checksum = Checksum()
+
+    def filled(self, view: memoryview) -> None:
+        """Take the sum of what is behind the header."""
+        self._checksum.update(view[max(0, self._head - self._seen) :])
+        self._seen += view.nbytes
+
+    def check(self, form: BlobForm) -> None:
+        """Raise BlobError unless the form's blob is here."""
+        if self._seen == self.nbytes:
+            with suppress(BlobError):  # filled twice, perhaps: only all of it together tells
+                return form.check_sum(self[0], self._checksum)
+        return form.check(self[0], self[1:])
+
+
 class _Read:
     """One blob on its way into the layers.
 
@@ -232,16 +257,17 @@ class _Read:
             and chunk.start >= filling.plans[first].held
             and self.growing[0].device.type == "cpu"
         )
-        self.place: list[memoryview] = []
+        self.place: _Place = _Place([], 0)
         self.kv: list[LayerKV | None] = []
 
-    def open_place(self) -> list[memoryview]:
+    def open_place(self) -> Place:
         """The memory that the blob is to be read into."""
         head = len(self.form.file.header) if self.direct else self.filling.sizes[self.chunk.hash]
-        self.place = [np.empty(head, dtype=np.uint8).data]
+        views = [np.empty(head, dtype=np.uint8).data]
         if self.direct:
             for layer in self.growing:
-                self.place += layer.runs(self.rows[0], self.column, self.tokens)
+                views += layer.runs(self.rows[0], self.column, self.tokens)
+        self.place = _Place(views, head)
         return self.place
 
     def incoming(self) -> Incoming:
@@ -253,7 +279,7 @@ class _Read:
     def check(self) -> None:
         """Make K/V of the bytes that have arrived. Raises BlobError if that cannot be done."""
         if self.direct:
-            self.form.file.check(self.place[0], self.place[1:])
+            self.place.check(self.form.file)
         else:
             self.kv = self.form.decode(self.place[0])
 
@@ -276,4 +302,4 @@ class _Read:
                 if kv is not None and begin < stop:
                     column = filling.pads[row] + begin
                     layer.place(row, column, kv[0][:, inside], kv[1][:, inside])
-        self.place, self.kv = [], []  # what was made of many blobs need not be kept
+        self.place, self.kv = _Place([], 0), []  # what was made of many blobs need not be kept

@@ -62,6 +62,24 @@ def merged(newer: Entry, older: Entry | None) -> Entry:
     )
 
 
+class Place(list[memoryview]):
+    """Memory that a blob fills, view by view: writable views of bytes.
+
+    Attributes:
+        nbytes: Bytes of all views together.
+    """
+
+    def __init__(self, views: Iterable[memoryview]) -> None:
+        super().__init__(views)
+        self.nbytes = sum(view.nbytes for view in self)
+
+    def filled(self, view: memoryview) -> None:
+        """Called with each piece as soon as it is full, by stores that fill a place in order.
+
+        Its bytes are in the processor's cache then: what must look at them does so cheaply.
+        """
+
+
 class Part(NamedTuple):
     """A part of a blob that is to be read: where it begins, and the views that its bytes fill."""
 
@@ -72,7 +90,7 @@ class Part(NamedTuple):
 
 def nbytes_of(views: Iterable[memoryview]) -> int:
     """Bytes of some views together."""
-    return sum(view.nbytes for view in views)
+    return views.nbytes if isinstance(views, Place) else sum(view.nbytes for view in views)
 
 
 def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
@@ -118,7 +136,8 @@ class ChunkStore(ABC):
     ) -> Generator[bool]:
         """Copy each key's blob to its place, and yield whether it is there now.
 
-        A place is a list of writable views of bytes that the blob fills one after the other.
+        A place is a list of writable views of bytes that the blob fills one after the other, and
+        may be a `Place`, to which stores that can tell what has come.
         False means that the blob is missing or not exactly as long as its place, which then holds
         anything. Places are the caller's own again when the iteration has ended, early or not.
         Stores that can let the kernel do the only copy.

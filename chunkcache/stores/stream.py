@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -31,6 +31,9 @@ HEADER_BYTES = 64  # enough for `$len`, so little of the body must be moved
 LINE_LIMIT = 4096
 SKIP_BYTES = 64 << 10  # read at once of what nobody wants
 VIEWS_AT_ONCE = 64  # handed to the kernel in one call; it takes 1,024 at most
+
+
+Seen = Callable[[memoryview], object]
 
 
 class Request(NamedTuple):
@@ -105,10 +108,14 @@ class GetStream:
         self._finish_reply()
         return None
 
-    def read_body(self, target: Sequence[memoryview]) -> None:
-        """Fill the views, one after the other, with the body; read the line end after it."""
+    def read_body(self, target: Sequence[memoryview], seen: Seen | None = None) -> None:
+        """Fill the views, one after the other, with the body; read the line end after it.
+
+        `seen` is told of each view that is full.
+        """
         end = memoryview(bytearray(2))
-        views = [view for view in (*target, end) if view.nbytes]
+        full = [view for view in (*target, end) if view.nbytes]
+        views = full.copy()
         left = nbytes_of(views)
         at = 0
         while left:
@@ -119,6 +126,8 @@ class GetStream:
             self._send_ahead(left)
             while at < len(views) and count >= views[at].nbytes:
                 count -= views[at].nbytes
+                if seen is not None and at < len(views) - 1:
+                    seen(full[at])
                 at += 1
             if count:
                 views[at] = views[at][count:]

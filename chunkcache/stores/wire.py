@@ -16,8 +16,8 @@ from typing import Any
 import redis
 from redis.connection import DefaultParser
 
-from chunkcache.stores.base import copy_into, nbytes_of
-from chunkcache.stores.stream import PART_BYTES, GetStream, Request, check_length, is_miss
+from chunkcache.stores.base import Place, copy_into, nbytes_of
+from chunkcache.stores.stream import PART_BYTES, GetStream, Request, Seen, check_length, is_miss
 
 SEND_BYTES = 1 << 20  # the time-out of a send holds for each piece of this size
 HUGE_PAGE = 2 << 20
@@ -249,19 +249,25 @@ def _requests(names: Sequence[bytes], sizes: Sequence[int]) -> list[Request]:
 
 def _read_parts(stream: GetStream, place: Sequence[memoryview]) -> bool:
     """Read a value that was asked for in parts. False unless each was as long as it must be."""
-    fits = [_read_one(stream, part) for part in _cut(place)]  # all, whatever became of the first
+    seen = _seen(place)
+    # All of them, whatever became of the first.
+    fits = [_read_one(stream, part, seen) for part in _cut(place)]
     return all(fits)
 
 
-def _read_one(stream: GetStream, place: Sequence[memoryview]) -> bool:
+def _read_one(stream: GetStream, place: Sequence[memoryview], seen: Seen | None = None) -> bool:
     """Read one reply. False unless it was as long as its place."""
     length = stream.next_length()
     fits = length == nbytes_of(place)
     if fits:
-        stream.read_body(place)
+        stream.read_body(place, seen or _seen(place))
     elif length is not None:
         stream.skip_body(length)
     return fits
+
+
+def _seen(place: Sequence[memoryview]) -> Seen | None:
+    return place.filled if isinstance(place, Place) else None
 
 
 def _cut(place: Sequence[memoryview]) -> list[list[memoryview]]:

@@ -228,8 +228,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def fail_forward(self) -> None:
         """Leave the model's own hooks as they were; what is held is of no use now."""
         self._setup.state.hooks.end()
-        if self._step.arrival:
-            self._step.arrival.abandon()
+        # Perhaps it failed because of what the store gave: then that must not be there next time.
+        self._sequence.has_arrived(self._step, self.report)
 
     def _continues(self, call: ForwardCall, held: int) -> bool:
         """Whether the ids given to `generate()` are only those behind what is held.
@@ -265,6 +265,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def _forget(self) -> None:
         """Become empty, as new."""
+        if self._step.arrival:  # of a forward that was interrupted
+            self._step.arrival.stop()
+            self._step.arrival = None
         self._parked = self._in_flight = self._again = False
         self._sequence = Sequence(self._setup)
         self._meter = Meter()

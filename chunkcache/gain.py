@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from statistics import median
+from time import monotonic
 
 SAMPLES = 8  # of each kind that are remembered
 ENOUGH = 2  # fewer may be an accident
@@ -16,6 +17,9 @@ ENOUGH = 2  # fewer may be an accident
 SHARE = 0.25
 # After so many reads that were left out, one finds out whether that is still right.
 TRY_AGAIN = 16
+
+# So long after a forward that had to be done again, the model waits until all is there.
+CAUTION_SECONDS = 60.0
 
 NO_GAIN = "known, but reading would take longer than computing (min_gain)"
 
@@ -29,6 +33,16 @@ class Gauge:
         self._read: Samples = deque(maxlen=SAMPLES)
         self._computed: Samples = deque(maxlen=SAMPLES)
         self._left_out = 0
+        self._cautious_until = 0.0  # seconds of the monotonic clock
+
+    @property
+    def trusts_store(self) -> bool:
+        """Whether what the store promised has come lately."""
+        return monotonic() >= self._cautious_until
+
+    def note_unsound(self) -> None:
+        """Something was missing or damaged after the model had begun to work with it."""
+        self._cautious_until = monotonic() + CAUTION_SECONDS
 
     def note_read(self, nbytes: int, ms: float) -> None:
         """So many bytes of blobs were there after so many milliseconds."""

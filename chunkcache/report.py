@@ -147,7 +147,8 @@ class Report(Counts):
 
     def again(self) -> Report:
         """A report for doing the same prompt again: what went wrong is kept."""
-        kept = ("bytes_read", "read_ms", "store_errors", "causes", "errors", "tokenizer")
+        times = ("lookup_ms", "read_ms", "prefill_ms")
+        kept = (*times, "bytes_read", "store_errors", "causes", "errors", "tokenizer")
         return Report(**{name: getattr(self, name) for name in kept})
 
     def to_dict(self) -> dict[str, Any]:

@@ -249,3 +249,13 @@ def test_a_compiled_forward(store):
         out, report = run(model, store)
         assert torch.equal(out, plain)
     assert report.reused > 200
+
+
+def test_a_compiled_model(store):
+    model: Any = tiny()
+    plain = model.generate(IDS, **HOW)
+    model.compile(backend="eager")
+    for _ in range(2):
+        out, report = run(model, store)
+        assert torch.equal(out, plain)
+    assert report.reused > 200

@@ -92,8 +92,17 @@ def foreign_hooks(model: nn.Module, parts: Parts | None = None) -> list[tuple[st
         if path and (module._forward_pre_hooks or module._forward_hooks)
         for table in (module._forward_pre_hooks, module._forward_hooks)
         for number, hook in table.items()
-        if not str(getattr(hook, "__module__", "")).startswith(_OWN)
+        if not _is_machinery(hook)
     ]
+
+
+def has_outer_hooks(model: nn.Module) -> bool:
+    """Whether the model itself, not only a part of it, has a hook that is not machinery."""
+    return any(
+        not _is_machinery(hook)
+        for table in (model._forward_pre_hooks, model._forward_hooks)
+        for hook in table.values()
+    )
 
 
 def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, str], ...]:
@@ -107,6 +116,10 @@ def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, st
         for path, module in parts or model.named_modules()
         if path and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
     )
+
+
+def _is_machinery(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_OWN)
 
 
 def _versions(value: Any) -> Iterator[object]:

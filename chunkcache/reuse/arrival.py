@@ -65,11 +65,11 @@ class Arrival:
         chunks: What is read.
         error: Why the store could not go on, if so. What has come is not looked at then.
         bytes_read: Bytes that have come.
-        waited_ms: Milliseconds that layers have waited.
+        waited_ms: Milliseconds that layers, and whoever finished, have waited.
         busy_ms: Milliseconds from the beginning of the reading to its end.
     """
 
-    def __init__(
+    def __init__(  # raises RuntimeError where no thread can be had
         self, store: ChunkStore, chunks: Sequence[Incoming], layers: Sequence[GrowingLayer]
     ) -> None:
         self.chunks = chunks
@@ -81,14 +81,14 @@ class Arrival:
         largest = max(chunks, key=lambda chunk: chunk.form.file.size)
         self._groups = _groups([nbytes_of(layer) for layer in largest.runs])
         self._here = [threading.Event() for _ in self._groups]
-        for here, group in zip(self._here, self._groups, strict=True):
-            for number in group:
-                layers[number].arriving = partial(self._wait, here)
         context = copy_context()  # in which calls to the store are counted for this prompt
         self._thread = threading.Thread(
             target=context.run, args=(self._read,), name="chunkcache-arrival", daemon=True
         )
         self._thread.start()
+        for here, group in zip(self._here, self._groups, strict=True):
+            for number in group:
+                layers[number].arriving = partial(self._wait, here)
 
     def finish(self) -> bool:
         """Wait for all of it. True if every chunk is here and as it must be."""
@@ -100,10 +100,9 @@ class Arrival:
                 chunk.check()
         return not any(chunk.missing or chunk.error for chunk in self.chunks)
 
-    def abandon(self) -> None:
+    def stop(self) -> None:
         """Read no further than the part that is on its way. The layers must not be used."""
         self._stopped = True
-        self._thread.join()
 
     def _wait(self, here: threading.Event) -> None:
         if not here.is_set():
@@ -111,7 +110,11 @@ class Arrival:
 
     def _wait_for(self, wait: Callable[[], object]) -> None:
         begun = perf_counter()
-        wait()
+        try:
+            wait()
+        except BaseException:  # interrupted: nobody wants the rest
+            self.stop()
+            raise
         self.waited_ms += 1e3 * (perf_counter() - begun)
 
     def _read(self) -> None:
@@ -119,7 +122,9 @@ class Arrival:
         try:
             self._read_groups()
         except StoreError as error:
-            self.error = error
+            # Its frames refer to this object: as a circle, both would outlive the prompt.
+            self.error = error.with_traceback(None)
+            self.error.__cause__ = self.error.__context__ = None
         except Exception as error:  # in a thread, nobody else would notice
             self.error = StoreError(f"reading failed unexpectedly: {error!r}")
         finally:

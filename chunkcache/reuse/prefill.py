@@ -169,6 +169,7 @@ def uninstall(model: nn.Module) -> None:
             model._forward_hooks_always_called.pop(number, None)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what asks a store is no graph
 def _before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -187,6 +188,7 @@ def _before(
     return (), trim(kwargs, rest)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):

@@ -20,6 +20,9 @@ from chunkcache.stores.base import ChunkStore, Place
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
+# The share of a prompt that may be left to compute when the model runs ahead.
+MOST_LEFT = 1 / 3
+
 KeyOf = Callable[[str], str]
 
 
@@ -124,13 +127,20 @@ class Filling:
         reads = [read for read in reads if read.is_wanted()]
         if self.ahead and self._may_come_later(reads):
             incoming = [read.incoming() for read in reads]
-            self.arrival = Arrival(self.origin.store, incoming, reads[0].growing)
-        else:
+            with suppress(RuntimeError):  # no more threads, or the interpreter is ending
+                self.arrival = Arrival(self.origin.store, incoming, reads[0].growing)
+        if self.arrival is None:
             self._read(reads)
         discard(self.origin.store, self.damaged, self.trouble)
 
     def _may_come_later(self, reads: Sequence[_Read]) -> bool:
-        """Whether nobody but the layers waits for these chunks, and it is worth a thread."""
+        """Whether nobody but the layers waits for these chunks, and it is worth a thread.
+
+        And the risk: should something be wrong, what is left to compute is computed twice.
+        """
+        left = self.ids.shape[1] - min(self.stops, default=0)
+        if left > MOST_LEFT * self.ids.shape[1]:
+            return False
         nbytes = sum(self.sizes[read.chunk.hash] for read in reads)
         alone = all(read.direct and len(read.rows) == 1 for read in reads)
         return alone and nbytes >= LEAST_BYTES and self.origin.store.reads_parts

@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from chunkcache.errors import StoreError, UnsupportedModelError
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.rope import KeyMover
-from chunkcache.model.foreign import Hooks
+from chunkcache.model.foreign import Hooks, has_outer_hooks
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.proof import Proof, growing_layers
 from chunkcache.model.scatter import close_layers
@@ -30,6 +30,7 @@ from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.tokens.plan import COMPUTING, Kind, Span
 from chunkcache.tokens.transcript import Transcript
 
+_HOOKS_ALL_OVER = "the model and parts of it have forward hooks: with one kind alone it is reused"
 _NOT_TEXT = "mask and positions are not those of a text with padding on its left alone"
 
 
@@ -54,6 +55,7 @@ class Sequence:
         self._complete: list[int] = []
         self._checks: list[Tensor | bool] = []
         self._hooks: list[tuple[str, Hooks, int]] = []
+        self._has_outer_hooks = False
         self._numerics = ""
 
     @property
@@ -141,6 +143,7 @@ class Sequence:
         if self.proof.obstacle:
             return self.proof.obstacle
         self._hooks = self.setup.state.foreign
+        self._has_outer_hooks = has_outer_hooks(self.setup.model)
         if reason := self.setup.state.hooks.reason(self._hooks):
             return reason
         if not step.held:
@@ -164,8 +167,16 @@ class Sequence:
         assert call.ids is not None
         report.skipped = call.whole
         limit = step.held if call.whole else step.total - max(call.keep, 1)
+        if self._hooks and self._has_outer_hooks:
+            # Should one of the parts' hooks change something, the forward is done again, and the
+            # model's own hooks would be applied twice.
+            report.skipped = report.skipped or _HOOKS_ALL_OVER
+            limit = step.held
         if step.past and not self.setup.state.hooks.is_known(self._hooks):
             limit = step.held  # should a hook change something, this part could not be done again
+        # Nor must a hook see what is thrown away.
+        alone = not self._hooks and not self._has_outer_hooks
+        step.may_run_ahead &= alone and self.setup.gauge.trusts_store
         mover = None
         if self.setup.settings.reuse == "anywhere" and limit > step.held:
             try:
@@ -201,10 +212,12 @@ class Sequence:
             changed = not self.setup.state.ranks.all(not changed)
         if changed:
             self.opaque = self.setup.state.hooks.reason(self._hooks)
-        if not self._has_arrived(step, report) or (changed and step.trimmed):
+        sound = self.has_arrived(step, report)
+        prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
+        if not sound or (changed and step.trimmed):
+            report.prefill_ms += prefill_ms
             return True
         if step.is_prompt:
-            prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
             report.prefill_ms += prefill_ms
             self.setup.gauge.note_computed(step.computed, prefill_ms)
             report.skipped = self.opaque or report.skipped
@@ -215,8 +228,11 @@ class Sequence:
                 self._store_new(step, report)
         return False
 
-    def _has_arrived(self, step: Step, report: Report) -> bool:
-        """Whether all K/V that the model was promised have come, and are what they must be."""
+    def has_arrived(self, step: Step, report: Report) -> bool:
+        """Whether all K/V that the model was promised have come, and are what they must be.
+
+        Waits for them; what is damaged is removed.
+        """
         arrival = step.arrival
         if arrival is None:
             return True
@@ -224,7 +240,9 @@ class Sequence:
         sound = arrival.finish()
         step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
         report.read_ms += arrival.waited_ms
-        self.setup.gauge.note_read(arrival.bytes_read, arrival.waited_ms)
+        self.setup.gauge.note_read(arrival.bytes_read, arrival.busy_ms)
+        if not sound:
+            self.setup.gauge.note_unsound()
         report.hidden_ms += max(0.0, arrival.busy_ms - arrival.waited_ms)
         report.bytes_read += arrival.bytes_read
         damaged = [chunk for chunk in arrival.chunks if chunk.error]

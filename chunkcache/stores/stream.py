@@ -24,8 +24,8 @@ WINDOW_REPLIES = 8
 # to 4 under way, it copies one while we take another.
 PART_BYTES = 1 << 20
 PARTS_WINDOW_BYTES = 3 << 20
-# A reply must arrive at this rate at least (bytes/s), on top of the time-out: below it, computing
-# a chunk is faster than loading it, and a server that trickles would hold us for ever.
+# All replies together must come at this rate at least (bytes/s), on top of the time-out: below it,
+# computing is faster than loading, and a server that trickles would hold us for ever.
 SLOWEST_RATE = 4 << 20
 HEADER_BYTES = 64  # enough for `$len`, so little of the body must be moved
 LINE_LIMIT = 4096
@@ -78,7 +78,7 @@ class GetStream:
         self._largest = PART_BYTES if self._in_parts else WINDOW_BYTES
         self._guessed = not self._in_parts
         self._received = b""  # what was read beyond the last header
-        self._deadline = 0.0
+        self._patience = timeout  # seconds that all that was asked for may still be waited for
         # TLS sockets have recvmsg_into, but refuse it.
         self._scatters = hasattr(sock, "recvmsg_into") and not isinstance(sock, ssl.SSLSocket)
 
@@ -90,12 +90,10 @@ class GetStream:
     def start(self) -> None:
         """Send the first request and wait for the first bytes of its reply."""
         self._send_ahead(0)
-        self._deadline = time.monotonic() + self._timeout
         self._receive_more()
 
     def next_length(self) -> int | None:
         """Bytes of the next reply's body, None where there is none. Raises for an error reply."""
-        self._deadline = time.monotonic() + self._timeout
         line = self._line()
         if line[:1] == b"$" and line != b"$-1":
             return self._announced(line)
@@ -156,7 +154,7 @@ class GetStream:
         if length:
             self._largest = length if self._guessed else max(self._largest, length)
             self._guessed = False
-        self._deadline += length / SLOWEST_RATE
+        self._patience += length / SLOWEST_RATE
         self._send_ahead(length)
         return length
 
@@ -193,8 +191,9 @@ class GetStream:
         self._received += header[:count]
 
     def _receive_into(self, views: list[memoryview]) -> int:
-        if time.monotonic() > self._deadline:
+        if self._patience < 0:
             raise redis.TimeoutError("the server sends too slowly")
+        begun = time.monotonic()
         try:
             if self._scatters:
                 count = self._sock.recvmsg_into(views)[0]
@@ -204,6 +203,8 @@ class GetStream:
             raise redis.TimeoutError(f"no reply within {self._timeout:g} s") from None
         except OSError as error:
             raise redis.ConnectionError(f"reading a reply failed: {error}") from None
+        finally:
+            self._patience -= time.monotonic() - begun
         if count == 0:
             raise redis.ConnectionError("the server closed the connection")
         return count

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from servers import Server, redis_binary
 
-from chunkcache import RedisChunkCache, metrics, open_store
+from chunkcache import RedisChunkCache, StoreError, metrics, open_store
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.reuse import arrival, restore
 from chunkcache.stores.base import ChunkStore, ReadsFrom
@@ -177,6 +179,17 @@ def test_a_server_killed_at_any_part_changes_no_token(
         assert "damaged" not in report.causes
 
 
+def damage(client: Any, byte: int = -1, value: int | None = None) -> tuple[bytes, bytes]:
+    """Change a byte of the chunk of tokens 64 to 80. Returns its name and the blob now."""
+    name = next(
+        key for key in client.keys("safetensors@*@kv_bytes") if b'"64-80"' in client.get(key)
+    )
+    blob = bytearray(client.get(name))
+    blob[byte] = blob[byte] ^ 1 if value is None else value
+    client.set(name, bytes(blob))
+    return name, bytes(blob)
+
+
 @pytest.mark.parametrize("byte", [5, 300, -1])
 def test_a_damaged_blob_is_a_miss_and_replaced(
     byte: int, store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
@@ -185,12 +198,7 @@ def test_a_damaged_blob_is_a_miss_and_replaced(
     ask(model, ids, store)
     before = metrics.snapshot()
     with redis_server.client() as client:
-        name = next(
-            key for key in client.keys("safetensors@*@kv_bytes") if b'"64-80"' in client.get(key)
-        )
-        blob = bytearray(client.get(name))
-        blob[byte] ^= 1
-        client.set(name, bytes(blob))
+        name, blob = damage(client, byte)
         report = ask(model, ids, store).report
         assert arrivals
         assert (report.reused, report.computed) == (64, PROMPT - 64)
@@ -199,7 +207,7 @@ def test_a_damaged_blob_is_a_miss_and_replaced(
         assert after["prompts"] - before["prompts"] == 1
         errors = (now["store_errors"].get("damaged", 0) for now in (before, after))
         assert -operator.sub(*errors) == 1
-        assert client.get(name) not in (None, bytes(blob))
+        assert client.get(name) not in (None, blob)
     assert ask(model, ids, store).report.store_errors == 0
 
 
@@ -269,3 +277,192 @@ def test_a_conversation_that_goes_on_is_waited_for(
     arrivals.clear()
     assert torch.equal(generate(model, longer, cache), generate(model, longer))
     assert not arrivals
+
+
+@pytest.mark.parametrize("when", ["before the cache", "after the cache"])
+@pytest.mark.parametrize("kind", ["pre-hook", "hook"])
+def test_hooks_on_the_model_are_applied_once(
+    when: str, kind: str, store: ChunkStore, redis_server: Server, arrivals: list[Any]
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    first = model(ids).logits[0, -1]
+    bias = torch.zeros(len(first))
+    bias[50] = (first.max() - first[50]) * 0.6  # twice, it would decide
+    calls = []
+
+    def change_ids(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "input_ids": (kwargs["input_ids"] + 1) % len(first)}
+
+    def add_bias(module: Any, args: Any, out: Any) -> Any:
+        calls.append(1)
+        out.logits = out.logits + bias
+        return out
+
+    def hook() -> None:
+        if kind == "pre-hook":
+            model.register_forward_pre_hook(change_ids, with_kwargs=True)
+        else:
+            model.register_forward_hook(add_bias)
+
+    if when == "after the cache":
+        RedisChunkCache(model, store, chunk_size=16)
+    hook()
+    for _ in range(2):
+        ask(model, ids, store)
+    with redis_server.client() as client:
+        damage(client)
+    calls.clear()
+    plain = generate(model, ids)
+    alone = len(calls)
+    cache = RedisChunkCache(model, store, chunk_size=16)
+    assert torch.equal(generate(model, ids, cache), plain)
+    assert cache.report.reused == 64
+    assert len(calls) == 2 * alone
+    assert not arrivals, "a hook would see what is thrown away"
+
+
+def test_hooks_on_a_part_see_nothing_that_is_thrown_away(
+    store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        damage(client)
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
+    ask(model, ids, store)
+    assert not arrivals
+    assert len(seen) == 2 * 6
+
+
+def test_a_blob_that_makes_the_forward_fail_is_gone_the_next_time(
+    store: ChunkStore, redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        name, blob = damage(client, value=0x7F)
+        client.set(name, blob[:-4] + b"\xff\xff\xff\x7f")  # not a number
+    norm = type(model.model.norm)
+    forward = norm.forward
+
+    def guarded(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise FloatingPointError
+        out: torch.Tensor = forward(self, x)
+        return out
+
+    monkeypatch.setattr(norm, "forward", guarded)
+    cache = RedisChunkCache(model, store, chunk_size=16)
+    with pytest.raises(FloatingPointError):
+        generate(model, ids, cache)
+    assert "damaged" in cache.report.errors[0]
+    assert ask(model, ids, store).report.store_errors == 0
+
+
+def test_after_an_unsound_arrival_all_is_waited_for(
+    store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        damage(client)
+    for _ in range(3):  # nobody may remove it
+        report = ask(model, ids, store, write=False).report
+        assert (report.reused, len(report.errors)) == (64, 1)
+    assert len(arrivals) == 1
+
+
+def test_the_forward_that_was_thrown_away_is_in_the_report(
+    store: ChunkStore, redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        damage(client)
+    now = iter(range(10_000))
+    monkeypatch.setattr("chunkcache.reuse.sequence.perf_counter", lambda: next(now))
+    # Two forwards of a second each, but for what was waited, which another clock has measured.
+    assert 1500 < ask(model, ids, store).report.prefill_ms <= 2000
+
+
+def test_with_much_to_compute_all_is_waited_for(
+    store: ChunkStore, arrivals: list[arrival.Arrival]
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    report = ask(model, torch.cat([ids[:, :64], tokens(64, seed=5)], 1), store).report
+    assert report.reused == 64
+    assert not arrivals
+
+
+def test_without_a_thread_all_is_waited_for(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "chunkcache-arrival":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert ask(model, ids, store).report.reused == PROMPT - 1
+
+
+def test_an_interrupted_prompt_is_read_no_further(
+    store: ChunkStore, arrivals: list[arrival.Arrival], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    go, parts = threading.Event(), []
+
+    def hold(number: int) -> None:
+        parts.append(number)
+        if number == 2:
+            assert go.wait(20)
+
+    cache = RedisChunkCache(model, Gated(store, hold), chunk_size=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            arrival.Arrival, "_wait", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, cache)
+    cache.reset()
+    go.set()
+    arrivals[0]._thread.join(20)
+    assert len(parts) < 5
+    assert cache._step.arrival is None
+    copy.deepcopy(cache)
+    assert torch.equal(generate(model, ids, cache), generate(model, ids))
+
+
+def test_what_failed_lets_go_of_its_memory(
+    store: ChunkStore, arrivals: list[arrival.Arrival]
+) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+
+    def fail(number: int) -> None:
+        raise StoreError("gone")
+
+    ask(model, ids, Gated(store, fail))
+    gone = weakref.ref(arrivals.pop())
+    assert gone() is None
+
+
+def test_hidden_reading_is_not_free(store: ChunkStore) -> None:
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+
+    def slow(number: int) -> None:
+        time.sleep(0.002)
+
+    cache = ask(model, ids, Gated(store, slow))
+    report = cache.report
+    assert report.hidden_ms > 0
+    ((_, noted),) = cache._setup.gauge._read
+    assert noted == pytest.approx(report.read_ms + report.hidden_ms, rel=0.2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -88,6 +89,26 @@ def test_a_reply_that_trickles_is_given_up() -> None:
         pytest.raises(redis.TimeoutError, match="too slowly"),
     ):
         read_all(reader_of(fake.tcp_url, timeout=0.2), [b"a"])
+
+
+def test_many_replies_that_are_each_just_in_time_are_given_up() -> None:
+    replies = []
+
+    def answer(command: list[bytes]) -> bytes:
+        time.sleep(0.15)
+        replies.append(command)
+        return b"$5\r\nhello\r\n"
+
+    with FakeServer(answer) as fake, pytest.raises(redis.TimeoutError, match="too slowly"):
+        read_all(reader_of(fake.tcp_url, timeout=0.4), [b"a"] * 100)
+    assert len(replies) < 20
+
+
+def test_what_the_reader_takes_is_its_own_time() -> None:
+    with FakeServer(lambda command: b"$5\r\nhello\r\n") as fake:
+        for view in reader_of(fake.tcp_url, timeout=0.2).read([b"a"] * 4):
+            assert view is not None
+            time.sleep(0.15)
 
 
 def test_keys_that_are_elsewhere_in_a_cluster_are_none() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -24,6 +23,7 @@ from chunkcache.inventory import catalog
 from chunkcache.model.check import check_model
 from chunkcache.model.proof import forward, probe_ids, takes
 from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.patient import insist
 
 LENGTHS = (1, 2, 4, 8, 16)  # in chunks
 REPEATS = 3
@@ -107,8 +107,7 @@ def measure_break_even(
                     )
             points.append(Point(length, median(computed), median(read)))
     finally:
-        with suppress(StoreError):  # a full store takes no changes for a while
-            catalog.delete(store, catalog.Filter(namespace=namespace))
+        insist(lambda: catalog.delete(store, catalog.Filter(namespace=namespace)))
     return BreakEven(tuple(points))
 
 

@@ -21,7 +21,6 @@ from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.health import Server, Speed, measure_speed, read_info
 
 Step = Callable[[str], object]
-LEFTOVERS_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,8 @@ class Health:
 
 
 def open_for_measuring(url: str | None) -> ChunkStore:
-    """The store, with the settings in force, but that what cannot be deleted is soon gone."""
-    return open_store(url, **(Settings.load().of_store | {"ttl": LEFTOVERS_SECONDS}))
+    """The store with the settings in force: another `ttl` would expire what others have stored."""
+    return open_store(url, **Settings.load().of_store)
 
 
 def examine_stores(url: str | None, step: Step) -> tuple[StoreHealth, ...]:

@@ -14,6 +14,7 @@ Everything here goes through all keys of the store, a page at a time; no blob is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ __all__ = ["Deleted", "Filter", "Group", "Stats", "delete", "entries", "stats", 
 
 # An index entry may name a chunk that another process is still writing.
 SETTLED = timedelta(minutes=1)
+WRITTEN_SECONDS = 0.5  # from one half of a chunk to the other
 ALL = Filter()
 
 
@@ -175,7 +177,14 @@ def sweep(store: ChunkStore, *, dry_run: bool = False) -> Deleted:
     Raises:
         StoreError: The store failed, or takes no changes.
     """
-    return _delete(store, lambda key, e: not (e.metadata and e.nbytes), dry_run)
+    halves = {e.key for page in _pages(store) for _, e in page if _is_half(e)}
+    if halves:  # a second look: what was being written at the first one is whole then
+        time.sleep(WRITTEN_SECONDS)
+    return _delete(store, lambda key, e: e.key in halves and _is_half(e), dry_run)
+
+
+def _is_half(entry: Listed) -> bool:
+    return not (entry.metadata and entry.nbytes)
 
 
 def _pages(store: ChunkStore) -> Iterator[list[tuple[ChunkKey, Listed]]]:

@@ -25,7 +25,7 @@ class Filter:
     Attributes:
         model: The model's name as it stands in the key.
         namespace: The namespace; `""` is the one without a name.
-        tags: Comma-separated tags, all of which must be among those of the chunk.
+        tags: Comma-separated tags, one at least, all of which must be among those of the chunk.
         codec: How the blob is written, the `format` in the key.
         min_age: Seconds since the chunk was made, at least.
         max_age: Seconds since then, at most.
@@ -39,6 +39,13 @@ class Filter:
     min_age: float | None = None
     max_age: float | None = None
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        # Nothing is among any tags: an unset variable in `tags=$TAGS` would mean every chunk.
+        if self.tags is not None and not split_tags(self.tags):
+            raise SettingError(
+                "filter: tags= names no tag: write tags=project=docs, or leave it out"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:

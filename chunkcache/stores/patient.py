@@ -6,11 +6,28 @@ answer it is the other way round: the work pauses until the queue has room.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, ReadsFrom
 from chunkcache.stores.calls import calls_of_prompt
+
+
+def insist(work: Callable[[], object], seconds: float = 8.0) -> None:
+    """Do what a store refuses for a while, such as changes after an error; give up in the end.
+
+    For cleaning up: nothing is raised.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            work()
+            return
+        except StoreError:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.5)
 
 
 class PatientStore(ReadsFrom):

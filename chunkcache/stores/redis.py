@@ -187,10 +187,11 @@ class RedisStore(Listing, ChunkStore):
                 pipe.pexpire(name, self._renew_ms, xx=True)  # not those that are pinned
 
     def _write_small(self, entries: Sequence[Entry]) -> None:
-        """Write entries without a blob, in one round trip for many, two if there is a TTL."""
+        """Write entries without a blob, in two round trips for many."""
         for start in range(0, len(entries), PIPELINED):
             batch = entries[start : start + PIPELINED]
             lasting = self._lasting([entry for entry in batch if entry.merge])
+            left = self._times_left([entry for entry in batch if not entry.merge])
             with self._store_errors(), self._client.pipeline(transaction=False) as pipe:
                 for entry in batch:
                     metadata, blob = self._names(entry.key)
@@ -203,6 +204,8 @@ class RedisStore(Listing, ChunkStore):
                         pipe.persist(metadata)
                     elif self._expire_ms and entry.key not in lasting:
                         pipe.pexpire(metadata, self._expire_ms)
+                    elif entry.metadata and entry.key in left:
+                        pipe.pexpire(metadata, left[entry.key])
                 for reply in pipe.execute(raise_on_error=False):
                     self._check(reply)
 
@@ -213,6 +216,26 @@ class RedisStore(Listing, ChunkStore):
         keys = [entry.key for entry in entries]
         replies = self._pipelined(keys, lambda pipe, key: pipe.pttl(self._names(key)[0]))
         return {key for key, (left,) in zip(keys, replies, strict=True) if left == -1}
+
+    def _times_left(self, entries: Sequence[Entry]) -> dict[str, int]:
+        """Milliseconds to live of those that expire: what we replace stays as mortal as it was.
+
+        Without a `ttl` of our own we would make eternal what others have written.
+        """
+        if self._expire_ms:
+            return {}
+
+        def look(pipe: Any, key: str) -> None:
+            metadata = self._names(key)[0]
+            pipe.pttl(metadata)
+            pipe.type(metadata)  # a claim expires too, but is not what we replace
+
+        keys = [entry.key for entry in entries]
+        return {
+            key: left
+            for key, (left, kind) in zip(keys, self._pipelined(keys, look), strict=True)
+            if kind == b"hash" and isinstance(left, int) and left > 0
+        }
 
     def _claim(self, entries: Sequence[Entry]) -> set[str]:
         """Announce that these blobs will be written. Returns the keys that need no writing by us.

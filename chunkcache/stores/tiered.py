@@ -96,7 +96,7 @@ class TieredStore(ChunkStore):
         return [fields or None for fields in found]
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
-        """As in `ChunkStore`, from far to near: copies in nearer tiers have no metadata."""
+        """As in `ChunkStore`, from far to near: copies in nearer tiers have few metadata."""
         seen: set[str] = set()
         for page in chain.from_iterable(tier.scan(prefix) for tier in self._tiers[::-1]):
             fresh = [entry for entry in page if entry.key not in seen]
@@ -234,7 +234,7 @@ class TieredStore(ChunkStore):
             return
         for tier in self._tiers[:level]:
             with suppress(StoreError):  # it was noted when the tier was asked
-                tier.write([Entry(key, {}, blob.data, merge=True)])
+                tier.write([Entry(key, {"copied": "yes"}, blob.data, merge=True)])
 
     def _note(self, errors: Sequence[StoreError]) -> None:
         """Note the errors of some tiers; those of all are the store's own."""

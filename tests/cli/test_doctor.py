@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 from servers import Server, redis_binary
 from typer.testing import CliRunner
 
+from chunkcache import RedisChunkCache, catalog, open_store
 from chunkcache.cli import app as cli
-from tests.models import tiny, tiny_config
+from tests.models import tiny, tiny_config, tokens
 from tests.words import word_tokenizer
 
 runner = CliRunner()
@@ -84,3 +87,31 @@ def test_mistakes_end_with_2_and_one_line(config, arguments, said):
     told = run(*[config if word == "CONFIG" else word for word in arguments], code=2)
     assert said in told
     assert len(told.strip().splitlines()) == 1
+
+
+def test_what_others_have_stored_stays_as_it_is(tmp_path, redis_server):
+    """Not even their time to live is touched: by no other ttl, by no cleaning up."""
+    model, ids = tiny(), tokens(300)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    redis_server.client().flushall()
+    files = f"file://{tmp_path}/store"
+    for url in (redis_server.unix_url, files):
+        with RedisChunkCache(model, url, reuse="anywhere") as cache:
+            model.generate(ids, past_key_values=cache, max_new_tokens=1)
+            cache.flush()
+    long_ago = time.time() - 100_000
+    for path in (tmp_path / "store").rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    with redis_server.client() as client:
+        for name in client.keys("anchor@*"):
+            client.hset(name, "f" * 64, "0 2020-01-01T00:00:00+00:00")  # a chunk that is gone
+        before = set(client.keys())
+        for url in (redis_server.unix_url, files):
+            runner.invoke(cli.app, ["doctor", "--store", url, "--model", str(tmp_path / "model")])
+        after = set(client.keys())
+        assert before <= after
+        assert {name.split(b"@")[0] for name in after - before} <= {b"proof", b"moving"}
+        assert {client.ttl(name) for name in after} == {-1}
+    with open_store(files) as store:
+        assert len(list(catalog.entries(store))) == 3

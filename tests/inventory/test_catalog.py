@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from chunkcache import RedisChunkCache, catalog, open_store
 from chunkcache.errors import StoreError
 from chunkcache.inventory.catalog import Deleted, Filter, Group, delete, entries, stats, sweep
 from chunkcache.settings import RESERVED_FIELDS
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, Listed
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
@@ -304,3 +305,47 @@ def test_copies_in_near_tiers_go_too() -> None:
     assert near.sizes([chunk(1).key]) == [10]
     assert delete(store, Filter(tags="x")).chunks == 1
     assert near.sizes([chunk(1).key]) == [0]
+
+
+def test_what_expires_goes_on_expiring(redis_server: Server) -> None:
+    """Whoever deletes a chunk may open the store without a time to live, or with another one."""
+    one, two = chunk(1, n="1"), chunk(2)
+    with redis_server.client() as client:
+        client.flushall()
+        with open_store(redis_server.unix_url, ttl=1000) as mortal:
+            mortal.write([one, two, anchor(1, one, two)])
+            mortal.flush()
+        with open_store(redis_server.unix_url) as eternal:
+            assert delete(eternal, Filter(fields={"n": "1"})).chunks == 1
+        (index,) = client.keys("anchor@*")
+        assert client.hkeys(index) == [two.key[-64:].encode()]
+        assert 900 < client.ttl(index) <= 1000
+
+
+def test_what_was_being_written_is_not_swept() -> None:
+    class Halfway(MemoryStore):
+        """Shows one half at the first look."""
+
+        looks = 0
+
+        def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+            self.looks += 1
+            for page in super().scan(prefix):
+                yield [replace(e, metadata=None) if self.looks == 1 else e for e in page]
+
+    store = Halfway()
+    store.write([chunk(1)])
+    assert sweep(store).chunks == 0
+    assert store.sizes([chunk(1).key]) == [chunk(1).nbytes]
+
+
+def test_copies_in_a_near_tier_are_no_halves(model: Any, tmp_path: Path) -> None:
+    near, far = f"file://{tmp_path}/near", f"file://{tmp_path}/far"
+    ids = tokens(150)
+    for place in (far, [near, far]):
+        with RedisChunkCache(model, place) as cache:
+            model.generate(ids, past_key_values=cache, max_new_tokens=1)
+            cache.flush()
+    with open_store(near) as store:
+        assert len(list(entries(store))) == 2
+        assert sweep(store).chunks == 0

@@ -126,3 +126,10 @@ def test_parsing_fails_in_one_way_only(text: str) -> None:
 def test_tags() -> None:
     assert split_tags(" a, b=c,,a ,") == {"a", "b=c"}
     assert split_tags("") == set()
+
+
+@pytest.mark.parametrize("tags", ["", " ", ",", " , "])
+def test_no_tag_is_not_every_chunk(tags: str) -> None:
+    for make in (lambda: Filter(tags=tags), lambda: Filter.parse(f"'tags={tags}'")):
+        with pytest.raises(SettingError, match="names no tag"):
+            make()

@@ -115,14 +115,15 @@ def test_writing_again_replaces_both_halves(server: Server, server_url: str) -> 
     assert store.delete(["a"]) == 0
 
 
-def test_many_entries_without_a_blob_cost_one_round_trip(
+def test_many_entries_without_a_blob_cost_two_round_trips(
     redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = pipelines(monkeypatch)
     store = RedisStore(redis_server.unix_url)
     small = [Entry(f"k{i}", {f"f{i}": "1"}, memoryview(b""), merge=i % 2 == 0) for i in range(300)]
     store.write([entry("k0", b"blob", f="0"), *small, *small, entry("k1", b"blob")])
-    assert sent == [2 * 3, 3, *[512 + 256, 88 + 44], 2]  # first, the claims of both blobs
+    # First the claims of both blobs, and of what is replaced how long it would have lived.
+    assert sent == [2 * 3, 3, *[2 * 256, 512 + 256], *[2 * 44, 88 + 44], 2]
     assert store.sizes(["k0", "k1", "k2"]) == [4, 4, 0]
     assert store.read_metadata(["k0", "k1", "k2", "k3"]) == [
         {"f": "0", "f0": "1"}, None, {"f2": "1"}, {"f3": "1"}

@@ -232,10 +232,12 @@ class _Place(Place):
         self._seen = 0
         self._checksum = Checksum()
 
-    def filled(self, view: memoryview) -> None:
+    def filled(self, pieces: Sequence[memoryview]) -> None:
         """Take the sum of what is behind the header."""
-        self._checksum.update(view[max(0, self._head - self._seen) :])
-        self._seen += view.nbytes
+        for piece in pieces:
+            header = self._head - self._seen
+            self._checksum.update(piece if header <= 0 else piece[header:])
+            self._seen += piece.nbytes
 
     def check(self, form: BlobForm) -> None:
         """Raise BlobError unless the form's blob is here."""

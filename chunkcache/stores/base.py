@@ -73,10 +73,11 @@ class Place(list[memoryview]):
         super().__init__(views)
         self.nbytes = sum(view.nbytes for view in self)
 
-    def filled(self, view: memoryview) -> None:
-        """Called with each piece as soon as it is full, by stores that fill a place in order.
+    def filled(self, pieces: Sequence[memoryview]) -> None:
+        """Called with views, or pieces of them, as soon as they are full, in order.
 
-        Its bytes are in the processor's cache then: what must look at them does so cheaply.
+        Not by every store. Their bytes are in the processor's cache then: what must look at them
+        does so cheaply.
         """
 
 

@@ -33,7 +33,7 @@ SKIP_BYTES = 64 << 10  # read at once of what nobody wants
 VIEWS_AT_ONCE = 64  # handed to the kernel in one call; it takes 1,024 at most
 
 
-Seen = Callable[[memoryview], object]
+Seen = Callable[[Sequence[memoryview]], object]
 
 
 class Request(NamedTuple):
@@ -109,7 +109,7 @@ class GetStream:
     def read_body(self, target: Sequence[memoryview], seen: Seen | None = None) -> None:
         """Fill the views, one after the other, with the body; read the line end after it.
 
-        `seen` is told of each view that is full.
+        `seen` is told of views as they are full.
         """
         end = memoryview(bytearray(2))
         full = [view for view in (*target, end) if view.nbytes]
@@ -122,11 +122,12 @@ class GetStream:
             )
             left -= count
             self._send_ahead(left)
+            begin = at
             while at < len(views) and count >= views[at].nbytes:
                 count -= views[at].nbytes
-                if seen is not None and at < len(views) - 1:
-                    seen(full[at])
                 at += 1
+            if seen is not None and at > begin:
+                seen(full[begin : min(at, len(full) - 1)])
             if count:
                 views[at] = views[at][count:]
         if bytes(end) != b"\r\n":

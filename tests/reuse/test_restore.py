@@ -209,3 +209,57 @@ def test_nothing_to_read_asks_nothing() -> None:
     batch.lose(*batch.chunks[0])
     assert batch.fill(11).stops == [0]
     assert batch.store.asked == []
+
+
+class Telling(Store):
+    """Tells places what has come: as it is, in small pieces, or twice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def read_into(self, keys, places):
+        for key, place in zip(keys, places, strict=True):
+            (there,) = super().read_into([key], [place])
+            pieces = [view[at : at + 7] for view in place for at in range(0, view.nbytes, 7)]
+            for piece in pieces:
+                place.filled([piece])
+            if self.how == "half twice":  # as if a server had gone, and another one answered
+                for piece in pieces:
+                    place.filled([piece])
+            yield there
+
+
+@pytest.mark.parametrize("how", ["once", "half twice"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_checksums_of_what_stores_tell(how, damaged):
+    batch = Batch([[1, 2, 3, 4, 5, 6, 7, 8]])
+    telling = Telling(how)
+    telling.__dict__.update({**batch.store.__dict__, "how": how})
+    batch.origin = Origin(telling, Identity(), b"", CODEC)  # type: ignore[arg-type]
+    key = batch.origin.key(batch.chunks[0][1].hash)
+    if damaged:
+        blob = bytearray(next(iter(telling.read([key]))))
+        blob[-1] ^= 1
+        telling.write([Entry(key, {}, memoryview(blob))])
+    filling = batch.fill(8)
+    assert filling.stops == [4 if damaged else 8]
+    assert len(batch.troubles) == damaged
+
+
+def test_a_sum_of_something_else_is_no_damage():
+    """What a store has told may be wrong; what is there decides."""
+    batch = Batch([[1, 2, 3, 4]])
+
+    class Lying(Telling):
+        def read_into(self, keys, places):
+            for key, place in zip(keys, places, strict=True):
+                (there,) = Store.read_into(self, [key], [place])
+                place.filled([memoryview(bytes(place.nbytes))])
+                yield there
+
+    lying = Lying("")
+    lying.__dict__.update({**batch.store.__dict__, "how": ""})
+    batch.origin = Origin(lying, Identity(), b"", CODEC)  # type: ignore[arg-type]
+    assert batch.fill(4).stops == [4]
+    assert not batch.troubles

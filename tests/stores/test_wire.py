@@ -10,6 +10,7 @@ from servers import FakeServer, Server, parse_commands
 
 from chunkcache.stores import wire
 from chunkcache.stores.address import SERVER, read_url
+from chunkcache.stores.base import Place
 from chunkcache.stores.stream import PART_BYTES
 from chunkcache.stores.wire import BulkReader, CommandPacker, ReplyParser
 
@@ -73,6 +74,18 @@ def test_values_in_parts_are_what_they_are_at_once(
     places = [place_of(bytearray(size), views) for size in sizes]
     assert list(reader.read_into(names, places)) == [True] * len(sizes)
     assert [b"".join(place) for place in places] == values
+    told = [Told(place_of(bytearray(size), views)) for size in sizes]
+    assert list(reader.read_into(names, told)) == [True] * len(sizes)
+    assert [place.seen for place in told] == values
+
+
+class Told(Place):
+    """Keeps what it is told of."""
+
+    seen = b""
+
+    def filled(self, pieces: Sequence[memoryview]) -> None:
+        self.seen += b"".join(pieces)
 
 
 def place_of(memory: bytearray, views: int) -> list[memoryview]:

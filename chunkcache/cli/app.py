@@ -13,12 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from chunkcache.cli.bench import app as bench_commands
 from chunkcache.cli.doctor import app as doctor_commands
-from chunkcache.cli.errors import errors_in_one_line
+from chunkcache.cli.errors import Commands
 from chunkcache.cli.model import app as model_commands
 from chunkcache.cli.pack import app as pack_commands
 from chunkcache.cli.store import app as store_commands
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,  # they may show local variables, and so a store's password
@@ -64,17 +65,14 @@ def demo(
     Ends with 1 if the cache changed an answer, and with 2 if something is not set up right.
     """
     err = Console(file=sys.stderr)
-    with (
-        errors_in_one_line(),
-        Progress(
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-            auto_refresh=False,  # a thread that draws would take time from what is measured
-        ) as progress,
-    ):
+    with Progress(
+        BarColumn(),
+        TextColumn("{task.description}"),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        auto_refresh=False,  # a thread that draws would take time from what is measured
+    ) as progress:
         task = progress.add_task("starting", total=None)
         progress.refresh()
         from chunkcache.cli import demo as work
@@ -85,9 +83,9 @@ def demo(
         def step(name: str) -> None:
             progress.update(task, advance=1, description=name, refresh=True)
 
-        url = work.ready_store(store)
+        place = work.ready_store(store)
         with quiet_transformers():
-            outcome = work.run_demo(url, model, tokens, max_new_tokens, step)
+            outcome = work.run_demo(place, model, tokens, max_new_tokens, step)
     if as_json:
         typer.echo(json.dumps(outcome.to_dict(), indent=2))
     else:

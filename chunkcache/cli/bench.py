@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from chunkcache.cli.errors import errors_in_one_line
 from chunkcache.cli.options import ERR, Json, Model, Store
 
 app = typer.Typer()
@@ -31,20 +30,27 @@ def bench(
     Without --tokens: documents of 512 and 2,000 tokens. What was stored for it is deleted
     afterwards. Ends with 1 if the cache changed an answer.
     """
-    with errors_in_one_line(), ERR.status("starting") as status:
+    with ERR.status("starting") as status:
         from chunkcache.cli.demo import ready_store
         from chunkcache.doctor.bench import run_bench
         from chunkcache.samples import quiet_transformers
 
         # The store first: it is asked in a moment, and a model may take minutes to load.
-        url = ready_store(store)
+        place = ready_store(store)
         with quiet_transformers():
             told = run_bench(
-                model, url, tokens or (512, 2000), repeats, max_new_tokens, status.update
+                model, place, tokens or (512, 2000), repeats, max_new_tokens, status.update
             )
     if as_json:
         typer.echo(json.dumps(told.to_dict(), indent=2))
     else:
         Console().print(told.table())
+    for length in told.without_reuse:
+        typer.echo(
+            f"--tokens {length}: nothing was reused, so this measures no gain; the prompt is "
+            "shorter than a chunk, reading has been slower than computing (min_gain), or the store "
+            "is full or read-only",
+            err=True,
+        )
     if not told.same:
         raise typer.Exit(1)

@@ -16,11 +16,12 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from chunkcache.doctor.measure import Job, Measurer, Run, in_fresh_process
+from chunkcache.doctor.measure import Job, Measurer, Run, in_fresh_process, store_name
 from chunkcache.errors import SettingError
-from chunkcache.stores import open_store
-from chunkcache.stores.address import without_password
+from chunkcache.settings import Settings
+from chunkcache.stores import URL_VARIABLE, open_store
 from chunkcache.stores.embedded import resolved
+from chunkcache.tokens.token_text import shown
 
 STEPS = (
     "loading the model (the sample model is converted once)",
@@ -56,7 +57,7 @@ class Outcome:
     """The five runs, in the order in which they are shown, and where their chunks are."""
 
     model: str
-    store: str
+    store: str | list[str]
     namespace: str
     rows: list[Row]
 
@@ -68,7 +69,7 @@ class Outcome:
     def print(self, console: Console) -> None:
         """A table and what must be known to read it."""
         cold, warm = self.rows[1].run, self.rows[2].run
-        place = f"{without_password(self.store)}, namespace {self.namespace}"
+        place = f"{store_name(self.store)}, namespace {self.namespace}"
         console.print(_table(self.rows))
         for line in (
             "Warm runs are new processes, which know nothing but the store.",
@@ -77,13 +78,13 @@ class Outcome:
             f"The warm run's report: {warm.report}",
             f"The chunks, {cold.bytes_written / 1e6:,.0f} MB, are in {place}",
         ):
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
+            console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All that was measured, ready for JSON; the store's password left out."""
         return {
             "model": self.model,
-            "store": without_password(self.store),
+            "store": store_name(self.store),
             "namespace": self.namespace,
             "same": self.same,
             "runs": [
@@ -93,27 +94,36 @@ class Outcome:
         }
 
 
-def ready_store(url: str | None) -> str:
-    """The URL of a store that answers: `url`, or `CHUNKCACHE_URL`, or the embedded store.
+def ready_store(url: str | None) -> str | list[str]:
+    """A store that answers: `url`, or what `CHUNKCACHE_URL` says, or the embedded store.
 
     Raises:
-        SettingError: The URL makes no store, or one that another process cannot share.
+        SettingError: The URL makes no store, or one that another process cannot share; or a setting
+            keeps chunks from being stored or reused.
         StoreError: The store does not answer.
     """
-    # Spelled out, so that every process means the same one and people can find it.
-    url = url or os.environ.get("CHUNKCACHE_URL") or f"embedded://{quote(str(resolved(None)))}"
-    if url.startswith("memory:"):
+    settings = Settings.load()
+    if not settings.write or settings.reuse == "off":
         raise SettingError(
-            f"--store {url!r} lives in one process, and this is about a store that is shared: "
-            "use redis://…, unix://… or file:///…, or leave --store out"
+            "write=False or reuse='off' (CHUNKCACHE_WRITE, CHUNKCACHE_REUSE): nothing could be "
+            "reused, and this is about how much that gains; leave them out"
         )
-    with open_store(url) as store:
+    # Spelled out, so that every process means the same one and people can find it.
+    urls = [url] if url else os.environ.get(URL_VARIABLE, "").split()
+    urls = urls or [f"embedded://{quote(str(resolved(None)))}"]
+    if all(each.startswith("memory:") for each in urls):
+        raise SettingError(
+            f"--store {' '.join(urls)!r} lives in one process, and this is about a store that is "
+            "shared: use redis://…, unix://… or file:///…, or leave --store out"
+        )
+    place = urls[0] if len(urls) == 1 else urls
+    with open_store(place, **settings.of_store) as store:
         store.sizes(["demo"])  # nobody has this key: asked only to hear an answer
-    return url
+    return place
 
 
 def run_demo(
-    store: str,
+    store: str | list[str],
     model: str,
     tokens: int,
     max_new_tokens: int,

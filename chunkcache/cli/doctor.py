@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chunkcache.cli.errors import errors_in_one_line
 from chunkcache.cli.options import ERR, Json, Store, loaded
+from chunkcache.tokens.token_text import visible
 
 if TYPE_CHECKING:
     from chunkcache.doctor.sizing import Load, Node, Plan
@@ -69,18 +68,24 @@ def doctor(
     The model's configuration is enough for that.
     """
     if not plan:
+        if any(each is not None for each in (corpus_tokens, prefill_rate, dtype)):
+            from chunkcache.errors import SettingError
+
+            raise SettingError(
+                "--corpus-tokens, --prefill-rate and --dtype are about a load: add --plan, or "
+                "leave them out"
+            )
         _examine(store, model, as_json)
         return
-    with errors_in_one_line():
-        from chunkcache.doctor.sizing import Load, Node
-        from chunkcache.errors import SettingError
-        from chunkcache.stores import parse_bytes
+    from chunkcache.doctor.sizing import Load, Node
+    from chunkcache.errors import SettingError
+    from chunkcache.stores import parse_bytes
 
-        if model is None or corpus_tokens is None:
-            raise SettingError("--plan needs --model and --corpus-tokens: name both")
-        load = Load(corpus_tokens, prompts_per_second, prompt_tokens, reused)
-        node = Node(parse_bytes(node_memory), 1e9 * node_link)
-        found = _plan(model, dtype, load, node, prefill_rate)
+    if model is None or corpus_tokens is None:
+        raise SettingError("--plan needs --model and --corpus-tokens: name both")
+    load = Load(corpus_tokens, prompts_per_second, prompt_tokens, reused)
+    node = Node(parse_bytes(node_memory), 1e9 * node_link)
+    found = _plan(model, dtype, load, node, prefill_rate)
     if as_json:
         told = {"model": model, "load": asdict(load), "node": asdict(node), "nodes": found.nodes}
         typer.echo(json.dumps({**told, **asdict(found)}, indent=2))
@@ -89,23 +94,20 @@ def doctor(
 
 
 def _examine(url: str | None, model: str | None, as_json: bool) -> None:
-    with ExitStack() as stack:
-        pair = stack.enter_context(loaded(model)) if model else None
-        stack.enter_context(errors_in_one_line())
-        from chunkcache.doctor.checks import (
-            Health,
-            examine_model,
-            examine_stores,
-            open_for_measuring,
-        )
+    from chunkcache.doctor.checks import Health, examine_model, examine_stores, open_for_measuring
 
-        with ERR.status("starting") as status:
-            health = Health(examine_stores(url, status.update))
-            if pair and model:
-                store = stack.enter_context(open_for_measuring(url))
-                told = examine_model(model, pair[0], store, status.update)
-                health = Health(health.stores, told)
-    typer.echo(json.dumps(health.to_dict(), indent=2) if as_json else health)
+    # Opened first, since a model may take minutes to load.
+    with open_for_measuring(url) as store:
+        if model is None:
+            with ERR.status("starting") as status:
+                health = Health(examine_stores(url, status.update))
+        else:
+            with loaded(model) as (network, _), ERR.status("starting") as status:
+                health = Health(
+                    examine_stores(url, status.update),
+                    examine_model(model, network, store, status.update),
+                )
+    typer.echo(json.dumps(health.to_dict(), indent=2) if as_json else visible(str(health)))
     if not health.good:
         raise typer.Exit(1)
 

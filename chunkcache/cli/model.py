@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from chunkcache.cli.errors import errors_in_one_line
-from chunkcache.cli.options import ERR, Json, Model, Namespace, Store, given, loaded
+from chunkcache.cli.options import ERR, Json, Model, Namespace, Store, given, loaded, opened
+from chunkcache.tokens.token_text import shown
 
 app = typer.Typer()
 
@@ -39,14 +39,17 @@ def explain(
     Other settings come from the environment, such as CHUNKCACHE_CHUNK_SIZE. Ends with 1 if nothing
     would be found.
     """
-    with errors_in_one_line():
-        text = _read(prompt)
-    with loaded(model) as (network, tokenizer), ERR.status("asking the store"):
+    text = _read(prompt)
+    settings = given(namespace=namespace, reuse=reuse)
+    with (
+        opened(store, **settings) as place,
+        loaded(model) as (network, tokenizer),
+        ERR.status("asking the store"),
+    ):
         from chunkcache import RedisChunkCache
 
         ids = _tokenize(tokenizer, text, chat)
-        settings = given(namespace=namespace, reuse=reuse)
-        with RedisChunkCache(network, store, on_error="raise", **settings) as cache:
+        with RedisChunkCache(network, place, on_error="raise", **settings) as cache:
             told = cache.explain(ids, tokenizer=tokenizer, elsewhere=elsewhere)
     typer.echo(json.dumps(told.to_dict(), indent=2) if as_json else told)
     if not told.reused + told.moved:
@@ -83,24 +86,26 @@ def warm(
     settings come from the environment, such as CHUNKCACHE_CHUNK_SIZE. Ends with 1 if a document
     could not be added, and with 2 if the run stopped before the last one.
     """
-    with errors_in_one_line():
-        documents = _documents(files, dataset, split, field)
-    with loaded(model) as (network, tokenizer):
+    documents = _documents(files, dataset, split, field)
+    settings = given(namespace=namespace, tags=tags)
+    with opened(store, **settings) as place, loaded(model) as (network, tokenizer):
         from chunkcache import add_documents
 
         summary = add_documents(
             network,
-            store,
+            place,
             documents,
             tokenizer=tokenizer,
             prefix=prefix,
             batch_tokens=batch_tokens,
             progress=ERR.is_terminal,
-            **given(namespace=namespace, tags=tags),
+            **settings,
         )
-    typer.echo(json.dumps(asdict(summary), indent=2) if as_json else summary)
+        place.flush()
+
+    typer.echo(json.dumps(asdict(summary), indent=2) if as_json else shown(str(summary)))
     for failure in summary.failures:
-        typer.echo(f"document {failure.document}: {failure.reason}", err=True)
+        typer.echo(shown(f"document {failure.document}: {failure.reason}"), err=True)
     if summary.stopped or summary.failures:
         raise typer.Exit(2 if summary.stopped else 1)
 
@@ -133,12 +138,10 @@ def _read(prompt: str) -> str:
 
 def _tokenize(tokenizer: Any, text: str, chat: bool) -> Any:
     from chunkcache.errors import SettingError
+    from chunkcache.tokens.texts import chat_inputs
 
     if not chat:
         return tokenizer(text, verbose=False)["input_ids"]
     if not tokenizer.chat_template:
         raise SettingError("--chat: this model has no chat template; leave it out")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    return chat_inputs(tokenizer, text)["input_ids"]

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from chunkcache.cli.errors import errors_in_one_line
-
 if TYPE_CHECKING:
     from chunkcache.inventory.filters import Filter
     from chunkcache.stores.base import ChunkStore
@@ -38,28 +36,39 @@ Namespace = Annotated[
 ]
 
 
-@contextmanager
-def opened(url: str | None, doing: str = "looking through the store") -> Iterator[ChunkStore]:
-    """The store, a sign of life on stderr, and errors in one line. Loads no torch model."""
-    with errors_in_one_line():
-        from chunkcache.stores import open_store
+def opened(url: str | None, **settings: Any) -> ChunkStore:
+    """The store, with the settings in force but these. Before any work, for these may be wrong."""
+    from chunkcache.settings import Settings
+    from chunkcache.stores import open_store
 
-        with open_store(url) as store, ERR.status(doing):
-            yield store
+    return open_store(url, **Settings.load(**settings).of_store)
+
+
+@contextmanager
+def looked_into(url: str | None) -> Iterator[ChunkStore]:
+    """The store, and a sign of life on stderr. Looking renews no time to live. Loads no model."""
+    with opened(url, ttl=0.0) as store, ERR.status("looking through the store"):
+        yield store
+
+
+@contextmanager
+def changed(url: str | None) -> Iterator[ChunkStore]:
+    """As `looked_into`, for what deletes: index entries that are written again get their ttl."""
+    with opened(url, refresh_ttl=False) as store, ERR.status("going through the store"):
+        yield store
 
 
 @contextmanager
 def loaded(model: str) -> Iterator[tuple[Any, Any]]:
-    """Model and tokenizer, and errors in one line."""
-    with errors_in_one_line():
-        with ERR.status("loading the model"):
-            from chunkcache.model.loading import load_model
-            from chunkcache.samples import quiet_transformers
+    """Model and tokenizer. Settings and store come before: a model may take minutes to load."""
+    with ERR.status("loading the model"):
+        from chunkcache.model.loading import load_model
+        from chunkcache.samples import quiet_transformers
 
-            with quiet_transformers():
-                pair = load_model(model)
         with quiet_transformers():
-            yield pair
+            pair = load_model(model)
+    with quiet_transformers():
+        yield pair
 
 
 def chosen(terms: list[str] | None) -> Filter:

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from chunkcache.cli.errors import errors_in_one_line
-from chunkcache.cli.options import ERR, Json, Store, Terms, chosen
+from chunkcache.cli.options import ERR, Json, Store, Terms, chosen, opened
+from chunkcache.tokens.token_text import shown
 
 app = typer.Typer()
 
@@ -41,12 +41,10 @@ def export(
 
     Ends with 1 if chunks were left out because they are damaged or went meanwhile.
     """
-    with errors_in_one_line():
-        from chunkcache.library.pack import export_pack
-        from chunkcache.stores import open_store
+    from chunkcache.library.pack import export_pack
 
-        with open_store(store) as place, _bar() as progress:
-            done = export_pack(place, pack, chosen(terms), overwrite=force, progress=progress)
+    with opened(store, ttl=0.0) as place, _bar() as progress:
+        done = export_pack(place, pack, chosen(terms), overwrite=force, progress=progress)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
     if done.left_out:
         raise typer.Exit(1)
@@ -65,15 +63,12 @@ def import_(
     Whoever made a pack decides what models say behind its texts: import those of people you trust.
     Ends with 1 if chunks were bad, or if the store has not kept all of them.
     """
-    with errors_in_one_line():
-        from chunkcache.library.unpack import import_pack
-        from chunkcache.settings import Settings
-        from chunkcache.stores import open_store
+    from chunkcache.library.unpack import import_pack
 
-        with open_store(store, **Settings.load().of_store) as place, _bar() as progress:
-            done = import_pack(place, pack, chosen(terms), pin=pin, progress=progress)
+    with opened(store) as place, _bar() as progress:
+        done = import_pack(place, pack, chosen(terms), pin=pin, progress=progress)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
     for key, why in done.reasons.items():
-        typer.echo(f"{key}: {why}", err=True)
+        typer.echo(shown(f"{key}: {why}"), err=True)
     if done.bad or done.lost:
         raise typer.Exit(1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from chunkcache.cli.errors import errors_in_one_line
-from chunkcache.cli.options import DryRun, Json, Store, Terms, chosen, opened
+from chunkcache.cli.options import DryRun, Json, Store, Terms, changed, chosen, looked_into, opened
+from chunkcache.tokens.token_text import shown
 
 if TYPE_CHECKING:
     from chunkcache.stores.base import ChunkStore, Listed
 
 app = typer.Typer()
 _COLUMNS = ("model", "namespace", "tags", "positions", "codec", "created")
+_UNBOUND = 1_000_000  # columns
 
 
 @app.command()
@@ -30,34 +33,61 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List chunks, in no order: the hash's beginning, which `show` takes, and what they are."""
-    with opened(store) as place:
-        from chunkcache.inventory import catalog
+    from chunkcache.inventory import catalog
 
-        found = list(islice(catalog.entries(place, chosen(terms)), limit or None))
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in found], indent=2))
+        # Without a sign of life: one after the other is printed, however many there are.
+        with opened(store, ttl=0.0) as place:
+            _print_list(islice(catalog.entries(place, chosen(terms)), limit or None))
         return
+    with looked_into(store) as place:
+        found = list(islice(catalog.entries(place, chosen(terms)), limit or None))
+    out = Console()
+    folds = out.is_terminal  # elsewhere a line is a chunk, however long
     view = Table(box=None)
     for column in ("hash", *_COLUMNS, "MB"):
-        view.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
+        view.add_column(
+            column,
+            overflow="fold",
+            no_wrap=not folds,
+            justify="right" if column == "MB" else "left",
+        )
     for entry in found:
         fields = {"created": "", **(entry.metadata or {})}
         fields["created"] = fields["created"][:16].replace("T", " ")
-        cells = (escape(fields.get(column, "")) for column in _COLUMNS)
-        view.add_row(_hash(entry.key)[:12], *cells, f"{entry.nbytes / 1e6:.2f}")
-    Console().print(view)
+        cells = (escape(shown(fields.get(column, ""))) for column in _COLUMNS)
+        view.add_row(shown(_hash(entry.key)[:12]), *cells, f"{entry.nbytes / 1e6:.2f}")
+    out.print(view, width=None if folds else _UNBOUND, crop=folds)
     if limit and len(found) == limit:
         typer.echo(f"the first {limit}; --limit 0 lists all", err=True)
+
+
+def _print_list(entries: Iterable[Listed]) -> None:
+    """As JSON, one at a time."""
+    before = "["
+    for entry in entries:
+        typer.echo(before + "\n" + indent(json.dumps(asdict(entry), indent=2), "  "), nl=False)
+        before = ","
+    typer.echo("[]" if before == "[" else "\n]")
 
 
 @app.command()
 def stats(terms: Terms = None, store: Store = None, as_json: Json = False) -> None:
     """Count chunks, tokens and bytes, by model, namespace and tag."""
-    with opened(store) as place:
+    with looked_into(store) as place:
         from chunkcache.inventory import catalog
 
         counted = catalog.stats(place, chosen(terms))
-    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else counted)
+    if as_json:
+        typer.echo(json.dumps(counted.to_dict(), indent=2))
+        return
+    typer.echo(shown(str(counted.total)))
+    for title in ("models", "namespaces", "tags"):
+        groups = getattr(counted, title)
+        if groups:
+            typer.echo(f"{title}:")
+        for name in sorted(groups):
+            typer.echo(shown(f"  {name or '(none)'}: {groups[name]}"))
 
 
 @app.command()
@@ -73,49 +103,67 @@ def show(
 
     Ends with 1 if there is no such chunk.
     """
-    with opened(store) as place:
-        from chunkcache.inventory.inspection import inspect
+    decoder = None
+    if tokenizer is not None:
+        from chunkcache.model.loading import load_tokenizer
+
+        decoder = load_tokenizer(tokenizer)
+    with looked_into(store) as place:
+        from chunkcache.inventory.inspection import inspect, read_text
 
         found = _find(place, key)
         inside = inspect(place, found.key) if found else None
     if found is None or inside is None:
         typer.echo(f"chunkcache: no chunk {key!r} in this store", err=True)
         raise typer.Exit(1)
+    if decoder is not None:
+        inside = read_text(inside, found, decoder)
     told: dict[str, Any] = {"key": found.key, **(found.metadata or {}), "blob": found.nbytes}
-    if tokenizer and "token_ids" in told:
-        with errors_in_one_line():
-            from chunkcache.model.loading import load_tokenizer
-
-            told["text"] = load_tokenizer(tokenizer).decode(json.loads(told["token_ids"]))
     if as_json:
-        typer.echo(json.dumps({**told, **asdict(inside)}, indent=2))
+        typer.echo(json.dumps({**told, **inside.to_dict()}, indent=2))
         return
     for name, value in told.items():
-        typer.echo(f"{name}: {value}")
+        typer.echo(shown(f"{name}: {value}"))
+    if inside.text:
+        typer.echo(shown(f"text: {inside.text}"))
     tensors = {name: t for name, t in inside.header.items() if name != "__metadata__"}
     if tensors:
         name, first = next(iter(tensors.items()))
-        typer.echo(f"header: {len(tensors)} tensors; {name} is {first['dtype']} {first['shape']}")
+        said = f"header: {len(tensors)} tensors; {name} is {first['dtype']} {first['shape']}"
+        typer.echo(shown(said))
     for norms in inside.norms:
         typer.echo(
             f"layer {norms.layer}: a token's key is {norms.keys:,.2f} long in each head, "
             f"its value {norms.values:,.2f}"
         )
     if inside.unread:
-        typer.echo(f"not shown: {inside.unread}")
+        typer.echo(shown(f"not shown: {inside.unread}"))
 
 
 def _find(store: ChunkStore, key: str) -> Listed | None:
-    """The entry of a key, with or without the ending of one half, or of a hash's beginning."""
+    """The entry of a key, with or without the ending of one half, or of a hash's beginning.
+
+    Raises:
+        SettingError: Several chunks are meant.
+    """
+    from chunkcache.errors import SettingError
     from chunkcache.inventory import catalog
     from chunkcache.stores.base import KV_BYTES, METADATA, Listed
 
     key = key.removesuffix(METADATA).removesuffix(KV_BYTES)
+    if not key:
+        raise SettingError("show needs a key or the beginning of a hash: ls lists them")
     if "@" in key:
         (fields,), (size,) = store.read_metadata([key]), store.sizes([key])
         return Listed(key, fields, size) if fields or size else None
-    found = (entry for entry in catalog.entries(store) if _hash(entry.key).startswith(key))
-    return next(found, None)
+    meant = (entry for entry in catalog.entries(store) if _hash(entry.key).startswith(key))
+    found = list(islice(meant, 2))
+    if len(found) > 1:
+        raise SettingError(
+            f"{key!r} begins the hash of several chunks, such as {found[0].key} and "
+            f"{found[1].key}: give more of the hash, or a whole key"
+        )
+    return found[0] if found else None
 
 
 def _hash(key: str) -> str:
@@ -127,12 +175,13 @@ def purge(
     terms: Terms = None, store: Store = None, dry_run: DryRun = False, as_json: Json = False
 ) -> None:
     """Delete chunks: blobs, metadata, and their mentions in the index. Needs terms."""
-    with opened(store) as place:
+    if not terms:
         from chunkcache.errors import SettingError
+
+        raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
+    with changed(store) as place:
         from chunkcache.inventory import catalog
 
-        if not terms:
-            raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
         done = catalog.delete(place, chosen(terms), dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
 
@@ -140,7 +189,7 @@ def purge(
 @app.command()
 def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Delete what is of no use: halves of chunks, and index entries that name what is gone."""
-    with opened(store) as place:
+    with changed(store) as place:
         from chunkcache.inventory import catalog
 
         done = catalog.sweep(place, dry_run=dry_run)

@@ -6,21 +6,24 @@ yet), warm with another question (the document is known), and warm with the same
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from chunkcache.doctor.measure import Job, Measurer, Run
+from chunkcache.doctor.measure import Job, Measurer, Run, store_name
 from chunkcache.errors import StoreError
 from chunkcache.inventory import catalog
-from chunkcache.stores import open_store
-from chunkcache.stores.address import without_password
+from chunkcache.settings import Settings
+from chunkcache.stores import ChunkStore, open_store
 
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 60.0
 NO_CACHE, COLD, OTHER, SAME = "no cache", "cold", "warm, another question", "warm, same prompt"
 
 
@@ -52,7 +55,7 @@ class Bench:
     """All that was measured, in order of length."""
 
     model: str
-    store: str
+    store: str | list[str]
     repeats: int
     arms: tuple[Arm, ...]
 
@@ -60,6 +63,12 @@ class Bench:
     def same(self) -> bool:
         """Whether the cache changed no answer."""
         return all(arm.same for arm in self.arms)
+
+    @property
+    def without_reuse(self) -> tuple[int, ...]:
+        """Lengths at which a warm run took nothing out of the store, which says nothing of it."""
+        warm = (arm for arm in self.arms if arm.name in (OTHER, SAME))
+        return tuple(dict.fromkeys(arm.tokens for arm in warm if not arm.reused))
 
     def speed_up(self, arm: Arm) -> float:
         """How many times sooner the first token came than without a cache."""
@@ -70,9 +79,10 @@ class Bench:
         """All that was measured, ready for JSON; the store's password left out."""
         return {
             "model": self.model,
-            "store": without_password(self.store),
+            "store": store_name(self.store),
             "repeats": self.repeats,
             "same": self.same,
+            "without_reuse": list(self.without_reuse),
             "arms": [{**asdict(arm), "speed_up": self.speed_up(arm)} for arm in self.arms],
         }
 
@@ -80,7 +90,7 @@ class Bench:
         """One section per length."""
         table = Table(
             header_style="bold",
-            title=f"{self.model}, {without_password(self.store)}: medians of {self.repeats}",
+            title=f"{self.model}, {store_name(self.store)}: medians of {self.repeats}",
         )
         table.add_column("prompt", justify="right")
         table.add_column("")
@@ -105,7 +115,7 @@ class Bench:
 
 def run_bench(
     model: str,
-    store: str,
+    store: str | list[str],
     lengths: Sequence[int],
     repeats: int,
     max_new_tokens: int,
@@ -113,9 +123,11 @@ def run_bench(
 ) -> Bench:
     """Measure, and delete from the store what was stored for it.
 
+    Should that fail, the logger says how to do it.
+
     Args:
         model: A model's folder or hub id.
-        store: URL of a store that answers.
+        store: URL of a store that answers, or those of its tiers.
         lengths: Of the document, in tokens.
         repeats: How often each arm is run; a first round, which warms up, is not counted.
         max_new_tokens: Tokens of each answer.
@@ -127,31 +139,68 @@ def run_bench(
     """
     step("loading the model")
     measurer = Measurer(model)
+    plain = [
+        Job(model, store, "", length, max_new_tokens, 0, use_cache=False)
+        for length in dict.fromkeys(lengths)
+    ]
+    for job in plain:
+        measurer.check(job)
+        measurer.check(replace(job, question=1))
     arms: list[Arm] = []
     run = f"bench-{uuid.uuid4().hex[:12]}"
-    try:
-        for length in lengths:
-            plain = Job(model, store, "", length, max_new_tokens, 0, use_cache=False)
-            rounds: list[dict[str, tuple[Run, bool]]] = []
-            for repeat in range(repeats + 1):
-                step(f"{length:,} tokens, round {repeat + 1} of {repeats + 1}")
-                space = f"{run}-{length}-{repeat}"  # never used before: cold is cold
-                job = replace(plain, namespace=space, tags=run, use_cache=True)
-                rounds.append(dict(_round(measurer, plain, job)))
-            arms += (_median(length, name, [r[name] for r in rounds[1:]]) for name in rounds[0])
-    finally:
-        with suppress(StoreError), open_store(store) as opened:
-            catalog.delete(opened, catalog.Filter(tags=run))
+    with open_store(store, **Settings.load().of_store) as opened:
+        try:
+            for job in plain:
+                arms += _measure(measurer, job, opened, run, repeats, step)
+        finally:
+            _clean_up(opened, run)
     return Bench(model, store, repeats, tuple(arms))
 
 
-def _round(measurer: Measurer, plain: Job, job: Job) -> Iterator[tuple[str, tuple[Run, bool]]]:
+def _measure(
+    measurer: Measurer,
+    plain: Job,
+    store: ChunkStore,
+    run: str,
+    repeats: int,
+    step: Callable[[str], object],
+) -> Iterator[Arm]:
+    """All arms at one length."""
+    rounds: list[dict[str, tuple[Run, bool]]] = []
+    for repeat in range(repeats + 1):
+        step(f"{plain.tokens:,} tokens, round {repeat + 1} of {repeats + 1}")
+        space = f"{run}-{plain.tokens}-{repeat}"  # never used before: cold is cold
+        job = replace(plain, namespace=space, tags=run, use_cache=True)
+        rounds.append(dict(_round(measurer, plain, job, store)))
+    for name in rounds[0]:
+        yield _median(plain.tokens, name, [r[name] for r in rounds[1:]])
+
+
+def _clean_up(store: ChunkStore, run: str) -> None:
+    """Delete what was stored, also what waits to be written still, as after Ctrl-C."""
+    why: object = f"it has not taken all of them within {FLUSH_SECONDS:.0f} s"
+    try:
+        flushed = store.flush(FLUSH_SECONDS)
+        catalog.delete(store, catalog.Filter(tags=run))
+        if flushed:
+            return
+    except StoreError as error:
+        why = error
+    log.error(
+        "chunks of this run may be left in the store (%s): chunkcache purge tags=%s deletes them",
+        why, run,
+    )  # fmt: skip
+
+
+def _round(
+    measurer: Measurer, plain: Job, job: Job, store: ChunkStore
+) -> Iterator[tuple[str, tuple[Run, bool]]]:
     """Each arm once: what was measured, and whether the answer is the plain one."""
     first = measurer.measure(plain)
     second = measurer.measure(replace(plain, question=1))
-    cold = measurer.measure(job)
-    other = measurer.measure(replace(job, question=1))
-    same = measurer.measure(replace(job, question=1))
+    cold = measurer.measure(job, store)
+    other = measurer.measure(replace(job, question=1), store)
+    same = measurer.measure(replace(job, question=1), store)
     yield NO_CACHE, (second, True)
     yield COLD, (cold, cold.answer_ids == first.answer_ids)
     yield OTHER, (other, other.answer_ids == second.answer_ids)

@@ -24,6 +24,7 @@ from chunkcache.model.check import check_model
 from chunkcache.model.proof import forward, probe_ids, takes
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.patient import insist
+from chunkcache.tokens.texts import most_positions
 
 LENGTHS = (1, 2, 4, 8, 16)  # in chunks
 REPEATS = 3
@@ -80,11 +81,13 @@ def measure_break_even(
         "namespace": namespace,
         "reuse": "prefix",
         "on_error": "raise",
+        "write": True,  # its own data, which are deleted afterwards
+        "pin": False,
         "min_gain": 0.0,  # what would not pay is read too: that is the question
     }
     chunk = RedisChunkCache(model, store, **settings).settings.chunk_size
     config: Any = inner.config
-    longest = config.get_text_config(decoder=True).max_position_embeddings
+    longest = most_positions(config)
     points: list[Point] = []
     try:
         for length in (chunk * count for count in LENGTHS):

@@ -98,6 +98,11 @@ class ModelHealth:
                 else "  ! reading was never faster than computing: this store is too slow for this "
                 "model; use a nearer one, such as memory:// or unix://, or no cache"
             )
+        elif self.break_even:
+            lines.append(
+                "  ! too short to measure: the model has no positions for a chunk and a token "
+                "behind it; make CHUNKCACHE_CHUNK_SIZE smaller"
+            )
         return "\n".join(lines)
 
 

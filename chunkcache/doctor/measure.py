@@ -23,6 +23,9 @@ from chunkcache.errors import ChunkCacheError, SettingError
 from chunkcache.model.check import CACHE
 from chunkcache.model.loading import load_model
 from chunkcache.samples import document, quiet_transformers
+from chunkcache.stores.address import without_password
+from chunkcache.stores.base import ChunkStore
+from chunkcache.tokens.texts import chat_inputs
 
 WARM_UP_TOKENS = 256
 QUESTIONS = (
@@ -33,10 +36,13 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run is given: `use_cache` says whether through the store, `question` which one."""
+    """What a run is given: `use_cache` says whether through the store, `question` which one.
+
+    `store` is a URL, or those of tiers.
+    """
 
     model: str
-    store: str
+    store: str | list[str]
     namespace: str
     tokens: int
     max_new_tokens: int
@@ -104,23 +110,28 @@ class Measurer:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False
         )
 
-    def measure(self, job: Job) -> Run:
+    def check(self, job: Job) -> None:
+        """Raise SettingError if the prompt is too long for the model, or cannot be made."""
+        self._prompt(job)
+
+    def measure(self, job: Job, store: ChunkStore | None = None) -> Run:
         """Answer a question greedily, and time it.
 
         The time to the first token runs from the call of `generate()` to its first new token:
         lookup in the store, reading, and prefill of the rest. Loading the model and tokenizing
         come before, and making the cache object (connecting to the store, and once per model
-        hashing its weights and probing it), which `setup_ms` tells.
+        hashing its weights and probing it), which `setup_ms` tells. `store` is that of the job, if
+        it is open already.
 
         Raises:
-            SettingError: The prompt is too long for the model.
+            SettingError: The prompt is too long for the model, or cannot be made.
         """
         inputs = self._prompt(job)
         started = time.perf_counter()
         if not job.use_cache:
             return self._generate(job, inputs, started, None)
         with RedisChunkCache(
-            self.model, job.store, namespace=job.namespace, tags=job.tags
+            self.model, store or job.store, namespace=job.namespace, tags=job.tags
         ) as cache:
             return self._generate(job, inputs, started, cache)
 
@@ -128,12 +139,7 @@ class Measurer:
         # The document stands first: whatever is asked about it, its tokens are the same.
         text = f"{document(job.tokens, self.tokenizer)}\n\n{QUESTIONS[job.question]}"
         if self.tokenizer.chat_template:
-            inputs = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
+            inputs = chat_inputs(self.tokenizer, text)
         else:
             inputs = self.tokenizer(f"{text}\n\nAnswer:", return_tensors="pt")
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -177,6 +183,11 @@ class Measurer:
             answer=str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip(),
             report=str(cache.report) if cache is not None else "",
         )
+
+
+def store_name(store: str | list[str]) -> str:
+    """A store's URL, or those of its tiers, without passwords."""
+    return " ".join(map(without_password, [store] if isinstance(store, str) else store))
 
 
 def in_fresh_process(job: Job) -> Run:

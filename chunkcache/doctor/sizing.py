@@ -17,6 +17,8 @@ INDEX_BYTES = 10_000
 # The rest is for replies under way, fragmentation, and text that nobody asks for again.
 USABLE_MEMORY = 0.8
 USABLE_LINK = 0.7
+# What is beyond these is a slip, and could not be multiplied.
+LEAST, MOST = 1e-9, 1e24
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,5 +159,7 @@ def allocated(nbytes: float) -> float:
 
 
 def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise SettingError(f"{name}={value} must be a number above 0")
+    if not LEAST <= value <= MOST:
+        raise SettingError(
+            f"{name}={value} must be a number above 0, between {LEAST:g} and {MOST:g}"
+        )

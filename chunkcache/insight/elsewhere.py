@@ -22,6 +22,7 @@ from chunkcache.reuse.index import Origin
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, Listed
 from chunkcache.tokens.chunking import Tokens
+from chunkcache.tokens.token_text import shown
 
 WINDOW = 32  # tokens that must be alike
 EVICTED = "its K/V were evicted; their metadata are left"
@@ -132,7 +133,7 @@ def _reason(
         name = fields.get("namespace", "")
         return Sighting(0, 0, f"in the store, in the namespace {name!r}", 3)
     if key.format != origin.codec.format:
-        return Sighting(0, 0, f"in the store, with the codec {key.format}", 2)
+        return Sighting(0, 0, f"in the store, with the codec {shown(key.format)}", 2)
     if not entry.nbytes:
         return Sighting(0, 0, EVICTED, 0)
     if len(tokens) != settings.chunk_size:
@@ -147,7 +148,7 @@ def _difference(
     store: ChunkStore, mine: ModelIdentity, key: ChunkKey, fields: Mapping[str, str]
 ) -> str:
     """What is another in the model of a chunk: its name, and the parts of its identity."""
-    told = [f"{key.model}, {fields.get('dtype', '?')}"]
+    told = [shown(f"{key.model}, {fields.get('dtype', '?')}")]
     if key.world_size != mine.world_size:
         told.append(f"on {key.world_size} processes")
     try:

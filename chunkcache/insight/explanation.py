@@ -11,6 +11,7 @@ from chunkcache.prompt_map import STYLE, MapRow, html_map
 from chunkcache.report import Counts
 from chunkcache.tokens.plan import Kind, Span
 from chunkcache.tokens.seams import Seam
+from chunkcache.tokens.token_text import shown
 
 if TYPE_CHECKING:
     import pandas
@@ -113,7 +114,7 @@ class Explanation(Counts):
             parts.append(f"approximate: K/V rounded to {self.lossy}")
         if self.skipped:
             parts.append(f"the cache would stand aside: {self.skipped}")
-        return ", ".join([*parts, *self.errors])
+        return shown(", ".join([*parts, *self.errors]))
 
     def _table(self) -> list[tuple[str, ...]]:
         """Neighbouring findings that differ in their chunks only, as one line of texts each."""
@@ -132,7 +133,7 @@ class Explanation(Counts):
                     str(first.kind),
                     str(len(blobs) or ""),
                     f"{sum(blobs.values()) / 1e6:,.1f}" if any(blobs.values()) else "",
-                    why,
+                    shown(why),
                 )
             )
         if len(lines) > _MOST_LINES:

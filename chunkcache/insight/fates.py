@@ -90,7 +90,8 @@ class RowFate:
         """Hashes of the chunks whose K/V would be taken as they are."""
         stop = self.known
         if not self._may_move:
-            stop = min(stop, int(computed[self.pad :].argmax()))
+            here = computed[self.pad :]
+            stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
         return {chunk.hash for chunk in self.plan.reads(stop)}
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:

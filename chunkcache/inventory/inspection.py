@@ -7,8 +7,9 @@ chunk must be, byte by byte (see `codec.py`).
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from chunkcache.errors import SettingError
 from chunkcache.model.identity import ChunkKey
-from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.base import ChunkStore, Listed
 
-_LAYER = re.compile(r"layers\.(\d+)\.(keys|values)")
+_LAYER = re.compile(r"layers\.(\d{1,6})\.(keys|values)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,21 @@ class Inspection:
         header: The safetensors header: its `__metadata__`, and each tensor's type, shape and place.
         norms: Layer by layer; empty where the numbers are not keys and values as they are.
         unread: Why something is missing above, or `""`.
+        text: What its tokens say, where a tokenizer was there to tell.
     """
 
     header: dict[str, Any]
     norms: tuple[Norms, ...]
     unread: str = ""
+    text: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON; `None` for what is no finite number."""
+        told = asdict(self)
+        for norms in told["norms"]:
+            for part in ("keys", "values"):
+                norms[part] = norms[part] if math.isfinite(norms[part]) else None
+        return told
 
 
 def inspect(store: ChunkStore, key: str) -> Inspection:
@@ -64,18 +75,51 @@ def inspect(store: ChunkStore, key: str) -> Inspection:
     try:
         tensors = safetensors.torch.load(blob)
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except KeyError as error:  # the library reads these types, and torch has none like them
+        return Inspection({}, (), f"it has numbers of a type that torch does not know: {error}")
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         return Inspection({}, (), f"the blob is damaged: {error}")
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         return Inspection(header, (), "its numbers are not keys and values as they are")
     return Inspection(header, _norms(tensors))
 
 
+def read_text(inside: Inspection, entry: Listed, tokenizer: Any) -> Inspection:
+    """What was found with the text of the chunk's tokens, as its metadata name them.
+
+    Args:
+        inside: What was found of the chunk.
+        entry: The chunk.
+        tokenizer: A Transformers tokenizer.
+    """
+    said = (entry.metadata or {}).get("token_ids", "")
+    if said and not said.startswith("["):
+        why = "the text: its token ids are sealed"
+    elif (ids := _token_ids(said, len(tokenizer))) is None:
+        why = "the text: the metadata have no token ids that this tokenizer knows"
+    else:
+        return replace(inside, text=str(tokenizer.decode(ids)))
+    return replace(inside, unread="; ".join(filter(None, (inside.unread, why))))
+
+
+def _token_ids(said: str, vocabulary: int) -> list[int] | None:
+    """A JSON list of ids below `vocabulary`, if it is that."""
+    try:
+        ids = json.loads(said)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(ids, list) or not all(type(n) is int and 0 <= n < vocabulary for n in ids):
+        return None
+    return ids
+
+
 def _norms(tensors: dict[str, Tensor]) -> tuple[Norms, ...]:
     """Of tensors `[kv_heads, tokens, head_dim]` by name."""
     layers: dict[int, dict[str, float]] = {}
     for name, tensor in tensors.items():
-        if found := _LAYER.fullmatch(name):
+        found = _LAYER.fullmatch(name)
+        # With a size of 0, the others may be as large as a header can write.
+        if found and tensor.dim() == 3 and tensor.numel():
             length = tensor.float().norm(dim=-1).mean()
             layers.setdefault(int(found[1]), {})[found[2]] = float(length)
     return tuple(

@@ -74,8 +74,7 @@ def export_pack(
             many chunks.
         StoreError: The store failed.
     """
-    if path.exists() and not overwrite:
-        raise SettingError(f"{str(path)!r} is there already: name another file, or use --force")
+    _check_target(path, overwrite)
     found = [e for e in catalog.entries(store, chosen or Filter()) if e.metadata and e.nbytes]
     if not found:
         raise SettingError("no chunk in this store is meant: check the terms and --store")
@@ -87,14 +86,34 @@ def export_pack(
             exported = writer.write(store, file, progress)
         os.replace(partial, path)
     except OSError as error:
-        raise SettingError(
-            f"{str(path)!r} cannot be written: {error}. Name a file in a folder with room that you "
-            "may write to"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             partial.unlink()
     return exported
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    """Raise SettingError, before the store is gone through, if there can be no such file."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise _unwritable(path, "there is no such folder") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    else:
+        if path.is_dir():
+            raise _unwritable(path, "it is a folder")
+        if not overwrite:
+            raise SettingError(f"{str(path)!r} is there already: name another file, or use --force")
+
+
+def _unwritable(path: Path, why: object) -> SettingError:
+    return SettingError(
+        f"{str(path)!r} cannot be written: {why}. Name a file in a folder with room that you may "
+        "write to"
+    )
 
 
 class _Writer:

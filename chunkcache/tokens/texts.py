@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,32 @@ TextOrIds = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Tensor
 """A text, or its token ids, `[tokens]`."""
 
 
+def most_positions(config: Any) -> float:
+    """Tokens that a model with this configuration has positions for, at most."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return math.inf if found is None else int(found)
+
+
+def chat_inputs(tokenizer: Any, text: str) -> Any:
+    """`input_ids` and `attention_mask`, `[1, tokens]`, of a user's message in the chat template.
+
+    Raises:
+        SettingError: The template refuses it.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    except Exception as error:  # a template is a program, and fails as it likes
+        raise SettingError(
+            f"the tokenizer's chat template refuses a user's message alone "
+            f"({type(error).__name__}: {error}): mend chat_template in the model's folder"
+        ) from error
+
+
 class TextReader:
     """Reads texts and token ids for one model.
 
@@ -27,7 +54,7 @@ class TextReader:
         tokenizer: Its tokenizer; without one, token ids only can be read.
 
     Attributes:
-        longest: Tokens that the model has positions for.
+        longest: Tokens that the model has positions for; infinite where none are counted (ALiBi).
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -36,7 +63,7 @@ class TextReader:
         config: Any = model.config
         self._text_config = config.get_text_config(decoder=True)
         self._tokenizer = tokenizer
-        self.longest = int(self._text_config.max_position_embeddings)
+        self.longest = most_positions(config)
 
     def read(self, given: TextOrIds, name: str) -> Tokens:
         """Token ids, `[tokens]`, of a text (without special tokens) or of ids (as they are).
@@ -93,6 +120,13 @@ class TextReader:
     def _tokenize(self, text: str, name: str) -> list[int]:
         if self._tokenizer is None:
             raise SettingError(f"{name} is a text: pass tokenizer=..., or pass its token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SettingError(
+                f"{name} is no text that UTF-8 can express ({error.reason}, character "
+                f"{error.start}): mend it or leave it out"
+            ) from None
         return self._ids(text, special=False)
 
     def _ids(self, text: str, special: bool) -> list[int]:

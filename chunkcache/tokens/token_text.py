@@ -1,7 +1,8 @@
 """Token ids to texts that can be shown: of each span of a prompt, what it says.
 
 Tokens are anybody's text. What would act on a terminal or reorder a page (control characters, bidi
-overrides) is replaced by a picture of itself.
+overrides) is replaced by a picture of itself. So is what a store or a file says of itself: whoever
+can write there could write that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _PICTURES = {
         ord(_BROKEN),
     ),
 }
+_LINE_ENDS = {ord("\t"): 0x2409, ord("\n"): 0x240A, 0x2028: 0x240A, 0x2029: 0x240A}
 
 
 class Decoder(Protocol):
@@ -81,3 +83,8 @@ def span_texts(tokenizer: Decoder, ids: Tokens, spans: Sequence[Span]) -> list[s
 def visible(text: str) -> str:
     """A text that only can be read: tabs and line ends stay, other controls become pictures."""
     return text.translate(_PICTURES)
+
+
+def shown(text: str) -> str:
+    """A text that only can be read and takes one line: line ends and tabs are pictures, too."""
+    return visible(text).translate(_LINE_ENDS)

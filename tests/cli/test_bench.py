@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from typer.testing import CliRunner
 
+from chunkcache import RedisChunkCache, StoreError
 from chunkcache.cli import app as cli
+from chunkcache.doctor.bench import _clean_up
+from chunkcache.doctor.measure import Measurer
 from chunkcache.inventory import catalog
 from chunkcache.stores import open_store
+from chunkcache.stores.redis import RedisStore
 from tests.models import tiny
 from tests.words import word_tokenizer
 
@@ -67,3 +72,85 @@ def test_a_store_of_this_process_alone(folder):
     result = bench("--model", folder, "--store", "memory://")
     assert result.exit_code == 2
     assert "lives in one process" in result.stderr
+
+
+def test_the_same_length_twice_is_measured_once(folder, redis_server):
+    url = redis_server.unix_url
+    result = bench("--model", folder, "--store", url, *["--tokens", "256"] * 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["arms"]) == 4
+
+
+def test_all_lengths_are_checked_before_any_is_measured(folder, redis_server, monkeypatch):
+    monkeypatch.setattr(Measurer, "measure", None)
+    url = redis_server.unix_url
+    result = bench("--model", folder, "--store", url, "--tokens", "64", "--tokens", "4000")
+    assert result.exit_code == 2
+    assert "--tokens 4000" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("WRITE", "no"), ("REUSE", "off")])
+def test_settings_with_which_nothing_can_be_reused(folder, redis_server, monkeypatch, name, value):
+    monkeypatch.setenv(f"CHUNKCACHE_{name}", value)
+    monkeypatch.setattr("chunkcache.doctor.measure.load_model", None)
+    result = bench("--model", folder, "--store", redis_server.unix_url)
+    assert result.exit_code == 2
+    assert f"CHUNKCACHE_{name}" in result.stderr
+
+
+def test_a_run_in_which_nothing_was_reused_is_told(folder, redis_server, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_CHUNK_SIZE", "1500")
+    monkeypatch.setenv("CHUNKCACHE_STORE_TAIL", "no")
+    url = redis_server.unix_url
+    result = bench("--model", folder, "--store", url, "--tokens", "256", "--json")
+    assert json.loads(result.stdout)["without_reuse"] == [256]
+    assert "--tokens 256: nothing was reused" in result.stderr
+
+
+def test_tiers_in_the_environment(folder, redis_server, tmp_path, monkeypatch):
+    near = tmp_path / "near"
+    url = f"{near.as_uri()} {redis_server.unix_url}"
+    monkeypatch.setenv("CHUNKCACHE_URL", url)
+    result = bench("--model", folder, "--tokens", "256", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["store"] == url
+    assert [path.name for path in tmp_path.iterdir()] == ["near"]
+
+
+def test_what_waits_to_be_written_is_deleted_too(folder, redis_server, monkeypatch):
+    flush, write = RedisChunkCache.flush, RedisStore.write
+    writes = threading.Semaphore(0)
+
+    def interrupted(cache, timeout=None):
+        if timeout is None:
+            raise KeyboardInterrupt
+        return flush(cache, 0)
+
+    def held(store, entries):
+        if any(entry.nbytes for entry in entries):
+            writes.acquire(timeout=30)  # until the measuring is over
+        return write(store, entries)
+
+    def clean_up(store, run):
+        writes.release(1000)
+        _clean_up(store, run)
+
+    monkeypatch.setattr(RedisChunkCache, "flush", interrupted)
+    monkeypatch.setattr(RedisStore, "write", held)
+    monkeypatch.setattr("chunkcache.doctor.bench._clean_up", clean_up)
+    url = redis_server.unix_url
+    assert bench("--model", folder, "--store", url, "--tokens", "1000").exit_code == 130
+    with open_store(url) as store:
+        store.flush()
+        assert not list(catalog.entries(store))
+
+
+def test_chunks_that_cannot_be_deleted_are_told(folder, redis_server, monkeypatch, caplog):
+    def fail(*_):
+        raise StoreError("the server is gone")
+
+    monkeypatch.setattr("chunkcache.inventory.catalog.delete", fail)
+    result = bench("--model", folder, "--store", redis_server.unix_url, "--tokens", "256")
+    assert result.exit_code == 0
+    assert "the server is gone" in caplog.text
+    assert "chunkcache purge tags=bench-" in caplog.text

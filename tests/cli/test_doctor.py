@@ -74,6 +74,10 @@ def test_the_plan(config):
     [
         (["--store", "redis://localhost:1/0"], "check that the server runs"),
         (["--store", "nope://x"], "nope"),
+        (["--corpus-tokens", "1e6"], "add --plan"),
+        (["--plan", "--model", "CONFIG", "--corpus-tokens", "1e308"], "corpus_tokens=1e+308"),
+        (["--plan", "--model", "CONFIG", *LOAD, "--node-link", "1e-320"], "node link"),
+        (["--model", "MODEL", "--store", "nope://x"], "nope"),
         (["--plan"], "needs --model and --corpus-tokens"),
         (["--plan", "--model", "CONFIG"], "needs --model and --corpus-tokens"),
         (["--plan", "--model", "/nowhere", "--corpus-tokens", "1"], "--model"),
@@ -115,3 +119,24 @@ def test_what_others_have_stored_stays_as_it_is(tmp_path, redis_server):
         assert {client.ttl(name) for name in after} == {-1}
     with open_store(files) as store:
         assert len(list(catalog.entries(store))) == 3
+
+
+def test_a_store_for_reading_alone_is_measured_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_WRITE", "no")
+    monkeypatch.setenv("CHUNKCACHE_PIN", "yes")
+    tiny().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    store = (tmp_path / "store").as_uri()
+    arguments = ["doctor", "--store", store, "--model", str(tmp_path / "model"), "--json"]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code in (0, 1), result.output  # a tiny model may not pay
+    assert json.loads(result.stdout)["model"]["break_even"]["points"]
+
+
+def test_a_model_too_short_to_measure(tmp_path):
+    tiny(max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    store = (tmp_path / "store").as_uri()
+    said = run("--store", store, "--model", str(tmp_path / "model"), code=1)
+    assert "too short to measure" in said
+    assert "too slow" not in said

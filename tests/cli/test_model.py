@@ -102,3 +102,44 @@ def test_a_server_that_is_not_there(model, tmp_path, arguments, monkeypatch):
     result = runner.invoke(cli.app, command, input="w4 w5")
     assert result.exit_code == 2
     assert "check that the server runs" in result.output
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('system first') }}", "{% if %}"])
+def test_a_chat_template_that_refuses(template, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    command = ["explain", "-", "--chat", "--model", str(tmp_path), "--store", "memory://"]
+    result = runner.invoke(cli.app, command, input="w4 w5")
+    assert result.exit_code == 2
+    assert "chat template refuses" in result.stderr
+    assert "a bug" not in result.stderr
+
+
+def test_a_text_that_utf_8_cannot_express(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\ud800 w4 w5"}))
+    said = run("warm", str(tmp_path / "a.jsonl"), code=2).stderr
+    assert "document 0 is no text that UTF-8 can express" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (["explain", "-", "--store", "nope://x"], {}, "nope"),
+        (["explain", "-", "--store", "memory://", "--reuse", "banana"], {}, "banana"),
+        (["explain", "-"], {"CHUNKCACHE_CHUNK_SIZE": "banana"}, "CHUNKCACHE_CHUNK_SIZE"),
+        (["warm", "a.txt", "--store", "nope://x"], {}, "nope"),
+        (["doctor", "--store", "nope://x"], {}, "nope"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    arguments, env, said, model, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("w4 w5")
+    monkeypatch.setattr("chunkcache.model.loading.load_model", None)
+    result = runner.invoke(cli.app, [*arguments, "--model", model], input="w4", env=env)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "a bug" not in result.stderr

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from chunkcache import RedisChunkCache
 from chunkcache.cli import app as cli
+from chunkcache.library.pack_entry import FORMAT
 from tests.models import tiny, tokens
 
 runner = CliRunner()
@@ -59,6 +62,11 @@ def test_bad_entries_end_with_1(source, tmp_path):
         (["export", "a", "namespace=b"], "check the terms"),
         (["export", "a", "nonsense"], "nonsense"),
         (["import", "nowhere"], "nowhere"),
+        (["export", ".", "--force"], "it is a folder"),
+        (["export", "/", "--force"], "it is a folder"),
+        (["export", "a" * 300], "cannot be written"),
+        (["export", "a" * 250], "cannot be written"),
+        (["export", "no/such/folder"], "no such folder"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(source, arguments, said, tmp_path, monkeypatch):
@@ -66,3 +74,12 @@ def test_mistakes_end_with_2_and_one_line(source, arguments, said, tmp_path, mon
     stderr = run(*arguments, "--store", source, code=2).stderr
     assert said in stderr
     assert len(stderr.strip().splitlines()) == 1
+
+
+def test_what_a_pack_says_does_not_act_on_the_terminal(tmp_path):
+    name = "\x1b]0;x\x07\x1b[2Jno key\nchunkcache: all good"
+    parts = {f"{name}@metadata": np.frombuffer(b"{}", dtype=np.uint8)}
+    save_file(parts, tmp_path / "pack", metadata={"format": FORMAT})
+    result = run("import", str(tmp_path / "pack"), "--store", "memory://", code=1)
+    (line,) = result.stderr.splitlines()
+    assert "␛]0;x␇␛[2Jno key␊chunkcache: all good" in line

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from chunkcache import RedisChunkCache
+from chunkcache import RedisChunkCache, open_store
 from chunkcache.cli import app as cli
+from chunkcache.stores.base import Entry, Listed
 from tests.models import tiny, tokens
+from tests.words import word_tokenizer
 
 runner = CliRunner()
 
@@ -68,8 +72,6 @@ def test_show(url):
 
 
 def test_show_with_the_text(url, tmp_path):
-    from tests.words import word_tokenizer
-
     word_tokenizer().save_pretrained(tmp_path)
     key = json.loads(run(url, "ls", "--json"))[0]["key"]
     told = json.loads(run(url, "show", key, "--json", "--tokenizer", str(tmp_path)))
@@ -112,3 +114,142 @@ def test_mistakes_end_with_2_and_one_line(url, arguments, why):
 def test_a_server_that_is_not_there():
     said = run("redis://localhost:1/0", "stats", code=2)
     assert "check that the server runs" in said
+
+
+HOSTILE = "\x1b]0;x\x07\x9b2J\nforged: line"
+
+
+def put(url: str, number: int, fields: dict[str, str], blob: bytes = b"x", model: str = "m") -> str:
+    """A made-up chunk. Returns its key."""
+    key = f"safetensors@{model}@1@0@{number:064x}"
+    with open_store(url) as store:
+        store.write([Entry(key, fields, memoryview(blob))])
+        store.flush()
+    return key
+
+
+@pytest.mark.parametrize("command", [["ls"], ["stats"], ["show", f"{7:064x}"]])
+def test_what_others_wrote_does_not_act_on_the_terminal(redis_server, command):
+    fields = dict.fromkeys(("namespace", "tags", "positions", "codec", "created", "x"), HOSTILE)
+    url = redis_server.unix_url
+    put(url, 7, fields, blob_of({HOSTILE: ("F32", [1], 4)}), "%1B%5D0%3B%0Aforged: line")
+    said = run(url, *command)
+    assert not {"\x1b", "\x07", "\x9b"} & set(said)
+    assert "forged: line" in said
+    assert not any(line.startswith("forged") for line in said.splitlines())
+
+
+def blob_of(tensors: dict[str, tuple[str, list[int], int]], byte: bytes = b"\0") -> bytes:
+    """A safetensors file of these types, shapes and lengths in bytes."""
+    header, end = {}, 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + byte * end
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        ("c2VhbGVk", "sealed"),
+        ('["a"]', "no token ids"),
+        ("[-5]", "no token ids"),
+        ("[100000000000000000000]", "no token ids"),
+        ("[199]", "no token ids"),
+        ("[true]", "no token ids"),
+        ("{}", "sealed"),
+        ("[" * 100_000, "no token ids"),
+        ("", "no token ids"),
+    ],
+)
+def test_show_reads_token_ids_that_are_none(redis_server, tmp_path, ids, why):
+    word_tokenizer().save_pretrained(tmp_path)
+    url = redis_server.unix_url
+    key = put(url, 1, {"token_ids": ids, "a": "b"})
+    told = json.loads(run(url, "show", key, "--tokenizer", str(tmp_path), "--json"))
+    assert why in told["unread"]
+    assert told["text"] == ""
+
+
+def test_show_prints_json_of_blobs_with_nan(redis_server):
+    sizes = ("F32", [1, 1, 1], 4)
+    blob = blob_of({"layers.0.keys": sizes, "layers.0.values": sizes}, b"\xff")
+    key = put(redis_server.unix_url, 1, {"a": "b"}, blob)
+    said = run(redis_server.unix_url, "show", key, "--json")
+    assert json.loads(said)["norms"] == [{"layer": 0, "keys": None, "values": None}]
+    assert "NaN" not in said
+
+
+@pytest.mark.parametrize(("key", "why"), [("", "ls lists them"), ("0" * 12, "several chunks")])
+def test_show_refuses_what_means_no_chunk_or_several(redis_server, key, why):
+    for number in (1, 2):
+        put(redis_server.unix_url, number, {"a": "b"})
+    assert why in run(redis_server.unix_url, "show", key, code=2)
+
+
+def test_show_loads_the_tokenizer_before_it_asks_the_store(monkeypatch):
+    monkeypatch.setattr("chunkcache.inventory.catalog.entries", None)
+    assert "--tokenizer" in run("memory://", "show", "abc", "--tokenizer", "/nowhere", code=2)
+
+
+def test_ls_folds_nothing_where_no_terminal_is(redis_server):
+    names = {"namespace": "n" * 100, "tags": "t" * 100}
+    put(redis_server.unix_url, 1, names)
+    result = runner.invoke(cli.app, ["ls", "--store", redis_server.unix_url])
+    assert len(result.stdout.splitlines()) == 1 + 1
+    assert names["tags"] in result.stdout
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ls_prints_one_list_of_json(redis_server, count):
+    for number in range(count):
+        put(redis_server.unix_url, number, {"a": "b"})
+    found = json.loads(run(redis_server.unix_url, "ls", "--json", "--limit", "0"))
+    assert len(found) == count
+
+
+def test_ls_prints_json_while_it_looks(monkeypatch, capsys):
+    seen = []
+
+    def entries(*_):
+        for number in range(3):
+            seen.append(capsys.readouterr().out)
+            yield Listed(f"safetensors@m@1@0@{number:064x}", {"a": "b"}, 1)
+
+    monkeypatch.setattr("chunkcache.inventory.catalog.entries", entries)
+    cli.app(["ls", "--json", "--limit", "0", "--store", "memory://"], standalone_mode=False)
+    assert [json.dumps(f"{n:064x}")[1:-1] in text for n, text in enumerate(seen[1:])] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls"], ["stats"], ["show", "abc"], ["purge", "a=b"], ["sweep"], ["export", "pack"]],
+)
+def test_settings_of_the_store_count_here_too(arguments, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_READ_TIMEOUT", "banana")
+    assert "CHUNKCACHE_READ_TIMEOUT" in run("memory://", *arguments, code=2)
+
+
+@pytest.mark.parametrize("command", [["ls"], ["stats"], ["show", f"{1:064x}"], ["sweep"]])
+def test_looking_renews_nothing(redis_server, command, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_TTL", "1000")
+    url, client = redis_server.unix_url, redis_server.client()
+    key = put(url, 1, {"a": "b"})
+    for half in ("@metadata", "@kv_bytes"):
+        client.expire(key + half, 500)
+    run(url, *command)
+    assert all(0 < client.ttl(key + half) <= 500 for half in ("@metadata", "@kv_bytes"))
+
+
+def test_index_entries_that_purge_writes_again_expire(redis_server, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_TTL", "1000")
+    url, client, model = redis_server.unix_url, redis_server.client(), tiny()
+    for tags in ("new", "old"):
+        with RedisChunkCache(model, url, tags=tags, reuse="anywhere", namespace="") as cache:
+            ids = torch.cat([tokens(200), tokens(60, seed=len(tags) + (tags == "old"))], 1)
+            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+            cache.flush()
+    run(url, "purge", "tags=old")
+    assert (left := client.keys("anchor@*"))
+    assert all(client.ttl(name) > 0 for name in left)

@@ -67,3 +67,10 @@ def test_what_would_not_pay_is_read_too(monkeypatch):
     monkeypatch.setenv("CHUNKCACHE_MIN_GAIN", "1e9")
     with MemoryStore() as store:
         assert len(measure_break_even(tiny(), store).points) == 2
+
+
+def test_a_model_without_positions():
+    model = tiny("bloom")
+    assert not hasattr(model.config, "max_position_embeddings")
+    with MemoryStore() as store:
+        assert len(measure_break_even(model, store).points) == 5

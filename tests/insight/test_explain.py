@@ -274,6 +274,13 @@ def test_models_and_prompts_that_are_not_handled(llama, store) -> None:
     hook.remove()
 
 
+def test_a_row_that_is_padding_alone(llama, store) -> None:
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0] = 0
+    found = told(RedisChunkCache(llama, store), random_ids(40, rows=2), attention_mask=mask)
+    assert sum(stop - start for start, stop, *_ in found) == 40
+
+
 def test_reuse_off(llama, store) -> None:
     ids = random_ids(150)
     prefill(llama, store, ids)
@@ -300,6 +307,15 @@ def test_other_models_and_namespaces_are_not_found(llama, store) -> None:
 def why_not(cache: RedisChunkCache, ids: Any) -> set[str]:
     """What is said of the first 256 tokens."""
     return {why for start, _, _, why in told(cache, ids, elsewhere=True) if start < 256}
+
+
+def test_what_other_models_are_called_takes_one_line(llama, store) -> None:
+    ids = random_ids(300)
+    fields = {"token_ids": str(ids[0, :128].tolist()), "dtype": "\x1b[31m\nforged", "a": "b"}
+    name = "%1B%5D0%3Bx%07%0Aforged"
+    store.write([Entry(f"safetensors@{name}@1@0@{'a' * 64}", fields, memoryview(b"x"))])
+    said = " ".join(why for *_, why in told(RedisChunkCache(llama, store), ids, elsewhere=True))
+    assert "another model: ␛]0;x␇␊forged, ␛[31m␊forged" in said
 
 
 @pytest.mark.parametrize("mode", ["prefix", "anywhere"])

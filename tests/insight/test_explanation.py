@@ -92,3 +92,10 @@ def test_to_dataframe() -> None:
     assert frame["bytes"].sum() == 3_500_000
     assert list(frame["row"]) == [0] * 6 + [1]
     assert list(Explanation(()).to_dataframe().columns) == list(frame.columns)
+
+
+def test_reasons_take_one_line_and_do_not_act_on_a_terminal() -> None:
+    hostile = "\x1b[2J\nforged line"
+    told = Explanation((Finding(0, 8, Kind.COMPUTED, reason=hostile),), errors=(hostile,))
+    assert "\x1b" not in str(told) + told._repr_html_()
+    assert not any(line.startswith("forged") for line in str(told).splitlines())

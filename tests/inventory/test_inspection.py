@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from chunkcache import RedisChunkCache
 from chunkcache.inventory import catalog
-from chunkcache.inventory.inspection import inspect
+from chunkcache.inventory.inspection import Inspection, inspect
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -64,3 +66,34 @@ def test_nonsense(blob):
 
 def test_what_is_no_chunk():
     assert "not the key of a chunk" in inspect(MemoryStore(), "nonsense").unread
+
+
+def written(tensors: dict[str, dict[str, object]], data: bytes = b"") -> Inspection:
+    """What is found in a blob with this header."""
+    store, key = filled()
+    header = json.dumps(tensors).encode()
+    blob = len(header).to_bytes(8, "little") + header + data
+    store.write([Entry(key, {"a": "b"}, memoryview(blob))])
+    return inspect(store, key)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), [("F4", [2], 1), ("F8_E8M0", [2], 2)])
+def test_types_that_torch_has_none_like(dtype, shape, nbytes):
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}
+    found = written({"layers.0.keys": tensor}, b"x" * nbytes)
+    assert found.norms == ()
+
+
+@pytest.mark.parametrize("shape", [[10**15, 0], [2, 10**14, 0], []])
+def test_shapes_that_no_keys_have(shape):
+    nbytes = 0 if shape else 4
+    tensors = {
+        f"layers.0.{part}": {"dtype": "F32", "shape": shape, "data_offsets": [at, at + nbytes]}
+        for part, at in (("keys", 0), ("values", nbytes))
+    }
+    assert written(tensors, b"\0" * 2 * nbytes).norms == ()
+
+
+def test_layers_with_numbers_that_cannot_be():
+    tensor = {"dtype": "F32", "shape": [1, 1, 1], "data_offsets": [0, 4]}
+    assert written({f"layers.{'1' * 5000}.keys": tensor}, b"\0" * 4).norms == ()

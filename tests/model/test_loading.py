@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from chunkcache import SettingError
@@ -41,3 +43,30 @@ def test_a_tokenizer_alone(tmp_path):
     assert load_tokenizer(SMOLLM2).decode([28]) == "0"
     with pytest.raises(SettingError, match="--tokenizer '/no/such'"):
         load_tokenizer("/no/such")
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: change_config(folder, hidden_size=32, num_attention_heads=2),
+        lambda folder: change_config(folder, hidden_size="x"),
+        lambda folder: change_config(folder, num_attention_heads=0),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "pytorch_model.bin").write_bytes(b"garbage"),
+        ),
+    ],
+    ids=["other weights", "type", "no heads", "tokenizer", "pickle"],
+)
+def test_a_folder_with_something_wrong(tmp_path, damage):
+    tiny().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(SettingError, match=r"(?s)--model .* cannot be loaded: .* hub id"):
+        load_model(str(tmp_path))

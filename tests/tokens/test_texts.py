@@ -100,3 +100,15 @@ def test_a_prefix_leaves_room(model, reader):
     assert len(reader.read_prefix([5] * (reader.longest - 1))) == 511
     with pytest.raises(SettingError, match=r"512 tokens.*no room"):
         reader.read_prefix([5] * 512)
+
+
+def test_a_text_that_utf_8_cannot_express(reader):
+    with pytest.raises(SettingError, match=r"document 3 .* UTF-8 .* character 3"):
+        reader.read("w5 \ud800", "document 3")
+    with pytest.raises(SettingError, match="prefix is no text"):
+        reader.read_prefix("\udcff")
+
+
+def test_a_model_without_positions_takes_texts_of_any_length():
+    reader = TextReader(tiny("bloom"), word_tokenizer())
+    assert len(reader.read_prefix([5] * 5000)) == 5000

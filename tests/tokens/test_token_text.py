@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from chunkcache.errors import SettingError
 from chunkcache.samples import load_smollm2
 from chunkcache.tokens.plan import Kind, Span
-from chunkcache.tokens.token_text import Decoder, check_decoder, span_texts, visible
+from chunkcache.tokens.token_text import Decoder, check_decoder, shown, span_texts, visible
 
 
 @cache
@@ -59,6 +59,10 @@ def test_spaces_stay_where_a_decoder_drops_the_first_one() -> None:
 def test_nothing_acts_on_a_terminal_or_a_page() -> None:
     given = "a\tb\nc\r\x00\x1b[31m\x7f\x9b\u202e\u2066\ud800é漢"
     assert visible(given) == "a\tb\nc␍␀␛[31m␡\ufffd\ufffd\ufffd\ufffdé漢"
+
+
+def test_what_is_shown_takes_one_line() -> None:
+    assert shown("a\tb\nc\r\n\u2028\x1b\ud800é") == "a␉b␊c␍␊␊␛\ufffdé"
 
 
 def test_what_is_no_tokenizer_is_refused() -> None:

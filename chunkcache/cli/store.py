@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
@@ -42,8 +43,9 @@ def ls(
         return
     with looked_into(store) as place:
         found = list(islice(catalog.entries(place, chosen(terms)), limit or None))
-    out = Console()
-    folds = out.is_terminal  # elsewhere a line is a chunk, however long
+    # Where no terminal is, a line is a chunk, however long.
+    folds = sys.stdout.isatty()
+    out = Console(width=None if folds else _UNBOUND)
     view = Table(box=None)
     for column in ("hash", *_COLUMNS, "MB"):
         view.add_column(
@@ -57,7 +59,7 @@ def ls(
         fields["created"] = fields["created"][:16].replace("T", " ")
         cells = (escape(shown(fields.get(column, ""))) for column in _COLUMNS)
         view.add_row(shown(_hash(entry.key)[:12]), *cells, f"{entry.nbytes / 1e6:.2f}")
-    out.print(view, width=None if folds else _UNBOUND, crop=folds)
+    out.print(view)
     if limit and len(found) == limit:
         typer.echo(f"the first {limit}; --limit 0 lists all", err=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_a_server_that_is_not_there():
     assert "check that the server runs" in said
 
 
-HOSTILE = "\x1b]0;x\x07\x9b2J\nforged: line"
+HOSTILE = "\x1b]0;x\x07\x9b2J\nforged"
 
 
 def put(url: str, number: int, fields: dict[str, str], blob: bytes = b"x", model: str = "m") -> str:
@@ -132,10 +133,10 @@ def put(url: str, number: int, fields: dict[str, str], blob: bytes = b"x", model
 def test_what_others_wrote_does_not_act_on_the_terminal(redis_server, command):
     fields = dict.fromkeys(("namespace", "tags", "positions", "codec", "created", "x"), HOSTILE)
     url = redis_server.unix_url
-    put(url, 7, fields, blob_of({HOSTILE: ("F32", [1], 4)}), "%1B%5D0%3B%0Aforged: line")
+    put(url, 7, fields, blob_of({HOSTILE: ("F32", [1], 4)}), quote(HOSTILE, safe=""))
     said = run(url, *command)
     assert not {"\x1b", "\x07", "\x9b"} & set(said)
-    assert "forged: line" in said
+    assert "forged" in said
     assert not any(line.startswith("forged") for line in said.splitlines())
 
 

@@ -3,13 +3,14 @@
 A pack is a safetensors file. Each chunk has two tensors of bytes, named as its halves are in a
 store: `<key>@kv_bytes` is the blob, and `<key>@metadata` a JSON object of `metadata`, `checksum`
 (xxh3-128 of the blob) and `mentions`, the index entries that lead to it: for each anchor's hash
-what the entry says of the chunk. One blob is in memory at a time, in both directions.
+what the entry says of the chunk. Export has one blob in memory at a time, import a few.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -22,7 +23,14 @@ import xxhash
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import Filter
-from chunkcache.library.pack_entry import FORMAT, PackEntry, check
+from chunkcache.library.pack_entry import (
+    FORMAT,
+    MAX_METADATA,
+    PackEntry,
+    check,
+    is_mention,
+    most_mentions,
+)
 from chunkcache.model.identity import ChunkKey
 from chunkcache.reuse.index import ANCHOR_FORMAT
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
@@ -39,7 +47,8 @@ class Exported:
         chunks: Chunks in the pack.
         tokens: Their tokens.
         bytes: Bytes of the file.
-        left_out: Chunks that are damaged, incomplete, or went from the store meanwhile.
+        left_out: Chunks that are damaged or incomplete, have metadata above 1 MiB, or
+            went from the store meanwhile.
     """
 
     chunks: int
@@ -49,7 +58,9 @@ class Exported:
 
     def __str__(self) -> str:
         said = f"{self.chunks:,} chunks, {self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB"
-        return f"{said}; {self.left_out:,} left out as damaged or gone" if self.left_out else said
+        if self.left_out:
+            said += f"; {self.left_out:,} left out as damaged, too large or gone"
+        return said
 
 
 def export_pack(
@@ -140,10 +151,10 @@ class _Writer:
         file.seek(self._room)
         for entry, blob in _blobs(store, self._found):
             done += entry.nbytes
-            if blob is not None and (sound := self._sound(entry, blob)):
-                self._add(file, sound, blob)
+            if blob is not None and (told := self._told(entry, blob)):
+                self._add(file, entry.key, told, blob)
                 chunks += 1
-                tokens += int(sound.metadata["tokens"])
+                tokens += int((entry.metadata or {})["tokens"])
             progress(done, total)
         end = file.tell()
         header = json.dumps(self._tensors, separators=(",", ":")).encode()
@@ -151,23 +162,26 @@ class _Writer:
         file.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
         return Exported(chunks, tokens, end, len(self._found) - chunks)
 
-    def _sound(self, entry: Listed, blob: memoryview) -> PackEntry | None:
-        """What the pack will say of a chunk; None if it is damaged."""
+    def _told(self, entry: Listed, blob: memoryview) -> bytes | None:
+        """What the pack will say of a chunk; None if whoever imports it would refuse it."""
+        fields = entry.metadata or {}
+        tokens = fields.get("tokens", "")
+        most = most_mentions(int(tokens)) if re.fullmatch("[0-9]{1,9}", tokens) else 0
+        mentions = dict(list(self._mentions.get(_hash(entry.key), {}).items())[:most])
         checksum = xxhash.xxh3_128_hexdigest(blob)
-        mentions = self._mentions.get(_hash(entry.key), {})
-        described = PackEntry(entry.key, entry.metadata or {}, checksum, mentions)
+        told = PackEntry(entry.key, fields, checksum, mentions).to_json()
         try:
-            check(described, blob)
+            check(PackEntry.read(entry.key, told), blob)
         except BlobError:
             return None
-        return described
+        return told if len(told) <= MAX_METADATA else None
 
-    def _add(self, file: BinaryIO, entry: PackEntry, blob: memoryview) -> None:
-        halves = ((KV_BYTES, blob), (METADATA, entry.to_json()))
+    def _add(self, file: BinaryIO, key: str, told: bytes, blob: memoryview) -> None:
+        halves = ((KV_BYTES, blob), (METADATA, told))
         for half, data in halves:
             begin = file.tell() - self._room
             file.write(data)
-            self._tensors[entry.key + half] = {
+            self._tensors[key + half] = {
                 "dtype": "U8",
                 "shape": [len(data)],
                 "data_offsets": [begin, begin + len(data)],
@@ -192,7 +206,9 @@ def _mentions(store: ChunkStore, wanted: set[str]) -> dict[str, dict[str, str]]:
             for name, place in (entry.metadata or {}).items():
                 if name in wanted:
                     with suppress(SettingError):  # not ours
-                        found[name][ChunkKey.parse(entry.key).chunk_hash] = place
+                        anchor = ChunkKey.parse(entry.key).chunk_hash
+                        if is_mention(anchor, place):
+                            found[name][anchor] = place
     return found
 
 

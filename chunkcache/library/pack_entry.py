@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import xxhash
@@ -13,6 +14,7 @@ import xxhash
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.kv.coding import CODECS, SEALED, ZSTD
 from chunkcache.model.identity import ChunkKey
+from chunkcache.reuse.index import REACH
 
 FORMAT = "chunkcache-pack/1"
 FORMATS = frozenset((*CODECS, *(name + SEALED for name in CODECS)))
@@ -20,6 +22,7 @@ MAX_METADATA = 1 << 20  # bytes of one chunk's JSON
 MAX_HEADER = 1 << 20  # bytes of the header in one blob
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PLACE = re.compile(r"-?\d{1,7} [0-9T:+.Z-]{1,40}", re.ASCII)
+_CLOCKS = timedelta(days=1)  # by so much may those of two machines differ
 _CONTEXTS = ("exact", "approximate")
 
 
@@ -64,21 +67,31 @@ class PackEntry:
         metadata, mentions = told["metadata"], told["mentions"]
         if not _are_texts(metadata) or not _are_texts(mentions):
             raise BlobError("its metadata are damaged")
-        if not all(map(_HASH.fullmatch, mentions)) or not all(
-            map(_PLACE.fullmatch, mentions.values())
-        ):
+        if not all(is_mention(anchor, place) for anchor, place in mentions.items()):
             raise BlobError("its mentions in the index are damaged")
         return cls(key, metadata, str(told["checksum"]), mentions)
 
 
-def check(entry: PackEntry, blob: memoryview) -> None:
-    """Check that a blob is whole, and of this very chunk.
+def is_mention(anchor: str, place: str) -> bool:
+    """Whether this can be an anchor's hash and what its index entry says of a chunk.
 
-    A blob that is neither compressed nor sealed is looked into. Others are compared with the pack's
-    checksum alone, and looked into when they are used, as all blobs are.
+    Of many chunks an entry keeps the newest, so one of the future would push out all others.
+    """
+    if not _HASH.fullmatch(anchor) or not _PLACE.fullmatch(place):
+        return False
+    return not _is_future(place.partition(" ")[2])
+
+
+def most_mentions(tokens: int) -> int:
+    """By how many anchors a chunk of so many tokens can be found."""
+    return tokens + 2 * REACH
+
+
+def check_metadata(entry: PackEntry) -> None:
+    """Check that metadata and mentions agree with the key and with each other.
 
     Raises:
-        BlobError: It is not.
+        BlobError: They do not.
     """
     try:
         key = ChunkKey.parse(entry.key)
@@ -95,10 +108,49 @@ def check(entry: PackEntry, blob: memoryview) -> None:
         raise BlobError("its metadata are damaged")
     if int(stop) - int(start) != int(count) or fields.get("context") not in _CONTEXTS:
         raise BlobError("its metadata are damaged")
-    if int(bytes_) != blob.nbytes or xxhash.xxh3_128_hexdigest(blob) != entry.checksum:
+    if fields.get("created") and _is_future(fields["created"]):
+        raise BlobError("its metadata are of the future")
+    if not key.format.endswith(SEALED):
+        _check_tokens(fields)
+    if len(entry.mentions) > most_mentions(int(count)):
+        raise BlobError("its mentions in the index are more than its tokens allow")
+
+
+def check(entry: PackEntry, blob: memoryview) -> None:
+    """Check that a blob is whole, and of this very chunk, and its metadata sound.
+
+    A blob that is neither compressed nor sealed is looked into. Others are compared with the pack's
+    checksum alone, and looked into when they are used, as all blobs are.
+
+    Raises:
+        BlobError: It is not.
+    """
+    check_metadata(entry)
+    key, fields = ChunkKey.parse(entry.key), entry.metadata
+    if int(fields["bytes"]) != blob.nbytes or xxhash.xxh3_128_hexdigest(blob) != entry.checksum:
         raise BlobError("its blob is damaged")
     if not key.format.endswith((ZSTD, SEALED)):
         _look_into(blob, key.chunk_hash, fields)
+
+
+def _check_tokens(fields: Mapping[str, str]) -> None:
+    """Compare the token ids with their number."""
+    try:
+        ids = json.loads(fields["token_ids"])
+    except (ValueError, KeyError, RecursionError):
+        raise BlobError("its metadata are damaged") from None
+    if not isinstance(ids, list) or len(ids) != int(fields["tokens"]):
+        raise BlobError("its metadata are damaged: they count other tokens than they name")
+
+
+def _is_future(date: str) -> bool:
+    """Whether a date lies ahead, or is none."""
+    try:
+        when = datetime.fromisoformat(date)
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return when > datetime.now(UTC) + _CLOCKS
+    except (ValueError, OverflowError):
+        return True
 
 
 def _look_into(blob: memoryview, chunk_hash: str, fields: Mapping[str, str]) -> None:
@@ -121,4 +173,11 @@ def _look_into(blob: memoryview, chunk_hash: str, fields: Mapping[str, str]) -> 
 
 
 def _are_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    """Whether this is a mapping of texts that every store can keep."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        return False
+    try:
+        "".join([*value, *value.values()]).encode()
+    except UnicodeEncodeError:  # halves of a surrogate pair, which JSON can name
+        return False
+    return True

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory.filters import Filter
-from chunkcache.library.pack_entry import FORMAT, MAX_METADATA, PackEntry, check
+from chunkcache.library.pack_entry import FORMAT, MAX_METADATA, PackEntry, check, check_metadata
 from chunkcache.model.identity import ChunkKey
 from chunkcache.reuse.index import ANCHOR_FORMAT
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
@@ -19,6 +19,7 @@ from chunkcache.stores.patient import PatientStore
 from chunkcache.stores.redis import MAX_BLOB_BYTES
 
 AT_ONCE = 64  # chunks looked up together
+MOST_WAITING = 64_000_000  # bytes of blobs that wait to be written
 MOST_TOLD = 20  # reasons that are kept
 
 
@@ -89,14 +90,17 @@ def _import_some(
 ) -> None:
     sizes, fields = store.sizes(keys), store.read_metadata(keys)
     known = {key for key, size, there in zip(keys, sizes, fields, strict=True) if size and there}
-    written = []
+    written: list[PackEntry] = []
+    waiting = 0
     for key in keys:
         try:
             entry = _entry(pack, key)
             if not chosen.matches(ChunkKey.parse(key), entry.metadata):
                 continue
             blob = None if key in known else _bytes(pack, key + KV_BYTES, MAX_BLOB_BYTES)
-            if blob is not None:
+            if blob is None:
+                check_metadata(entry)
+            else:
                 check(entry, blob)
         except BlobError as error:
             told.bad += 1
@@ -105,11 +109,14 @@ def _import_some(
             continue
         if blob is None:
             told.skipped += 1
-        else:
-            store.write([_pinned(entry, blob, pin)])
-            written.append(entry)
-            told.bytes += blob.nbytes
-        store.write(list(_index(entry, pin)))
+            continue
+        if waiting + blob.nbytes > MOST_WAITING:
+            store.flush()
+            waiting = 0
+        store.write([_pinned(entry, blob, pin), *_index(entry, pin)])
+        written.append(entry)
+        waiting += blob.nbytes
+        told.bytes += blob.nbytes
     store.flush()
     there = store.sizes([entry.key for entry in written]) if written else []
     told.chunks += sum(size > 0 for size in there)

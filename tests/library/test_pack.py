@@ -15,7 +15,7 @@ from chunkcache import RedisChunkCache, SettingError, StoreError, catalog, open_
 from chunkcache.inventory.catalog import Filter
 from chunkcache.library.pack import export_pack
 from chunkcache.library.unpack import import_pack
-from chunkcache.stores.base import KV_BYTES, METADATA
+from chunkcache.stores.base import KV_BYTES, METADATA, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 
@@ -297,3 +297,114 @@ def test_what_cannot_be_exported(source, tmp_path, monkeypatch):
     with pytest.raises(SettingError, match="in parts"):
         export_pack(source, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def entry_of(parts):
+    key = min(parts).removesuffix(KV_BYTES)
+    return key, json.loads(parts[key + METADATA].tobytes())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tags": "\ud800"}, {"\ud800": "x"}, {"created": "9999-01-01T00:00:00+00:00"}]
+)
+def test_what_no_store_can_keep_or_no_clock_said_is_left_out(pack, tmp_path, fields):
+    parts = tensors(pack)
+    key, told = entry_of(parts)
+    _change_metadata(**fields)(parts, key, told)
+    rewrite(pack, parts)
+    with open_store(f"{(tmp_path / 'store').as_uri()}") as target:
+        assert import_pack(target, pack).bad == 1
+        assert catalog.stats(target).total.chunks == 4
+
+
+def anchors_in(store) -> int:
+    return sum(len(page) for page in store.scan("anchor@"))
+
+
+@pytest.mark.parametrize("metadata", [{}, None])
+def test_a_known_chunk_gets_no_mentions_and_is_checked(source, pack, metadata):
+    parts = tensors(pack)
+    key, told = entry_of(parts)
+    told["metadata"] = told["metadata"] if metadata is None else metadata
+    told["mentions"] = {f"{n:064x}": "0 2026-01-01T00:00:00+00:00" for n in range(100)}
+    _put(parts, key, told)
+    rewrite(pack, parts)
+    before = anchors_in(source)
+    done = import_pack(source, pack)
+    assert (done.chunks, done.bad) == (0, 1 if metadata == {} else 0)
+    assert anchors_in(source) == before
+
+
+@pytest.mark.parametrize(
+    ("count", "date", "why"),
+    [(9000, "2026-01-01T00:00:00+00:00", "more than"), (1, "9999-01-01T00:00:00+00:00", "mentions"),
+     (1, "20", "mentions")],
+)  # fmt: skip
+def test_mentions_that_would_crowd_out_others(pack, count, date, why):
+    parts = tensors(pack)
+    key, told = entry_of(parts)
+    told["mentions"] = {f"{n:064x}": f"0 {date}" for n in range(count)}
+    _put(parts, key, told)
+    rewrite(pack, parts)
+    done = import_pack(MemoryStore(), pack)
+    assert done.bad == 1
+    assert why in done.reasons[key]
+
+
+def test_metadata_and_blob_that_count_other_tokens(pack):
+    parts = tensors(pack)
+    key, told = entry_of(parts)
+    raw = parts[key + KV_BYTES].tobytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["__metadata__"]["tokens"] = "[1, 2, 3]"
+    head = json.dumps(header).encode()
+    blob = len(head).to_bytes(8, "little") + head + raw[8 + size :]
+    parts[key + KV_BYTES] = np.frombuffer(blob, dtype=np.uint8)
+    told["metadata"] |= {"token_ids": "[1, 2, 3]", "bytes": str(len(blob))}
+    told["checksum"] = xxhash.xxh3_128_hexdigest(blob)
+    _put(parts, key, told)
+    rewrite(pack, parts)
+    done = import_pack(MemoryStore(), pack)
+    assert "other tokens" in done.reasons[key]
+
+
+def test_what_export_writes_import_takes(source, tmp_path):
+    index = [entry for page in source.scan("anchor@") for entry in page]
+    for entry in index:
+        names = dict.fromkeys(entry.metadata, "junk")
+        source.write([Entry(entry.key, names, memoryview(b""), merge=True)])
+    name = next(iter(index[0].metadata))
+    for n in range(1000):
+        key = f"{index[0].key[:-64]}{n:064x}"
+        place = {name: "0 2026-01-01T00:00:00+00:00"}
+        source.write([Entry(key, place, memoryview(b""), merge=True)])
+    first, second, *_ = sorted(catalog.entries(source), key=lambda entry: entry.key)
+    for entry, note in ((first, "x" * (1 << 20)), (second, "\ud800")):
+        (blob,) = (bytes(blob or b"") for blob in source.read([entry.key]))
+        source.write([Entry(entry.key, {**entry.metadata, "note": note}, memoryview(blob))])
+    done = export_pack(source, tmp_path / "a")
+    assert (done.chunks, done.left_out) == (3, 2)
+    assert "too large" in str(done)
+    into = import_pack(MemoryStore(), tmp_path / "a")
+    assert (into.chunks, into.bad) == (3, 0)
+
+
+def test_few_blobs_wait_to_be_written(pack, monkeypatch):
+    class Slow(MemoryStore):
+        waiting = most = 0
+
+        def write(self, entries):
+            self.waiting += sum(entry.nbytes for entry in entries)
+            self.most = max(self.most, self.waiting)
+            return super().write(entries)
+
+        def flush(self, timeout=None):
+            self.waiting = 0
+            return super().flush(timeout)
+
+    largest = max(part.nbytes for name, part in tensors(pack).items() if name.endswith(KV_BYTES))
+    monkeypatch.setattr("chunkcache.library.unpack.MOST_WAITING", largest)
+    with Slow() as target:
+        assert import_pack(target, pack).chunks == 5
+        assert target.most == largest

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from chunkcache.errors import BlobError, SettingError
+from chunkcache.errors import SettingError
+from chunkcache.insight.alike import Match, matches, text_of, windows
 from chunkcache.inventory import catalog
 from chunkcache.model.identity import ChunkKey, ModelIdentity
 from chunkcache.model.state import PROOF_FORMAT
 from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin
 from chunkcache.settings import Settings
-from chunkcache.stores.base import ChunkStore, Listed
-from chunkcache.tokens.chunking import Tokens
-from chunkcache.tokens.token_text import shown
+from chunkcache.stores.base import ChunkStore
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 
-WINDOW = 32  # tokens that must be alike
 EVICTED = "its K/V were evicted; their metadata are left"
 OTHER_SECRET = "in the store under another secret"
-ELSEWHERE = "in the store, computed at another position or behind other text"
+OTHER_CONTEXT = "in the store, behind other text or under another secret"
+OTHER_POSITION = ", at another position"
+OTHER_CUT = ", cut into other chunks"
+PART = ", but only a part of a chunk is alike"
+PERHAPS = ", perhaps behind other text"
 
 # Parts of an identity as people call them; the others are named as they are.
 _NAMES = {"config": "configuration", "rope": "RoPE", "layout": "version of Transformers"}
@@ -47,7 +48,11 @@ class Sighting:
 
 
 def sightings(
-    origin: Origin, settings: Settings, rows: Sequence[Tokens], wanted: Sequence[Mask]
+    origin: Origin,
+    settings: Settings,
+    rows: Sequence[Tokens],
+    cuts: Sequence[Sequence[Chunk]],
+    wanted: Sequence[Mask],
 ) -> list[list[Sighting]]:
     """What chunks hold of these rows' wanted tokens; for each row, the nearest ones last.
 
@@ -55,100 +60,119 @@ def sightings(
         origin: Where the prompt's chunks would be.
         settings: Those of the cache.
         rows: `[tokens]` ids of each row.
+        cuts: The chunks of each row.
         wanted: `[tokens]` of each row, True where nothing is known.
 
     Raises:
         StoreError: The store failed.
     """
     found: list[list[Sighting]] = [[] for _ in rows]
-    places = _windows(rows, wanted)
+    places = windows(rows, wanted)
     if not places:
         return found
-    differences: dict[str, str] = {}
+    own: defaultdict[str, list[tuple[int, Chunk]]] = defaultdict(list)
+    for row, chunks in enumerate(cuts):
+        for chunk in chunks:
+            own[origin.key(chunk.hash)].append((row, chunk))
+    alike: list[Match] = []
+    evicted: set[str] = set()  # their metadata still tell what stood before others
     for entry in catalog.entries(origin.store):
-        if (tokens := _tokens(origin, entry)) is None:
-            continue
-        for row, start, stop in _matches(tokens, rows, places):
-            told = _reason(origin, settings, entry, start, tokens, differences)
-            found[row].append(replace(told, start=start, stop=stop))
+        if not entry.nbytes:
+            evicted.add(entry.key)
+            for row, chunk in own.get(entry.key, ()):
+                found[row].append(Sighting(chunk.start, chunk.stop, EVICTED, 0))
+        if (tokens := text_of(origin, entry)) is not None:
+            alike += matches(entry, tokens, rows, places)
+    reasons = _Reasons(origin, settings, rows, cuts)
+    # What stood before a chunk comes before it.
+    for match in sorted(alike, key=lambda match: match.at):
+        told = reasons.of(match)
+        if told and str(match.key) not in evicted and str(match.key) not in own:
+            found[match.row].append(Sighting(match.start, match.stop, *told))
     return [sorted(row, key=lambda seen: -seen.distance) for row in found]
 
 
-def _windows(rows: Sequence[Tokens], wanted: Sequence[Mask]) -> dict[bytes, list[tuple[int, int]]]:
-    """Row and place of all windows of wanted tokens."""
-    places = defaultdict(list)
-    for number, (row, mask) in enumerate(zip(rows, wanted, strict=True)):
-        ids = np.ascontiguousarray(row, dtype="<i8")
-        whole = np.convolve(mask, np.ones(WINDOW), "valid") == WINDOW if len(row) >= WINDOW else []
-        for start in np.flatnonzero(whole).tolist():
-            places[ids[start : start + WINDOW].tobytes()].append((number, start))
-    return places
+class _Reasons:
+    """Why chunks that hold a prompt's text do not serve; asked by their old positions, in order."""
 
+    def __init__(
+        self,
+        origin: Origin,
+        settings: Settings,
+        rows: Sequence[Tokens],
+        cuts: Sequence[Sequence[Chunk]],
+    ) -> None:
+        self._origin, self._settings, self._rows = origin, settings, rows
+        self._spans = [{(chunk.start, chunk.stop) for chunk in chunks} for chunks in cuts]
+        self._cuts: dict[tuple[int, ...], set[str]] = {}  # hashes, by row, size and overlap
+        self._differences: dict[tuple[str, ...], str] = {}
+        # Row and key of chunks that were computed behind the very text that stands there.
+        self._rooted: set[tuple[int, str]] = set()
 
-def _tokens(origin: Origin, entry: Listed) -> Tokens | None:
-    """`[tokens]`, the text of a chunk, if its metadata tell it."""
-    text = (entry.metadata or {}).get("token_ids", "")
-    try:
-        if not text.startswith("["):  # it is sealed
-            text = origin.codec.reveal(text, entry.key)
-        tokens = np.array(json.loads(text), dtype="<i8")
-    except (BlobError, ValueError, TypeError, OverflowError, RecursionError):
-        return None
-    return tokens if tokens.ndim == 1 and len(tokens) >= WINDOW else None
+    def of(self, match: Match) -> tuple[str, int] | None:
+        """The reason and its distance; None for another process's part of this model's K/V."""
+        rooted = self._is_rooted(match)
+        mine, key = self._origin.identity, match.key
+        if key.world_size == mine.world_size and key.worker != mine.worker:
+            return None
+        where, far = self._where(match)
+        if not match.whole:
+            return f"in the store{where}{PART}", 30 + far
+        if not match.stands:
+            return f"in the store{where}{OTHER_POSITION}", 20 + far
+        if (match.at, match.at + match.size) not in self._spans[match.row]:
+            return self._other_cut(match, where), 10 + far
+        if rooted:  # of this very prompt: so if nothing else differs, the secret does
+            return f"in the store{where}" if where else OTHER_SECRET, 1 + far
+        return f"in the store{where}{PERHAPS}" if where else OTHER_CONTEXT, 10 + far
 
+    def _is_rooted(self, match: Match) -> bool:
+        """Whether a chunk is known to have stood behind the text that stands before it here."""
+        key, fields = str(match.key), match.fields
+        if not match.whole or not match.stands or fields.get("context") != "exact":
+            return False
+        before = key.removesuffix(match.key.chunk_hash) + fields.get("parent", "")
+        if match.at == 0 or (match.row, before) in self._rooted:
+            self._rooted.add((match.row, key))
+            return True
+        return False
 
-def _matches(
-    tokens: Tokens, rows: Sequence[Tokens], places: Mapping[bytes, list[tuple[int, int]]]
-) -> Iterator[tuple[int, int, int]]:
-    """Row, start and stop of what is alike, each row once."""
-    seen: set[int] = set()
-    for begin in range(0, len(tokens) - WINDOW + 1, WINDOW):
-        for number, place in places.get(tokens[begin : begin + WINDOW].tobytes(), ()):
-            if number in seen:
-                continue
-            seen.add(number)
-            here = rows[number][place:]
-            length = min(len(here), len(tokens) - begin)
-            differs = np.flatnonzero(here[:length] != tokens[begin : begin + length])
-            yield number, place, place + (int(differs[0]) if len(differs) else length)
+    def _where(self, match: Match) -> tuple[str, int]:
+        """For which other model, in which other namespace and codec a chunk is, and how far off."""
+        origin, key, fields = self._origin, match.key, match.fields
+        mine, other = origin.identity, fields.get("identity", "")
+        where, far = "", 0
+        if other != mine.digest or key.world_size != mine.world_size:
+            parts = (other, key.model, str(key.world_size), fields.get("dtype", ""))
+            if parts not in self._differences:
+                self._differences[parts] = _difference(origin.store, mine, key, fields)
+            where, far = f" for another model ({self._differences[parts]})", 3
+        elif key.model != mine.name:
+            where, far = f" for the same model under the name {key.model!r}", 3
+        if (name := fields.get("namespace", "")) != self._settings.namespace:
+            where, far = f"{where}, in the namespace {name!r}", far or 2
+        if key.format != origin.codec.format:
+            where, far = f"{where}, with the codec {key.format}", far or 1
+        return where, far
 
-
-def _reason(
-    origin: Origin,
-    settings: Settings,
-    entry: Listed,
-    start: int,
-    tokens: Tokens,
-    differences: dict[str, str],
-) -> Sighting:
-    """Why a chunk that holds the text from `start` on does not serve."""
-    fields = entry.metadata or {}
-    key = ChunkKey.parse(entry.key)
-    if fields.get("identity") != origin.identity.digest:
-        other = fields.get("identity", "")
-        if other not in differences:
-            differences[other] = _difference(origin.store, origin.identity, key, fields)
-        return Sighting(0, 0, f"in the store for another model: {differences[other]}", 4)
-    if fields.get("namespace", "") != settings.namespace:
-        name = fields.get("namespace", "")
-        return Sighting(0, 0, f"in the store, in the namespace {name!r}", 3)
-    if key.format != origin.codec.format:
-        return Sighting(0, 0, f"in the store, with the codec {shown(key.format)}", 2)
-    if not entry.nbytes:
-        return Sighting(0, 0, EVICTED, 0)
-    if len(tokens) != settings.chunk_size:
-        return Sighting(0, 0, f"in the store, in a chunk of {len(tokens)} tokens", 1)
-    if fields.get("positions") == f"0-{len(tokens)}" and start == 0:
-        # Nothing stands before it, so only the secret is left.
-        return Sighting(0, 0, OTHER_SECRET, 1)
-    return Sighting(0, 0, ELSEWHERE, 1)
+    def _other_cut(self, match: Match, where: str) -> str:
+        """Of a chunk where this prompt has none: whether its size would give it here."""
+        grid = match.size, self._settings.chunk_overlap
+        if where or grid[0] <= grid[1]:
+            return f"in the store{where}{OTHER_CUT}"
+        if (match.row, *grid) not in self._cuts:
+            chunks = cut(self._rows[match.row], Grid(*grid), self._origin.salt)
+            self._cuts[match.row, *grid] = {chunk.hash for chunk in chunks}
+        if match.key.chunk_hash in self._cuts[match.row, *grid]:
+            return f"in the store, in a chunk of {match.size} tokens"
+        return f"in the store{OTHER_CUT}"
 
 
 def _difference(
     store: ChunkStore, mine: ModelIdentity, key: ChunkKey, fields: Mapping[str, str]
 ) -> str:
     """What is another in the model of a chunk: its name, and the parts of its identity."""
-    told = [shown(f"{key.model}, {fields.get('dtype', '?')}")]
+    told = [f"{key.model}, {fields.get('dtype', '?')}"]
     if key.world_size != mine.world_size:
         told.append(f"on {key.world_size} processes")
     try:

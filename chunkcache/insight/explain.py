@@ -17,6 +17,7 @@ from chunkcache.gain import NO_GAIN
 from chunkcache.insight.elsewhere import sightings
 from chunkcache.insight.explanation import Explanation, Finding
 from chunkcache.insight.fates import RowFate
+from chunkcache.kv.coding import Form
 from chunkcache.reuse.index import Passage, is_exact, search
 from chunkcache.reuse.prefill import TRAINING
 from chunkcache.reuse.prompt import Prompt
@@ -70,6 +71,16 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
     except StoreError as error:
         _raise_if_asked(setup, error)
         return Explanation(_all_computed(rows, "the store failed"), errors=(str(error),))
+    damaged = {
+        chunk.hash
+        for chunks, tokens in zip(cuts, rows, strict=True)
+        for chunk in chunks
+        if _is_damaged(
+            origin.form(layout, tokens[chunk.start : chunk.stop].tolist(), chunk.start, chunk.hash),
+            sizes[chunk.hash],
+        )
+    }
+    sizes |= dict.fromkeys(damaged, 0)
     there = {name for name, size in sizes.items() if size}
     plans = [
         plan_row(chunks, len(tokens), 0, there, NOT_IN_STORE)
@@ -81,9 +92,16 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
     pieces: list[list[Piece]] = [[] for _ in rows]
     try:
         found = search(origin, passages).pieces
-        sizes |= blob_sizes(
-            setup.store, (piece.chunk.hash for row in found for piece in row), origin.key
-        )
+        held = {piece.chunk.hash: piece.chunk for row in found for piece in row}
+        sizes |= blob_sizes(setup.store, held, origin.key)
+        damaged |= {
+            name
+            for name, chunk in held.items()
+            if _is_damaged(
+                origin.form(layout, chunk.tokens.tolist(), chunk.start, name), sizes[name]
+            )
+        }
+        sizes |= dict.fromkeys(damaged, 0)
         pieces = found
     except StoreError as error:
         _raise_if_asked(setup, error)
@@ -93,12 +111,13 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
         for found, tokens in zip(pieces, rows, strict=True)
     ]
     looks = [
-        RowFate(row, setup, sizes, *parts)
+        RowFate(row, setup, sizes, *parts, damaged=damaged)
         for row, parts in enumerate(zip(pads, plans, known, pieces, exact, strict=True))
     ]
     if elsewhere:
         try:
-            seen = sightings(origin, setup.settings, rows, [look.missing() for look in looks])
+            wanted = [look.missing() for look in looks]
+            seen = sightings(origin, setup.settings, rows, cuts, wanted)
             looks = [replace(look, seen=row) for look, row in zip(looks, seen, strict=True)]
         except StoreError as error:
             _raise_if_asked(setup, error)
@@ -122,6 +141,10 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
         lossy=origin.lossy(layout),
         seams=tuple(seam for look in looks for seam in look.seams(rows[look.row], decode)),
     )
+
+
+def _is_damaged(form: Form, size: int) -> bool:
+    return size > 0 and not form.may_have(size)
 
 
 def _why_aside(setup: Setup, prompt: Prompt) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ OTHER_POSITION = "computed at another position"
 OTHER_CUT = "cut into other chunks"
 OTHER_CONTEXT = "computed behind other text"
 INEXACT_CONTEXT = "computed behind moved text"
+DAMAGED = "its blob is damaged: it has not the length that it must have"
 BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
 WOULD_MOVE = ": reuse='anywhere' would find it"
 
@@ -42,6 +43,7 @@ class RowFate:
         known: How many tokens from the start could be reused.
         pieces: What was found by its text behind those.
         exact: Those of them whose K/V would be taken as they are.
+        damaged: Hashes of chunks whose blob cannot be sound; they count as missing.
         seen: Where the store has the rest of its text, though not for this cache.
     """
 
@@ -53,6 +55,7 @@ class RowFate:
     known: int
     pieces: list[Piece]
     exact: set[Piece]
+    damaged: Collection[str] = ()
     seen: Sequence[Sighting] = ()
 
     @property
@@ -77,7 +80,7 @@ class RowFate:
         for piece in self.pieces:
             mask[piece.start : piece.stop] = False
         for chunk in self.plan.chunks:
-            if self.sizes[chunk.hash]:
+            if self.sizes[chunk.hash] or chunk.hash in self.damaged:
                 mask[chunk.start : chunk.stop] = False
         return mask
 
@@ -132,7 +135,9 @@ class RowFate:
         ]
 
     def _chunk(self, chunk: Chunk, why: str, kind: Kind = Kind.COMPUTED) -> Finding:
-        if why == NOT_IN_STORE and chunk.stop - chunk.start < self.setup.grid.size:
+        if chunk.hash in self.damaged:
+            why = DAMAGED
+        elif why == NOT_IN_STORE and chunk.stop - chunk.start < self.setup.grid.size:
             why = TAIL_NOT_IN_STORE
         size = self.sizes[chunk.hash]
         origin = "store" if size else ""
@@ -144,7 +149,7 @@ class RowFate:
         size, why = self.sizes[piece.chunk.hash], self._why_not_exact(piece)
         kind = Kind.COMPUTED
         if not size:
-            why = BLOB_GONE
+            why = DAMAGED if piece.chunk.hash in self.damaged else BLOB_GONE
         elif not self._may_move:
             why += WOULD_MOVE
         elif here[piece.start : piece.stop].all():

@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from chunkcache.tokens.plan import Kind, Span
-from chunkcache.tokens.token_text import visible
+from chunkcache.tokens.token_text import shown, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -153,7 +153,7 @@ def _hover(span: Span) -> str:
     if span.origin:
         lines.append(f"from: {span.origin}")
     if span.reason:
-        lines.append(f"why: {span.reason}")
+        lines.append(f"why: {shown(span.reason)}")
     if span.key:
         lines.append(f"chunk {span.key[:12]}…")
     return escape("\n".join(lines), quote=True)

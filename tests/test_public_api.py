@@ -26,7 +26,9 @@ PUBLIC = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "add_documents",
+    "catalog",
     "enabled",
+    "metrics",
     "open_store",
     "uninstall",
 ]

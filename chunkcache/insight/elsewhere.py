@@ -21,6 +21,7 @@ from chunkcache.reuse.index import Origin
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
+from chunkcache.tokens.token_text import shown
 
 EVICTED = "its K/V were evicted; their metadata are left"
 OTHER_SECRET = "in the store under another secret"
@@ -152,7 +153,7 @@ class _Reasons:
         if (name := fields.get("namespace", "")) != self._settings.namespace:
             where, far = f"{where}, in the namespace {name!r}", far or 2
         if key.format != origin.codec.format:
-            where, far = f"{where}, with the codec {key.format}", far or 1
+            where, far = f"{where}, with the codec {shown(key.format)}", far or 1
         return where, far
 
     def _other_cut(self, match: Match, where: str) -> str:
@@ -172,7 +173,7 @@ def _difference(
     store: ChunkStore, mine: ModelIdentity, key: ChunkKey, fields: Mapping[str, str]
 ) -> str:
     """What is another in the model of a chunk: its name, and the parts of its identity."""
-    told = [f"{key.model}, {fields.get('dtype', '?')}"]
+    told = [shown(f"{key.model}, {fields.get('dtype', '?')}")]
     if key.world_size != mine.world_size:
         told.append(f"on {key.world_size} processes")
     try:

@@ -315,7 +315,7 @@ def test_what_other_models_are_called_takes_one_line(llama, store) -> None:
     name = "%1B%5D0%3Bx%07%0Aforged"
     store.write([Entry(f"safetensors@{name}@1@0@{'a' * 64}", fields, memoryview(b"x"))])
     said = " ".join(why for *_, why in told(RedisChunkCache(llama, store), ids, elsewhere=True))
-    assert "another model: ␛]0;x␇␊forged, ␛[31m␊forged" in said
+    assert "another model (␛]0;x␇␊forged, ␛[31m␊forged)" in said
 
 
 @pytest.mark.parametrize("mode", ["prefix", "anywhere"])

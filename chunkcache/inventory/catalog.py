@@ -27,12 +27,14 @@ from chunkcache.kv.codec import FORMAT
 from chunkcache.model.identity import ChunkKey
 from chunkcache.reuse.index import ANCHOR_FORMAT
 from chunkcache.stores.base import ChunkStore, Entry, Listed
+from chunkcache.tokens.token_text import shown
 
 __all__ = ["Deleted", "Filter", "Group", "Stats", "delete", "entries", "stats", "sweep"]
 
 # An index entry may name a chunk that another process is still writing.
 SETTLED = timedelta(minutes=1)
 WRITTEN_SECONDS = 0.5  # from one half of a chunk to the other
+AT_ONCE = 1000  # chunks that are asked for in one round trip
 ALL = Filter()
 
 
@@ -93,7 +95,7 @@ class Stats:
         for title in ("models", "namespaces", "tags"):
             groups: Mapping[str, Group] = getattr(self, title)
             lines += [f"{title}:"] if groups else []
-            lines += [f"  {name or '(none)'}: {groups[name]}" for name in sorted(groups)]
+            lines += [f"  {shown(name) or '(none)'}: {groups[name]}" for name in sorted(groups)]
         return "\n".join(lines)
 
 
@@ -177,14 +179,18 @@ def sweep(store: ChunkStore, *, dry_run: bool = False) -> Deleted:
     Raises:
         StoreError: The store failed, or takes no changes.
     """
-    halves = {e.key for page in _pages(store) for _, e in page if _is_half(e)}
-    if halves:  # a second look: what was being written at the first one is whole then
-        time.sleep(WRITTEN_SECONDS)
-    return _delete(store, lambda key, e: e.key in halves and _is_half(e), dry_run)
+    return _delete(store, lambda key, e: not (e.metadata and e.nbytes), dry_run, _still_halves)
 
 
-def _is_half(entry: Listed) -> bool:
-    return not (entry.metadata and entry.nbytes)
+def _still_halves(store: ChunkStore, keys: list[str]) -> set[str]:
+    """A second look: what was being written at the first one is whole by then."""
+    return {
+        key
+        for key, fields, size in zip(
+            keys, store.read_metadata(keys), store.sizes(keys), strict=True
+        )
+        if not (fields and size)
+    }
 
 
 def _pages(store: ChunkStore) -> Iterator[list[tuple[ChunkKey, Listed]]]:
@@ -201,26 +207,46 @@ def _pages(store: ChunkStore) -> Iterator[list[tuple[ChunkKey, Listed]]]:
 
 
 def _delete(
-    store: ChunkStore, is_meant: Callable[[ChunkKey, Listed], bool], dry_run: bool
+    store: ChunkStore,
+    is_meant: Callable[[ChunkKey, Listed], bool],
+    dry_run: bool,
+    still_meant: Callable[[ChunkStore, list[str]], set[str]] | None = None,
 ) -> Deleted:
+    """As `delete`. What is meant is looked at again by `still_meant`, a moment later."""
     if not dry_run:
         store.check_writable()
     settled = (datetime.now(UTC) - SETTLED).isoformat(timespec="seconds")
     total = Group()
     gone, live, pinned = set[str](), set[str](), set[str]()
+    later: list[tuple[ChunkKey, Listed]] = []
+
+    def take(chosen: list[tuple[ChunkKey, Listed]]) -> None:
+        for key, entry in chosen:
+            total.add(entry)
+            gone.add(key.chunk_hash)
+        if chosen and not dry_run:
+            store.delete([entry.key for _, entry in chosen])
+
     for page in _pages(store):
-        keys = []
+        chosen = []
         for key, entry in page:
             if is_meant(key, entry):
-                total.add(entry)
-                keys.append(entry.key)
-                gone.add(key.chunk_hash)
+                chosen.append((key, entry))
                 continue
             live.add(key.chunk_hash)
             if (entry.metadata or {}).get("pinned") == "yes":
                 pinned.add(key.chunk_hash)
-        if keys and not dry_run:
-            store.delete(keys)
+        if still_meant:
+            later += chosen
+        else:
+            take(chosen)
+    if later and still_meant:
+        time.sleep(WRITTEN_SECONDS)
+        for at in range(0, len(later), AT_ONCE):
+            some = later[at : at + AT_ONCE]
+            still = still_meant(store, [entry.key for _, entry in some])
+            take([(key, entry) for key, entry in some if entry.key in still])
+            live |= {key.chunk_hash for key, entry in some if entry.key not in still}
     gone -= live  # the same chunk may be kept in several formats
 
     def is_dead(chunk_hash: str, place: str) -> bool:

@@ -231,7 +231,7 @@ def test_the_far_tier_tells_more_than_copies_in_a_near_one() -> None:
     store = TieredStore([near, far])
     assert [bytes(view) for view in store.read(["a"]) if view] == [b"one"]
     near.write([entry("only near", b"xy", model="n")])
-    assert listing(near)["a"] == Listed("a", None, 3)
+    assert listing(near)["a"] == Listed("a", {"copied": "yes"}, 3)
     assert listing(store) == {
         "a": Listed("a", {"model": "m"}, 3),
         "only near": Listed("only near", {"model": "n"}, 2),

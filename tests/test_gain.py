@@ -67,7 +67,7 @@ class Slow(MemoryStore):
 
     def read(self, keys: Any) -> Any:
         for blob in super().read(keys):
-            time.sleep(0.05)
+            time.sleep(0.2)  # a loaded machine may take half a second to compute
             yield blob
 
 

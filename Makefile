@@ -39,8 +39,8 @@ test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and
 
 # The two ends of what setup.cfg allows: a release outside of it refuses, stands aside or fails here.
 RANGE ?= 5.23.0 5.24.0
-CORE := $(addprefix tests/test_,$(addsuffix .py,anywhere cache enable foreign layers prefill proof \
-	wrapped))
+CORE := $(addprefix tests/,$(addsuffix .py,kv/test_layers model/test_foreign model/test_proof \
+	reuse/test_anywhere reuse/test_prefill test_cache test_enable test_wrapped))
 range: $(VENV)/.test-installed tools  ## Run the core of the tests with each Transformers of RANGE
 	@for release in $(RANGE); do \
 		folder=build/transformers-$$release; \
@@ -58,7 +58,7 @@ lint: $(VENV)/.test-installed  ## Check style and types
 
 docs: $(VENV)/.test-installed  ## Write the reference of all public names to build/docs
 	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/docs chunkcache \
-		chunkcache.catalog chunkcache.metrics chunkcache.prometheus chunkcache.repair chunkcache.stores.base
+		chunkcache.inventory.catalog chunkcache.metrics chunkcache.prometheus chunkcache.repair chunkcache.stores.base
 
 clean:  ## Remove .venv and what the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,6 @@ warm for another one. Both warm runs are processes of their own.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from rich.table import Table
 from chunkcache.doctor.measure import Job, Measurer, Run, in_fresh_process, store_name
 from chunkcache.errors import SettingError
 from chunkcache.settings import Settings
-from chunkcache.stores import URL_VARIABLE, open_store
+from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.embedded import resolved
 from chunkcache.tokens.token_text import shown
 
@@ -109,8 +108,7 @@ def ready_store(url: str | None) -> str | list[str]:
             "reused, and this is about how much that gains; leave them out"
         )
     # Spelled out, so that every process means the same one and people can find it.
-    urls = [url] if url else os.environ.get(URL_VARIABLE, "").split()
-    urls = urls or [f"embedded://{quote(str(resolved(None)))}"]
+    urls = named_urls(url) or [f"embedded://{quote(str(resolved(None)))}"]
     if all(each.startswith("memory:") for each in urls):
         raise SettingError(
             f"--store {' '.join(urls)!r} lives in one process, and this is about a store that is "

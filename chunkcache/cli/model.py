@@ -102,7 +102,6 @@ def warm(
             **settings,
         )
         place.flush()
-
     typer.echo(json.dumps(asdict(summary), indent=2) if as_json else shown(str(summary)))
     for failure in summary.failures:
         typer.echo(shown(f"document {failure.document}: {failure.reason}"), err=True)

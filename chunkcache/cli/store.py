@@ -1,4 +1,4 @@
-"""`chunkcache ls | stats | show | purge | sweep`: what is in a store, by its metadata alone."""
+"""`chunkcache ls | stats | show | purge | sweep`: what is in a store. `show` reads a blob."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from chunkcache.errors import StoreError, UnsupportedCallError, UnsupportedModel
 from chunkcache.model.check import check_model
 from chunkcache.model.state import ModelState
 from chunkcache.settings import Settings
-from chunkcache.stores import URL_VARIABLE, open_store
+from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.address import without_password
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.health import Server, Speed, measure_speed, read_info
@@ -151,9 +150,8 @@ def examine_stores(url: str | None, step: Step) -> tuple[StoreHealth, ...]:
         StoreError: A store does not answer, or does not keep what it is given.
     """
     settings = Settings.load()
-    urls: list[str | None] = [url] if url else [*os.environ.get(URL_VARIABLE, "").split()]
     found = []
-    for each in urls or [None]:
+    for each in named_urls(url) or [""]:  # the embedded one
         shown = without_password(each or "embedded://")
         step(f"measuring {shown}")
         with open_for_measuring(each) as store:

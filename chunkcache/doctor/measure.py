@@ -25,7 +25,7 @@ from chunkcache.model.loading import load_model
 from chunkcache.samples import document, quiet_transformers
 from chunkcache.stores.address import without_password
 from chunkcache.stores.base import ChunkStore
-from chunkcache.tokens.texts import chat_inputs
+from chunkcache.tokens.texts import chat_inputs, most_positions
 
 WARM_UP_TOKENS = 256
 QUESTIONS = (
@@ -142,9 +142,9 @@ class Measurer:
             inputs = chat_inputs(self.tokenizer, text)
         else:
             inputs = self.tokenizer(f"{text}\n\nAnswer:", return_tensors="pt")
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = most_positions(self.model.config)
         needed = inputs["input_ids"].shape[1] + job.max_new_tokens
-        if longest is not None and needed > longest:
+        if needed > longest:
             raise SettingError(
                 f"--tokens {job.tokens} makes {needed:,} tokens with question and answer; "
                 f"this model takes {longest:,}: ask for a shorter document"

@@ -45,11 +45,7 @@ def load_config(name: str) -> Any:
     Raises:
         SettingError: It cannot be loaded.
     """
-    place = smollm2_folder() if name == SMOLLM2 else name
-    try:
-        return AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir())
-    except Exception as error:
-        raise _cannot(name, error) from error
+    return _read(AutoConfig, name, "--model")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -58,11 +54,16 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         SettingError: It cannot be loaded.
     """
+    return _read(AutoTokenizer, name, "--tokenizer")
+
+
+def _read(kind: Any, name: str, option: str) -> Any:
+    """A part of a model that needs no weights."""
     place = smollm2_folder() if name == SMOLLM2 else name
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=Path(place).is_dir())
+        return kind.from_pretrained(place, local_files_only=Path(place).is_dir())
     except Exception as error:
-        raise _cannot(name, error, "--tokenizer") from error
+        raise _cannot(name, error, option) from error
 
 
 def _cannot(name: str, error: Exception, option: str = "--model") -> SettingError:

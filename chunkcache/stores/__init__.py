@@ -67,7 +67,7 @@ def open_store(
     """
     limits = _Limits(connect_timeout, read_timeout, max_delay, write_queue_bytes, ttl, refresh_ttl)
     if url is None or url == "":
-        url = os.environ.get(URL_VARIABLE, "").split()
+        url = named_urls()
         if not url:
             return _open_default(limits)
     urls = [url] if isinstance(url, str) else list(url)
@@ -77,6 +77,11 @@ def open_store(
             '["memory://?bytes=2GB", "redis://localhost:6379/0"]'
         )
     return _open(urls[0], limits) if len(urls) == 1 else _open_tiers(urls, limits)
+
+
+def named_urls(url: str | None = None) -> list[str]:
+    """The URL given, else those that CHUNKCACHE_URL names, tier by tier; empty without either."""
+    return [url] if url else os.environ.get(URL_VARIABLE, "").split()
 
 
 def parse_bytes(text: str) -> int:

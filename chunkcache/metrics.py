@@ -6,64 +6,23 @@ from chunkcache import metrics
 print(metrics.snapshot()["tokens"]["reused"])
 ```
 
-They are sums of the finished reports of prompts: a forward that raised an exception has none. For
-Prometheus see `chunkcache.prometheus`.
+They are sums of the finished reports of prompts (a forward that raised an exception has none), and
+of what became of chunks that were written in the background. For Prometheus see
+`chunkcache.prometheus`.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import Counter
 from typing import Any
 
 from chunkcache.report import Report
+from chunkcache.sums import SUMS, Number
 from chunkcache.tokens.plan import Kind
 
 STAGES = ("lookup", "read", "move", "prefill")
+OUTCOMES = ("written", "dropped", "failed")
 _BYTES = ("bytes_read", "bytes_written", "bytes_dropped")
-
-Number = tuple[str, str]  # the name of a number, and of its part if it has parts
-
-
-class Metrics:
-    """Sums that only grow. May be added to from several threads."""
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Start from nothing: at first, and in a forked child, whose parent tells its own part."""
-        self._lock = threading.Lock()
-        self._sums: Counter[Number] = Counter()
-
-    def add(self, more: Counter[Number]) -> None:
-        """Add what has happened since."""
-        with self._lock:
-            self._sums.update(more)
-
-    def snapshot(self) -> dict[str, Any]:
-        """All numbers as they are now; see the function of that name."""
-        with self._lock:
-            sums = self._sums.copy()
-        return {
-            "prompts": sums["prompts", ""],
-            "skipped": sums["skipped", ""],
-            "tokens": {str(kind): sums["tokens", kind] for kind in Kind},
-            **{name: sums[name, ""] for name in _BYTES},
-            "seconds": {
-                stage: {"sum": float(sums["seconds", stage]), "count": sums["count", stage]}
-                for stage in STAGES
-            },
-            "store_errors": {
-                cause: n for (name, cause), n in sorted(sums.items()) if name == "store_errors"
-            },
-        }
-
-
-METRICS = Metrics()
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=METRICS.begin)
 
 
 def snapshot() -> dict[str, Any]:
@@ -74,10 +33,30 @@ def snapshot() -> dict[str, Any]:
     - `bytes_read`, `bytes_written`, `bytes_dropped`: of blobs, as in `Report`;
     - `seconds`: `sum` (seconds) and `count` (prompts that needed it) of `lookup`, `read`, `move`
       and `prefill`;
-    - `store_errors`: how many, by cause (`StoreError.cause`, `damaged` for a bad blob,
-      `sealed` for one under another key).
+    - `store_errors`: how many a prompt met, by cause (`StoreError.cause`, `damaged` for a bad blob,
+      `sealed` for one under another key);
+    - `writes`: entries (chunks, and lists of them) that were `written` in the background, `dropped`
+      since a queue was full or the store would not take them, and `failed`;
+    - `write_errors`: how many failed, by cause.
     """
-    return METRICS.snapshot()
+    sums = SUMS.copy()
+
+    def parts(name: str) -> dict[str, int]:
+        return {part: n for (whole, part), n in sorted(sums.items()) if whole == name}
+
+    return {
+        "prompts": sums["prompts", ""],
+        "skipped": sums["skipped", ""],
+        "tokens": {str(kind): sums["tokens", kind] for kind in Kind},
+        **{name: sums[name, ""] for name in _BYTES},
+        "seconds": {
+            stage: {"sum": float(sums["seconds", stage]), "count": sums["count", stage]}
+            for stage in STAGES
+        },
+        "store_errors": parts("store_errors"),
+        "writes": {outcome: sums["writes", outcome] for outcome in OUTCOMES},
+        "write_errors": parts("write_errors"),
+    }
 
 
 class Meter:
@@ -97,7 +76,7 @@ class Meter:
             self._report, self._told = report, Counter()
         self._traffic = traffic
         numbers = _numbers(report)
-        METRICS.add(numbers - self._told)
+        SUMS.add(numbers - self._told)
         self._told = numbers
 
 

@@ -23,8 +23,9 @@ class Collector(BaseCollector):
     """Reads `chunkcache.metrics.snapshot()` when Prometheus asks.
 
     Counters `chunkcache_prompts`, `chunkcache_skipped`, `chunkcache_tokens{kind}`,
-    `chunkcache_bytes_read`, `…_written`, `…_dropped` and `chunkcache_store_errors{cause}`, each
-    with `_total` behind it, and the summary `chunkcache_seconds{stage}`.
+    `chunkcache_bytes_read`, `…_written`, `…_dropped`, `chunkcache_store_errors{cause}`,
+    `chunkcache_writes{outcome}` and `chunkcache_write_errors{cause}`, each with `_total` behind it,
+    and the summary `chunkcache_seconds{stage}`.
     """
 
     def collect(self) -> Iterator[Metric]:
@@ -41,6 +42,8 @@ class Collector(BaseCollector):
         for name, label, text in (
             ("tokens", "kind", "Prompt tokens by what happened to them"),
             ("store_errors", "cause", "Failed calls to the store"),
+            ("writes", "outcome", "Entries written in the background, by what became of them"),
+            ("write_errors", "cause", "Entries whose writing failed"),
         ):
             counter = CounterMetricFamily(f"chunkcache_{name}", text, labels=[label])
             for value, number in now[name].items():

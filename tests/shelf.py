@@ -30,7 +30,7 @@ class Shelf(ChunkStore):
             raise self.error
 
     def writes(self) -> list[str]:
-        return [keys[0] for verb, keys in self.calls if verb == "write"]
+        return [key for verb, keys in self.calls if verb == "write" for key in keys]
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         self._call("sizes", keys)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from models import tiny, tokens
+from shelf import Shelf, entry
 
 from chunkcache import RedisChunkCache, metrics
 from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.report import Report, RowReport
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
+from chunkcache.stores.writer import WriteBehind
+from chunkcache.sums import SUMS
 from chunkcache.tokens.plan import Kind, Span
-
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,9 @@ def model() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def ours(monkeypatch: pytest.MonkeyPatch) -> metrics.Metrics:
+def from_nothing() -> None:
     """Sums of this test alone."""
-    fresh = metrics.Metrics()
-    monkeypatch.setattr(metrics, "METRICS", fresh)
-    return fresh
+    SUMS.begin()
 
 
 def flat(report: Report) -> dict[str, float]:
@@ -62,7 +60,8 @@ def test_nothing_yet() -> None:
     assert now["prompts"] == now["skipped"] == now["bytes_read"] == 0
     assert set(now["tokens"]) == {"reused", "moved", "recomputed", "computed"}
     assert now["seconds"]["read"] == {"sum": 0.0, "count": 0}
-    assert now["store_errors"] == {}
+    assert now["store_errors"] == now["write_errors"] == {}
+    assert now["writes"] == {"written": 0, "dropped": 0, "failed": 0}
     assert json.loads(json.dumps(now)) == now
 
 
@@ -158,6 +157,21 @@ def test_the_cause_of_an_error(error: Exception, cause: str) -> None:
     assert report.causes == {cause: 2}
 
 
+def test_what_became_of_what_was_written_in_the_background(shelf: Shelf) -> None:
+    behind = WriteBehind(shelf, max_bytes=3)
+    behind.write([entry("a", b"1"), entry("b", b"too long")])
+    assert behind.flush(10)
+    shelf.error = StoreError("gone", "full")
+    behind.write([entry("c", b"1")])
+    assert behind.flush(10)
+    shelf.error = RuntimeError("what nobody expects")
+    behind.write([entry("d", b"1")])
+    assert behind.flush(10)
+    now = metrics.snapshot()
+    assert now["writes"] == {"written": 1, "dropped": 1, "failed": 2}
+    assert now["write_errors"] == {"full": 1, "other": 1}
+
+
 def test_a_step_of_decoding_is_not_counted_through(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[Report] = []
     numbers = metrics._numbers
@@ -188,17 +202,3 @@ def test_threads_add_up() -> None:
     run_in_threads(8, work)
     assert metrics.snapshot()["prompts"] == 4000
     assert told()["reused"] == 12_000
-
-
-def test_a_forked_child_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the one object of the process
-    before = metrics.snapshot()["prompts"]
-    metrics.Meter().read(Report(), True)
-    seen = FORK.SimpleQueue()
-    with metrics.METRICS._lock:  # as another thread might at that moment
-        child = FORK.Process(target=lambda: seen.put(metrics.snapshot()["prompts"]), daemon=True)
-        child.start()
-        child.join(10)
-    assert child.exitcode == 0
-    assert seen.get() == 0
-    assert metrics.snapshot()["prompts"] == before + 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import pytest
+from collections import Counter
+
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -8,11 +9,13 @@ from chunkcache import metrics
 from chunkcache.errors import StoreError
 from chunkcache.prometheus import Collector
 from chunkcache.report import Report, RowReport
+from chunkcache.sums import SUMS
 from chunkcache.tokens.plan import Kind, Span
 
 
-def test_what_prometheus_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "METRICS", metrics.Metrics())
+def test_what_prometheus_reads() -> None:
+    SUMS.begin()
+    SUMS.add(Counter({("writes", "failed"): 8, ("write_errors", "full"): 8}))
     registry = CollectorRegistry()
     registry.register(Collector())  # before there is anything
     spans = [Span(0, 7, Kind.REUSED), Span(7, 10, Kind.COMPUTED)]
@@ -36,6 +39,10 @@ def test_what_prometheus_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         ("chunkcache_tokens_total", "recomputed"): 0,
         ("chunkcache_tokens_total", "computed"): 3,
         ("chunkcache_store_errors_total", "timeout"): 1,
+        ("chunkcache_writes_total", "written"): 0,
+        ("chunkcache_writes_total", "dropped"): 0,
+        ("chunkcache_writes_total", "failed"): 8,
+        ("chunkcache_write_errors_total", "full"): 8,
         ("chunkcache_seconds_count", "lookup"): 1,
         ("chunkcache_seconds_sum", "lookup"): 0.25,
         **{

@@ -208,6 +208,20 @@ class BlobForm:
         blob[:offset] = self.with_checksum([blob[offset:]])
         return blob
 
+    def copy(self, data: Iterable[memoryview]) -> memoryview:
+        """The same of the tensors' bytes, given in order in any number of pieces."""
+        blob = _SPARE.take(self.size).data
+        checksum = Checksum()
+        at = len(self.header)
+        for piece in data:
+            target = blob[at : at + piece.nbytes]
+            target[:] = piece
+            checksum.update(target)  # while it is in the processor's cache
+            at += piece.nbytes
+        assert at == self.size
+        blob[: len(self.header)] = self._stamped(checksum)
+        return blob
+
 
 @lru_cache(maxsize=64)
 def _tensor_table(arrange: Arrange, layout: KVLayout, tokens: int) -> tuple[str, int]:

@@ -128,6 +128,15 @@ class GrowingLayer(DynamicLayer):
             for head in range(row * heads, (row + 1) * heads)
         ]
 
+    def is_at_home(self) -> bool:
+        """Whether what is held lies in the room, as it does unless others have replaced it."""
+        return (
+            self._key_room is not None
+            and self._value_room is not None
+            and _at_home(self.keys, self._key_room)
+            and _at_home(self.values, self._value_room)
+        )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -267,3 +276,14 @@ def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[La
         else None
         for layer in layers
     ]
+
+
+def row_runs(layers: Sequence[Any], row: int, start: int, stop: int) -> list[memoryview] | None:
+    """The same as memory, in the order of a blob; `None` where it cannot be had without a copy."""
+    found: list[memoryview] = []
+    for layer in layers:
+        if isinstance(layer, GrowingLayer):
+            if layer.device.type != "cpu" or not layer.is_at_home():
+                return None
+            found += layer.runs(row, start, stop - start)
+    return found

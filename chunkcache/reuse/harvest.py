@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from chunkcache.kv.layers import row_slice
+from chunkcache.kv.coding import Form
+from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.index import created_now, index_entries
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.stores.base import Entry, merged
@@ -91,7 +93,7 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
     start, stop = pad + chunk.start, pad + chunk.stop
     tokens = held.transcript.ids()[row, start:stop].tolist()
     form = origin.form(layout, tokens, chunk.start, chunk.hash)
-    blob = form.encode(row_slice(held.layers, row, start, stop))
+    blob = _blob(form, held.layers, row, start, stop)
     metadata = {
         "model": origin.identity.name,
         "revision": origin.identity.revision,
@@ -112,6 +114,13 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
         **setup.settings.metadata,
     }
     return Entry(form.key, metadata, blob, pinned=setup.settings.pin)
+
+
+def _blob(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
+    runs = row_runs(layers, row, start, stop) if form.is_direct else None
+    if runs is None:
+        return form.encode(row_slice(layers, row, start, stop))
+    return form.file.copy(runs)
 
 
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:

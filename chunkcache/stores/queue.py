@@ -12,16 +12,23 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.sums import SUMS
 
 EXIT_SECONDS = 5.0  # for all queues of the process together, at its end
 REMOVE_SECONDS = 5.0  # how long a removal waits for the write of that very entry
 LINGER_SECONDS = 1.0  # an idle thread ends after this, and with it its hold on the store
 MAX_ENTRIES = 1 << 16  # entries without a blob have no bytes to count
-BATCH = 256  # entries without a blob that are handed to the store at once
+BATCH_ENTRIES = 256  # that are handed to the store at once
+BATCH_BYTES = 4 << 20  # of their blobs; a larger one goes alone
+
+OUTCOMES = ("written_entries", "dropped_entries", "failed_entries")
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +38,7 @@ class WriteStats:
     """What a queue has done so far. Bytes are those of blobs.
 
     `dropped_entries` did not fit the queue or were not taken by the store; `failed_entries` met an
-    error.
+    error. What was handed over together counts together.
     """
 
     queued_bytes: int = 0
@@ -41,6 +48,13 @@ class WriteStats:
     dropped_entries: int = 0
     failed_entries: int = 0
     last_error: str | None = None
+
+
+class Failure(NamedTuple):
+    """Why a batch was not written. No exception: that would keep the batch's memory."""
+
+    text: str
+    cause: str
 
 
 class Queue:
@@ -169,47 +183,51 @@ class Queue:
                     self.thread = None
                     return
                 batch = self.current = self.next_batch()
-            outcome: tuple[int, str | None] | None = None
+            outcome: tuple[int, Failure | None] | None = None
             try:
                 outcome = self.write_out(list(batch.values()))
             finally:
                 with self.changed:
                     if outcome is None:  # SystemExit or the like: this thread is ending
                         self.thread = None
-                    self.done(batch, *(outcome or (0, "the writing thread was ended")))
+                    self.done(
+                        batch, *(outcome or (0, Failure("the writing thread was ended", "other")))
+                    )
             del batch  # its memory is not kept while the thread idles
 
     def next_batch(self) -> dict[str, Entry]:
-        """Take the oldest entry; if it has no blob, also those behind it that have none.
+        """Take the oldest entries, as many as are written well together.
 
-        Called with the lock held.
+        Small ones in one batch share the round trips. Called with the lock held.
         """
         batch: dict[str, Entry] = {}
+        nbytes = 0
         for key, entry in self.waiting.items():
-            if batch and (entry.nbytes or len(batch) == BATCH):
+            nbytes += entry.nbytes
+            if batch and (nbytes > BATCH_BYTES or len(batch) == BATCH_ENTRIES):
                 break
             batch[key] = entry
-            if entry.nbytes:
-                break
         for key in batch:
             del self.waiting[key]
         return batch
 
-    def write_out(self, entries: Sequence[Entry]) -> tuple[int, str | None]:
-        """The bytes that the store took, and the error if it raised one."""
+    def write_out(self, entries: Sequence[Entry]) -> tuple[int, Failure | None]:
+        """The bytes that the store took, and the failure if it raised an error."""
         try:
             return self.store.write(entries), None
         except Exception as error:  # a fault of any kind costs these entries, not the thread
-            return 0, f"{type(error).__name__}: {error}"
+            cause = error.cause if isinstance(error, StoreError) else "other"
+            return 0, Failure(f"{type(error).__name__}: {error}", cause)
 
-    def done(self, batch: Mapping[str, Entry], taken: int, error: str | None) -> None:
+    def done(self, batch: Mapping[str, Entry], taken: int, failure: Failure | None) -> None:
         """Note what became of a batch. Called with the lock held."""
         self.current = {}
         nbytes = sum(entry.nbytes for entry in batch.values())
         self.count(queued_bytes=-nbytes)
-        if error is not None:
+        if failure is not None:
             self.count(failed_entries=len(batch))
-            self.counts = replace(self.counts, last_error=error)
+            self.counts = replace(self.counts, last_error=failure.text)
+            SUMS.add(Counter({("write_errors", failure.cause): len(batch)}))
         elif taken < nbytes:
             self.count(dropped_entries=len(batch))
         else:
@@ -217,9 +235,11 @@ class Queue:
         self.changed.notify_all()
 
     def count(self, **more: int) -> None:
-        """Add to the counters. Called with the lock held."""
+        """Add to the counters, and to those of the process. Called with the lock held."""
         sums = {name: getattr(self.counts, name) + number for name, number in more.items()}
         self.counts = replace(self.counts, **sums)
+        entries = {name.partition("_")[0]: n for name, n in more.items() if name in OUTCOMES}
+        SUMS.add(Counter({("writes", outcome): n for outcome, n in entries.items()}))
 
 
 def _summary(entry: Entry) -> tuple[int, Mapping[str, str], bool]:

@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
-from chunkcache.kv.layers import SLACK_TOKENS, GrowingLayer, row_slice, settle_all, with_room
+from chunkcache.kv.layers import (
+    SLACK_TOKENS,
+    GrowingLayer,
+    row_runs,
+    row_slice,
+    settle_all,
+    with_room,
+)
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 3, 2, 5), None, LayerShape(1, 2, 1, 2)))
 
@@ -120,6 +127,16 @@ class AgainstDynamicLayer(RuleBasedStateMachine):
         assert self.ours.get_seq_length() == held
         assert self.ours.get_mask_sizes(3) == self.theirs.get_mask_sizes(3)
         assert not held or same(self.ours, self.theirs)
+
+    @invariant()
+    def runs_are_what_is_held(self) -> None:
+        held = self.ours.get_seq_length()
+        for row in range(self.ours.keys.shape[0] if held else 0):
+            runs = row_runs([self.ours], row, 0, held)
+            slices = row_slice([self.ours], row, 0, held)[0]
+            if runs is not None and slices is not None:
+                right = b"".join(part.contiguous().numpy().tobytes() for part in slices)
+                assert b"".join(runs) == right
 
     @invariant()
     def views_handed_out_stay_as_they_were(self) -> None:
@@ -422,3 +439,34 @@ def test_runs_are_the_layers_own_memory() -> None:
     first = layer.runs(1, 2, 4)[0]
     address = ctypes.addressof(ctypes.c_char.from_buffer(first))
     assert address == layer.peek(1, 2, 4)[0].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_copy_of_the_runs_is_the_blob_of_the_slices(dtype: torch.dtype) -> None:
+    layout = KVLayout(dtype, LAYOUT.layers)
+    layers: list[Any] = [GrowingLayer(), DummyLayer(), GrowingLayer()]  # type: ignore[no-untyped-call]
+    settle_all(layers, layout, 3, 6, torch.device("cpu"))
+    for layer in (layers[0], layers[2]):
+        layer.hold(6)
+        layer.keys.normal_()
+        layer.values.normal_()
+    form = BlobForm.of(layout, [1, 2, 3, 4], 0, "")
+    runs = row_runs(layers, 1, 2, 6)
+    assert runs is not None
+    assert form.copy(runs) == encode(form, row_slice(layers, 1, 2, 6))
+    for wrong in (runs[:-1], [*runs, runs[0]]):
+        with pytest.raises((AssertionError, ValueError)):
+            form.copy(wrong)
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_there_are_no_runs_of_what_lies_elsewhere(part: str) -> None:
+    layers = settled()
+    for layer in (layers[0], layers[2]):
+        layer.hold(4)
+    assert row_runs(layers, 0, 0, 4) is not None
+    setattr(layers[2], part, getattr(layers[2], part).clone())  # as crop and reorder do
+    assert row_runs(layers, 0, 0, 4) is None
+    layers[2].reset()
+    layers[2].lazy_initialization(*(kv(1, 2, 2, 4)))
+    assert row_runs(layers, 0, 0, 0) is None

@@ -77,20 +77,22 @@ def test_the_newest_of_two_versions_is_the_one_written(shelf: Shelf) -> None:
     assert shelf.kept["a"].blob == b"newer"
 
 
-def test_entries_without_a_blob_are_handed_over_together(
+def test_small_entries_are_handed_over_together(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "BATCH", 3)
+    monkeypatch.setattr(queue, "BATCH_ENTRIES", 3)
+    monkeypatch.setattr(queue, "BATCH_BYTES", 4)
     behind = WriteBehind(shelf)
     shelf.gate.clear()
     behind.write([entry("first", b"1")])
     until(lambda: behind._queue.current)
-    behind.write([*map(entry, "abcd"), entry("e", b"1"), entry("f"), entry("g", b"1")])
+    behind.write([*map(entry, "abcd"), entry("e", b"123"), entry("f", b"45678")])
+    behind.write([entry("g", b"90"), entry("h", b"12"), entry("i", b"3")])
     shelf.gate.set()
     assert behind.flush(10)
     batches = [keys for verb, keys in shelf.calls if verb == "write"]
-    assert batches == [["first"], ["a", "b", "c"], ["d"], ["e"], ["f"], ["g"]]
-    assert behind.stats().written_entries == 8
+    assert batches == [["first"], ["a", "b", "c"], ["d", "e"], ["f"], ["g", "h"], ["i"]]
+    assert behind.stats().written_entries == 10
     shelf.error = StoreError("full")
     behind.write([entry("x"), entry("y")])
     assert behind.flush(10)

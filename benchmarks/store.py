@@ -9,10 +9,14 @@ that a machine that gets slower or faster does so for all of them. What is compa
 one run.
 
     load                from blobs in the server to checked K/V in the layers, which are there
-    load, fresh         the same into layers that are allocated for this prompt
+    load, new layers    the same into layers made for this prompt, from the second of a process on:
+                        in memory of an earlier one
+    load, new pages     the same for the first one: the system maps pages as they are filled
     peer                redis-py with hiredis at their defaults, `safetensors.torch.load`, and the
                         copy into the layers
-    store               from layers to blobs in the server: encoding, and writing behind
+    store               from layers to blobs in the server: encoding, and writing behind; the
+                        server has the memory, of chunks that were deleted
+    store, server grows the same into a server that was emptied, and maps pages as it takes them
     checksum            xxh3 over the loaded K/V alone, which `load` includes
     AES-256-GCM         opening sealed blobs of that size, which only sealed stores do
 
@@ -30,7 +34,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,12 +50,14 @@ from rich.table import Table
 from chunkcache import open_store
 from chunkcache.kv.codec import KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer, row_slice, settle_all
+from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
+from chunkcache.kv.spare import SpareMemory
 from chunkcache.model.identity import ModelIdentity
+from chunkcache.reuse.harvest import blob_of
 from chunkcache.reuse.index import Origin
 from chunkcache.reuse.restore import Filling
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid, cut
 from chunkcache.tokens.plan import plan_row
@@ -65,7 +71,9 @@ SHAPES = {
     "Llama-3-8B, bfloat16": KVLayout(torch.bfloat16, (LayerShape(8, 128, 8, 128),) * 32),
 }
 FLOOR, PEER = "floor", "peer"
-TRANSFERS = (FLOOR, "load", "load, fresh", PEER, "store")
+TRANSFERS = (
+    FLOOR, "load", "load, new layers", "load, new pages", PEER, "store", "store, server grows",
+)  # fmt: skip
 PATIENCE = {"connect_timeout": 5.0, "read_timeout": 5.0, "max_delay": 5.0}  # seconds
 SEAL = Seal((bytes(32),))
 
@@ -138,7 +146,7 @@ class Prompt:
         self.ids = torch.from_numpy(ids)[None]
         self.chunks = cut(ids, Grid(CHUNK), b"benchmark")
         self.identity = ModelIdentity("benchmark", "", "", "0" * 64, ())
-        self.layers = self.fresh_layers()
+        self.layers = self.new_layers()
         for layer in self.layers:
             layer.hold(self.tokens)
             layer.keys.normal_()
@@ -158,12 +166,12 @@ class Prompt:
     def encode(self, number: int) -> memoryview:
         """The blob of a chunk, as it is in the layers."""
         chunk = self.chunks[number]
-        return self.forms[number].encode(row_slice(self.layers, 0, chunk.start, chunk.stop))
+        return blob_of(self.forms[number], self.layers, 0, chunk.start, chunk.stop)
 
-    def fresh_layers(self) -> list[Any]:
-        """Layers with room for the prompt, in new memory."""
+    def new_layers(self, memory: SpareMemory | None = None) -> list[Any]:
+        """Layers with room for the prompt, in memory of an earlier one if there is any."""
         layers = [GrowingLayer() for _ in self.layout.layers]
-        settle_all(layers, self.layout, 1, self.tokens, torch.device("cpu"))
+        settle_all(layers, self.layout, 1, self.tokens, torch.device("cpu"), memory)
         return layers
 
     def store(self, store: ChunkStore) -> None:
@@ -174,9 +182,9 @@ class Prompt:
         stats = store.stats()
         assert not stats.failed_entries + stats.dropped_entries, stats
 
-    def load(self, store: ChunkStore, fresh: bool = False) -> None:
-        """Read all chunks into the layers."""
-        layers = self.fresh_layers() if fresh else self.layers
+    def load(self, store: ChunkStore, layers: Sequence[Any] = ()) -> None:
+        """Read all chunks into these layers, or into those that are there."""
+        layers = layers or self.layers
         plan = plan_row(self.chunks, self.tokens, 0, self.sizes, "")
         filling = Filling(
             self.origin(store), self.sizes, layers, self.layout, self.ids, [0], [plan],
@@ -244,13 +252,21 @@ def arms(prompt: Prompt, server: Server, transport: str, floor: Floor) -> Iterat
             prompt.blank()
             way()
             assert prompt.is_as_it_was(), "the layers do not hold what was stored"
+        memory = SpareMemory()  # as `RedisChunkCache` has it for the prompts of one model
+
+        # What is there already would not be written again.
+        def delete() -> None:
+            names = (f.key for f in prompt.forms)
+            client.delete(*(name + half for name in names for half in (METADATA, KV_BYTES)))
+
         yield {
             FLOOR: Arm(lambda: floor.receive(connection)),
             "load": Arm(lambda: prompt.load(store)),
-            "load, fresh": Arm(lambda: prompt.load(store, fresh=True)),
+            "load, new layers": Arm(lambda: prompt.load(store, prompt.new_layers(memory))),
+            "load, new pages": Arm(lambda: prompt.load(store, prompt.new_layers())),
             PEER: Arm(lambda: prompt.load_as_a_peer(client)),
-            # What is there already would not be written again.
-            "store": Arm(lambda: prompt.store(store), client.flushdb),
+            "store": Arm(lambda: prompt.store(store), delete),
+            "store, server grows": Arm(lambda: prompt.store(store), client.flushdb),
             "checksum": Arm(prompt.check),
             "AES-256-GCM": Arm(prompt.open_sealed),
         }
@@ -305,7 +321,7 @@ def show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
             f"{row['gb_per_s']:.2f}",
             " – ".join(f"{rate:.2f}" for rate in rates),
             "" if alone else f"{row['share_of_floor']:.0%}",
-            "" if alone or row["arm"] == "store" else f"{row['times_peer']:.1f}",
+            "" if alone or row["arm"].startswith("store") else f"{row['times_peer']:.1f}",
         )
     load = next(row for row in rows if row["arm"] == "load")
     checksum = next(row for row in rows if row["arm"] == "checksum")
@@ -331,7 +347,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         size = next(row["chunk_bytes"] for row in rows if row["model"] == model)
         panel.set_title(f"{model}: {size / 1e6:.2g} MB a chunk", fontsize=9)
         panel.set_xticks(
-            [index + 1.5 * width for index in range(len(places))],
+            [index + 2.5 * width for index in range(len(places))],
             [f"{server}\n{transport}" for server, transport in places],
             fontsize=8,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin
 from chunkcache.stores.base import Listed
 from chunkcache.tokens.chunking import Tokens
+from chunkcache.tokens.listed import from_text
 from chunkcache.tokens.matching import StoredChunk, grow
 
 WINDOW = 32  # tokens that must be alike
@@ -66,10 +66,10 @@ def text_of(origin: Origin, entry: Listed) -> Tokens | None:
     try:
         if not text.startswith("["):  # it is sealed
             text = origin.codec.reveal(text, entry.key)
-        tokens = np.array(json.loads(text), dtype="<i8")
-    except (BlobError, ValueError, TypeError, OverflowError, RecursionError):
+    except BlobError:
         return None
-    return tokens if tokens.ndim == 1 and len(tokens) >= WINDOW else None
+    tokens = from_text(text)
+    return tokens if tokens is not None and len(tokens) >= WINDOW else None
 
 
 def matches(

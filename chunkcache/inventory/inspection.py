@@ -19,6 +19,7 @@ from torch import Tensor
 from chunkcache.errors import SettingError
 from chunkcache.model.identity import ChunkKey
 from chunkcache.stores.base import ChunkStore, Listed
+from chunkcache.tokens.listed import from_text
 
 _LAYER = re.compile(r"layers\.(\d{1,6})\.(keys|values)", re.ASCII)
 
@@ -95,22 +96,11 @@ def read_text(inside: Inspection, entry: Listed, tokenizer: Any) -> Inspection:
     said = (entry.metadata or {}).get("token_ids", "")
     if said and not said.startswith("["):
         why = "the text: its token ids are sealed"
-    elif (ids := _token_ids(said, len(tokenizer))) is None:
+    elif (ids := from_text(said)) is None or ids.max() >= len(tokenizer):
         why = "the text: the metadata have no token ids that this tokenizer knows"
     else:
-        return replace(inside, text=str(tokenizer.decode(ids)))
+        return replace(inside, text=str(tokenizer.decode(ids.tolist())))
     return replace(inside, unread="; ".join(filter(None, (inside.unread, why))))
-
-
-def _token_ids(said: str, vocabulary: int) -> list[int] | None:
-    """A JSON list of ids below `vocabulary`, if it is that."""
-    try:
-        ids = json.loads(said)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(ids, list) or not all(type(n) is int and 0 <= n < vocabulary for n in ids):
-        return None
-    return ids
 
 
 def _norms(tensors: dict[str, Tensor]) -> tuple[Norms, ...]:

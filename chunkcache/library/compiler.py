@@ -170,6 +170,7 @@ class Compiler:
         if self.look(documents):
             if self._aside:
                 raise UnsupportedCallError(f"the model's K/V cannot be stored: {self._aside}")
+            self.store.check_writable()  # it may know why
             raise StoreError("the store has not kept all that it took: make it larger")
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from chunkcache.errors import BlobError, SettingError
 from chunkcache.kv.coding import CODECS, SEALED, ZSTD
 from chunkcache.model.identity import ChunkKey
 from chunkcache.reuse.index import REACH
+from chunkcache.tokens.listed import from_text
 
 FORMAT = "chunkcache-pack/1"
 FORMATS = frozenset((*CODECS, *(name + SEALED for name in CODECS)))
@@ -135,11 +136,10 @@ def check(entry: PackEntry, blob: memoryview) -> None:
 
 def _check_tokens(fields: Mapping[str, str]) -> None:
     """Compare the token ids with their number."""
-    try:
-        ids = json.loads(fields["token_ids"])
-    except (ValueError, KeyError, RecursionError):
-        raise BlobError("its metadata are damaged") from None
-    if not isinstance(ids, list) or len(ids) != int(fields["tokens"]):
+    ids = from_text(fields.get("token_ids", ""))
+    if ids is None:
+        raise BlobError("its metadata are damaged")
+    if len(ids) != int(fields["tokens"]):
         raise BlobError("its metadata are damaged: they count other tokens than they name")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from chunkcache.reuse.index import created_now, index_entries
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.stores.base import Entry, merged
 from chunkcache.tokens.chunking import Chunk, Tokens, cut, keyed_hash
+from chunkcache.tokens.listed import as_text
 from chunkcache.tokens.matching import SHORTEST_RUN
 
 EXACT, APPROXIMATE = "exact", "approximate"
@@ -93,7 +93,7 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
     start, stop = pad + chunk.start, pad + chunk.stop
     tokens = held.transcript.ids()[row, start:stop].tolist()
     form = origin.form(layout, tokens, chunk.start, chunk.hash)
-    blob = _blob(form, held.layers, row, start, stop)
+    blob = blob_of(form, held.layers, row, start, stop)
     metadata = {
         "model": origin.identity.name,
         "revision": origin.identity.revision,
@@ -101,7 +101,7 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
         "dtype": str(layout.dtype).removeprefix("torch."),
         "codec": origin.codec.format,
         "tokens": str(chunk.stop - chunk.start),
-        "token_ids": origin.codec.hide(json.dumps(tokens, separators=(",", ":")), form.key),
+        "token_ids": origin.codec.hide(as_text(tokens), form.key),
         "positions": f"{chunk.start}-{chunk.stop}",
         "layers": str(len(layout.layers)),
         "bytes": str(blob.nbytes),
@@ -116,7 +116,8 @@ def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, paren
     return Entry(form.key, metadata, blob, pinned=setup.settings.pin)
 
 
-def _blob(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
+def blob_of(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
+    """The blob of one row's columns `start` to `stop`, in memory of its own."""
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
     if runs is None:
         return form.encode(row_slice(layers, row, start, stop))

@@ -8,7 +8,6 @@ chunks which are gone, or too many, leaves it as it should be.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.tokens.anchors import WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
+from chunkcache.tokens.listed import from_text
 from chunkcache.tokens.matching import Piece, StoredChunk, cover
 
 ANCHOR_FORMAT = "anchor"
@@ -209,14 +209,13 @@ def _read_record(origin: Origin, chunk_hash: str, fields: dict[str, str]) -> Sto
     Raises SealedBlobError if its tokens are sealed with another key.
     """
     try:
-        text = origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash))
-        ids = np.array(json.loads(text), dtype=np.int64)
+        ids = from_text(origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash)))
         start = int(fields["positions"].partition("-")[0])
     except SealedBlobError:
         raise
-    except (BlobError, KeyError, ValueError, TypeError, OverflowError, RecursionError):
+    except (BlobError, KeyError, ValueError):
         return None
-    if ids.ndim != 1 or not 0 < len(ids) < 1 << 20 or not 0 <= start < 1 << 31:
+    if ids is None or not 0 <= start < 1 << 31:
         return None
     return StoredChunk(
         chunk_hash,

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-import uuid
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
 
 import redis
 
-from chunkcache.errors import SettingError
+from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.address import SERVER, Address, read_url
 from chunkcache.stores.base import ChunkStore, Entry, Part
+from chunkcache.stores.claims import Claims
 from chunkcache.stores.listing import Listing, decoded
-from chunkcache.stores.stream import is_wrong_type
 from chunkcache.stores.wire import BulkReader
 
 CONNECT_TIMEOUT = 0.25
@@ -25,12 +23,10 @@ READ_TIMEOUT = 0.5
 MAX_BLOB_BYTES = 1 << 30
 MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
 PIPELINED = 512  # entries without a blob that are written in one round trip
-CLAIM_SECONDS = 10.0  # time to send one blob; who takes longer may find it sent twice
 POLL_SECONDS = 0.02  # between two looks for what another process writes
-SIGN = b"being written by "
 
 
-class RedisStore(Listing, ChunkStore):
+class RedisStore(Claims, Listing, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -64,8 +60,6 @@ class RedisStore(Listing, ChunkStore):
         super().__init__(url)
         self._expire_ms = max(round(ttl * 1000), 1) if ttl else None
         self._renew_ms = self._expire_ms if refresh_ttl else None
-        self._name = uuid.uuid4().hex
-        self._awaited: dict[str, float] = {}  # claimed by others, until when (monotonic seconds)
         self._in_parts: bool | None = None
         self._reader = BulkReader(
             self._client, url.read_timeout, max_blob_bytes, self._is_faster_in_parts
@@ -136,15 +130,25 @@ class RedisStore(Listing, ChunkStore):
         A blob that is there already, or is being written by another process, is not sent again:
         its key says what it is.
         """
-        settled = self._claim([entry for entry in entries if entry.nbytes and not entry.merge])
+        blobs = [entry for entry in entries if entry.nbytes and not entry.merge]
+        settled = self._claim(blobs)
+        left = [entry.key for entry in blobs if entry.key not in settled]
         taken = 0
-        for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
-            if not has_blob:
-                self._write_small(list(group))
-                continue
-            for entry in group:  # a pipeline of many would hold all of their blobs at the server
-                if entry.key in settled or self._write_blob(entry):
-                    taken += entry.nbytes
+        try:
+            for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
+                if not has_blob:
+                    self._write_small(list(group))
+                    continue
+                for (
+                    entry
+                ) in group:  # a pipeline of many would hold all of their blobs at the server
+                    if entry.key in settled or self._write_blob(entry):
+                        taken += entry.nbytes
+        except StoreError as error:
+            if error.cause not in ("connection", "timeout"):  # it answers
+                with suppress(StoreError):
+                    self._give_up_claims(left)
+            raise
         return taken
 
     def delete(self, keys: Sequence[str]) -> int:
@@ -236,55 +240,6 @@ class RedisStore(Listing, ChunkStore):
             for key, (left, kind) in zip(keys, self._pipelined(keys, look), strict=True)
             if kind == b"hash" and isinstance(left, int) and left > 0
         }
-
-    def _claim(self, entries: Sequence[Entry]) -> set[str]:
-        """Announce that these blobs will be written. Returns the keys that need no writing by us.
-
-        The sign is a string where the metadata will stand; to a reader it is nothing. It lapses,
-        should its writer end before the blob is written.
-        """
-
-        own_sign = SIGN + f"{os.getpid()} {self._name}".encode()  # a fork has the same name
-
-        def claim(pipe: Any, entry: Entry) -> None:
-            metadata, blob = self._names(entry.key)
-            pipe.strlen(blob)
-            pipe.get(metadata)  # another's sign, or the error that real metadata are there
-            pipe.set(metadata, own_sign, nx=True, px=round(CLAIM_SECONDS * 1000))
-
-        there: list[Entry] = []
-        settled: set[str] = set()
-        replies = self._pipelined(entries, claim)
-        with self._store_errors():
-            for entry, (size, sign, won) in zip(entries, replies, strict=True):
-                if isinstance(sign, redis.ResponseError) and is_wrong_type(sign):
-                    there += [entry] if size == entry.nbytes else []
-                elif isinstance(sign, bytes) and sign.startswith(SIGN):
-                    settled |= {entry.key} if sign != own_sign else set()
-                elif isinstance(won, redis.ResponseError):
-                    self._check(won)
-                elif sign is None and not won:  # another came in between
-                    settled.add(entry.key)
-        self._await(settled)
-        pinned = [entry.key for entry in there if entry.pinned]
-        self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
-        return settled.union(entry.key for entry in there)
-
-    def _await(self, keys: Iterable[str]) -> None:
-        """Remember for `flush` what others write now, and forget what must have lapsed."""
-        now = time.monotonic()
-        self._awaited |= dict.fromkeys(keys, now + CLAIM_SECONDS)
-        for key in [key for key, until in list(self._awaited.items()) if until < now]:
-            self._awaited.pop(key, None)
-
-    def _claimed_by_others(self) -> bool:
-        """Whether a sign still stands that kept us from writing."""
-        awaited = list(self._awaited)
-        replies = self._pipelined(awaited, lambda pipe, key: pipe.get(self._names(key)[0]))
-        for key, (sign,) in zip(awaited, replies, strict=True):
-            if not (isinstance(sign, bytes) and sign.startswith(SIGN)):
-                self._awaited.pop(key, None)
-        return bool(self._awaited)
 
     def _write_blob(self, entry: Entry) -> bool:
         """Replace what is there by this entry, both halves at once. False if it lies elsewhere."""

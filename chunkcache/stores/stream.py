@@ -170,9 +170,8 @@ class GetStream:
         current = 1 if coming else 0
         ahead = self._sent - self._done - current
         room = min((self._window - coming) // self._largest, WINDOW_REPLIES - current)
-        room = max(room, 1 - current)
-        count = room - ahead
-        if count > 0 and (count >= room // 2 or not ahead):
+        count = max(room, 1 - current) - ahead
+        if count > 0:
             requests = self._requests[self._sent : self._sent + count]
             self._sent += len(requests)
             packed = self._connection.pack_commands([each.command() for each in requests])

@@ -58,7 +58,7 @@ lint: $(VENV)/.test-installed  ## Check style and types
 
 docs: $(VENV)/.test-installed  ## Write the reference of all public names to build/docs
 	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/docs chunkcache \
-		chunkcache.inventory.catalog chunkcache.metrics chunkcache.prometheus chunkcache.repair chunkcache.stores.base
+		chunkcache.inventory.catalog chunkcache.prometheus chunkcache.repair chunkcache.stores.base
 
 clean:  ## Remove .venv and what the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -134,6 +134,22 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Columns held; 0 between the start of `generate()` and its first forward."""
         return 0 if self._parked else super().get_seq_length(layer_idx)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the K/V of new tokens to a layer, in a forward that the model's hook has announced.
+
+        Raises:
+            UnsupportedCallError: It has not: what is held may be of other tokens.
+        """
+        if not self._in_flight:
+            raise UnsupportedCallError(
+                "this cache was made for another model object than the one that runs (one loaded "
+                "again, or a part of it), or for use within enabled(), which has ended: make a new "
+                "one with RedisChunkCache(model, ...) for the model that you call"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def reset(self) -> None:
         """Forget the tokens held. The store keeps what it has."""
         self._forget()
@@ -346,7 +362,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         return replace(self._setup, store=ReadOnly(self.store))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all chunks are written. False if `timeout` seconds passed before."""
+        """Wait until no chunk waits any more: all are written, or given up where that failed.
+
+        False if `timeout` seconds passed before.
+        """
         return self.store.flush(timeout)
 
     def close(self) -> None:

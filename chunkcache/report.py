@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.errors import ChunkCacheError
+from chunkcache.frame import data_frame
 from chunkcache.gain import NO_GAIN
 from chunkcache.prompt_map import STYLE, MapRow, html_map, terminal_map
 from chunkcache.tokens.chunking import Tokens
@@ -142,7 +143,8 @@ class Report(Counts):
         self.store_errors += 1
         cause = error.cause if isinstance(error, ChunkCacheError) else "other"
         self.causes[cause] = self.causes.get(cause, 0) + 1
-        if str(error) not in self.errors:
+        # A store that is left alone says why: with the words of the error before it.
+        if not any(known in str(error) for known in self.errors):
             self.errors.append(str(error))
 
     def again(self) -> Report:
@@ -172,10 +174,8 @@ class Report(Counts):
         Raises:
             ImportError: pandas is not installed.
         """
-        import pandas
-
         columns = ["row", "start", "stop", "kind", "key", "origin", "reason"]
-        return pandas.DataFrame(self.chunks, columns=columns)
+        return data_frame(self.chunks, columns)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -234,9 +234,18 @@ class Report(Counts):
         console.print(terminal_map(rows, min(console.width, 100), coloured=coloured))
         console.print(f"\n{visible(str(self))}", markup=False, highlight=False)
 
+    def to_html(self, tokenizer: Decoder | None = None) -> str:
+        """The same as HTML for a page of one's own; Jupyter shows it by itself.
+
+        Args:
+            tokenizer: As in `show`.
+        """
+        if tokenizer is not None:
+            check_decoder(tokenizer)
+        return self._html(self._map(tokenizer or self.tokenizer))
+
     def _repr_html_(self) -> str:
-        """The prompt, its tokens coloured by what happened to them, and the numbers in words."""
-        return self._html(self._map(self.tokenizer))
+        return self.to_html()
 
     def _map(self, tokenizer: Decoder | None) -> list[MapRow]:
         return [

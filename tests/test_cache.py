@@ -517,6 +517,24 @@ def test_a_cache_made_for_another_model(llama, store):
     assert cache.report.bytes_written == 0
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_that_no_cache_was_made_for_is_refused(llama, store, used):
+    other, ids = tiny("llama"), random_ids(200)  # the same, loaded again
+    cache = RedisChunkCache(llama, store)
+    if used:
+        generate(llama, ids, cache)
+    with pytest.raises(UnsupportedCallError, match="another model object"):
+        generate(other, ids, cache)
+    if used:  # it is good for its own model all the same
+        assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
+
+
+def test_a_part_of_the_model_alone_is_refused(llama, store):
+    cache, ids = RedisChunkCache(llama, store), random_ids(20)
+    with pytest.raises(UnsupportedCallError, match="a part of it"):
+        llama.model(ids, past_key_values=cache)
+
+
 def test_models_that_cannot_be_proven_compute_plainly(store):
     model, ids = tiny("lfm2"), random_ids(150)
     cache = RedisChunkCache(model, store)

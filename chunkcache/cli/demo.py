@@ -76,6 +76,7 @@ class Outcome:
             f"loading the model, and making the cache object ({warm.setup_ms:,.0f} ms when warm).",
             f"The warm run's report: {warm.report}",
             f"The chunks, {cold.bytes_written / 1e6:,.0f} MB, are in {place}",
+            f"(chunkcache purge namespace={self.namespace} deletes them)",
         ):
             console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 _PLAN = "Sizing (--plan)"
+_LEAST_MEMORY = 1_000_000  # bytes; less has forgotten its unit
 
 
 @app.command()
@@ -52,7 +53,7 @@ def doctor(
         typer.Option(help="Of the model. Default: as its config says.", rich_help_panel=_PLAN),
     ] = None,
     node_memory: Annotated[
-        str, typer.Option(help="RAM of one server.", rich_help_panel=_PLAN)
+        str, typer.Option(help="RAM of one server, such as 64GB.", rich_help_panel=_PLAN)
     ] = "64GB",
     node_link: Annotated[
         float, typer.Option(help="Its network, in Gbit/s.", rich_help_panel=_PLAN)
@@ -84,7 +85,10 @@ def doctor(
     if model is None or corpus_tokens is None:
         raise SettingError("--plan needs --model and --corpus-tokens: name both")
     load = Load(corpus_tokens, prompts_per_second, prompt_tokens, reused)
-    node = Node(parse_bytes(node_memory), 1e9 * node_link)
+    memory = parse_bytes(node_memory)
+    if memory < _LEAST_MEMORY:
+        raise SettingError(f"--node-memory {node_memory} is too little: write it as in 64GB")
+    node = Node(memory, 1e9 * node_link)
     found = _plan(model, dtype, load, node, prefill_rate)
     if as_json:
         told = {"model": model, "load": asdict(load), "node": asdict(node), "nodes": found.nodes}

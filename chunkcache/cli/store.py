@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from textwrap import indent
@@ -60,8 +60,15 @@ def ls(
         cells = (escape(shown(fields.get(column, ""))) for column in _COLUMNS)
         view.add_row(shown(_hash(entry.key)[:12]), *cells, f"{entry.nbytes / 1e6:.2f}")
     out.print(view)
+    _tell_if_none(terms, len(found))
     if limit and len(found) == limit:
         typer.echo(f"the first {limit}; --limit 0 lists all", err=True)
+
+
+def _tell_if_none(terms: Sequence[str] | None, count: int) -> None:
+    """A mistyped term looks like an empty store."""
+    if terms and not count:
+        typer.echo("no chunk in this store is meant: check the terms and --store", err=True)
 
 
 def _print_list(entries: Iterable[Listed]) -> None:
@@ -84,6 +91,7 @@ def stats(terms: Terms = None, store: Store = None, as_json: Json = False) -> No
         typer.echo(json.dumps(counted.to_dict(), indent=2))
         return
     typer.echo(shown(str(counted.total)))
+    _tell_if_none(terms, counted.total.chunks)
     for title in ("models", "namespaces", "tags"):
         groups = getattr(counted, title)
         if groups:
@@ -186,6 +194,7 @@ def purge(
 
         done = catalog.delete(place, chosen(terms), dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
+    _tell_if_none(terms, done.chunks)
 
 
 @app.command()

@@ -162,7 +162,8 @@ def examine_stores(url: str | None, step: Step) -> tuple[StoreHealth, ...]:
 def _examine_store(shown: str, store: ChunkStore, ttl: float) -> StoreHealth:
     speed = measure_speed(store)
     try:
-        servers = tuple(read_info(info, ttl) for info in store.server_info())
+        is_ours = shown.startswith("embedded:")
+        servers = tuple(read_info(info, ttl, is_ours) for info in store.server_info())
     except StoreError as error:
         why = f"the server tells nothing of itself; allow its account INFO (+info): {error}"
         return StoreHealth(shown, (), speed, (why,))

@@ -26,7 +26,7 @@ from chunkcache.reuse.step import Setup
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.tokens.chunking import Tokens, cut
 from chunkcache.tokens.matching import Piece
-from chunkcache.tokens.plan import NOT_IN_STORE, Kind, plan_row
+from chunkcache.tokens.plan import NOT_IN_STORE, OFF, Kind, plan_row
 from chunkcache.tokens.seams import Decode
 
 
@@ -58,7 +58,7 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
     if why := _why_aside(setup, prompt):
         return Explanation(_all_computed(rows, why), skipped=why)
     if setup.settings.reuse == "off":
-        return Explanation(_all_computed(rows, "reuse is off"))
+        return Explanation(_all_computed(rows, OFF))
     identity = setup.state.identity()
     origin = setup.origin(identity)
     layout = setup.state.proof(identity, setup.store).layout

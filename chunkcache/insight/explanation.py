@@ -7,6 +7,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from chunkcache.frame import data_frame
 from chunkcache.prompt_map import STYLE, MapRow, html_map
 from chunkcache.report import Counts
 from chunkcache.tokens.plan import Kind, Span
@@ -98,10 +99,7 @@ class Explanation(Counts):
         Raises:
             ImportError: pandas is not installed.
         """
-        import pandas
-
-        columns = list(Finding.__dataclass_fields__)
-        return pandas.DataFrame(self.to_dict()["chunks"], columns=columns)
+        return data_frame(self.to_dict()["chunks"], list(Finding.__dataclass_fields__))
 
     def _headline(self) -> str:
         parts = [f"{self.reused:,} of {self.prompt_tokens:,} prompt tokens would be reused"]

@@ -27,7 +27,7 @@ from chunkcache.reuse.prefill import Rest
 from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.tokens.chunking import Chunk, cut
-from chunkcache.tokens.plan import NOT_IN_STORE, RowPlan, Span, computed_too, plan_row
+from chunkcache.tokens.plan import NOT_IN_STORE, OFF, WANTED, RowPlan, Span, computed_too, plan_row
 
 
 @dataclass
@@ -102,8 +102,10 @@ class Recall:
         """
         held = [max(self.step.held - pad, 0) for pad in self.held.transcript.pads]
         known: dict[str, int] = {}
-        why = self.report.skipped or "reuse is off"
-        if self.setup.settings.reuse != "off" and self.limit > self.step.held:
+        why = self.report.skipped or WANTED
+        if self.setup.settings.reuse == "off":
+            why = OFF
+        elif self.limit > self.step.held:
             why = NOT_IN_STORE
             try:
                 known = known_chunks(self.setup.store, rows, held, self.held.origin.key)

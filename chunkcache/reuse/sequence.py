@@ -31,7 +31,10 @@ from chunkcache.tokens.plan import COMPUTING, Kind, Span
 from chunkcache.tokens.transcript import Transcript
 
 _HOOKS_ALL_OVER = "the model and parts of it have forward hooks: with one kind alone it is reused"
-_NOT_TEXT = "mask and positions are not those of a text with padding on its left alone"
+_NOT_TEXT = (
+    "mask and positions are not those of a text with padding on its left alone: "
+    "set tokenizer.padding_side = 'left'"
+)
 
 
 class Sequence:

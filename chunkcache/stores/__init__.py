@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -70,10 +70,10 @@ def open_store(
         url = named_urls()
         if not url:
             return _open_default(limits)
-    urls = [url] if isinstance(url, str) else list(url)
+    urls = [url] if isinstance(url, str) else list(url) if isinstance(url, Iterable) else []
     if not urls or not all(isinstance(each, str) for each in urls):
         raise SettingError(
-            "store: a list of tiers must hold one URL per tier, the nearest first, such as "
+            "store: must be a URL, or a list of one URL per tier, the nearest first, such as "
             '["memory://?bytes=2GB", "redis://localhost:6379/0"]'
         )
     return _open(urls[0], limits) if len(urls) == 1 else _open_tiers(urls, limits)

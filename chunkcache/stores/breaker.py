@@ -177,8 +177,7 @@ class Guarded(ChunkStore):
     def _refusal(self, opened: _Opened) -> StoreError:
         return StoreError(
             f"{self._store!r} is left alone until "
-            f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}; "
-            f"generation goes on without it ({opened.cause})",
+            f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}: {opened.cause}",
             "left_alone",
         )
 

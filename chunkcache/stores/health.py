@@ -97,8 +97,11 @@ def measure_speed(store: ChunkStore) -> Speed:
     return Speed(1e3 * median(looks), total / (written - started), total / (read - written))
 
 
-def read_info(info: Mapping[str, Any], ttl: float = 0.0) -> Server:
-    """What the reply to INFO means for chunks that live `ttl` seconds (0: for ever)."""
+def read_info(info: Mapping[str, Any], ttl: float = 0.0, is_ours: bool = False) -> Server:
+    """What the reply to INFO means for chunks that live `ttl` seconds (0: for ever).
+
+    A server that is ours, the embedded one, is set up as it is meant to be.
+    """
     product = (
         f"Valkey {info['valkey_version']}"
         if "valkey_version" in info
@@ -110,7 +113,7 @@ def read_info(info: Mapping[str, Any], ttl: float = 0.0) -> Server:
     kinds = [*(["snapshots"] if save else []), *(["append-only file"] if append else [])]
     persistence = " and ".join(kinds) or ("none" if save == "" else "unknown")
     advice = [*_on_memory(memory, most, policy, ttl), *_on_state(info)]
-    if "snapshots" in kinds:
+    if "snapshots" in kinds and not is_ours:
         advice.append(
             'it writes snapshots of all K/V to disk; if those may be lost, CONFIG SET save ""'
         )

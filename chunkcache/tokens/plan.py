@@ -17,6 +17,8 @@ import numpy.typing as npt
 from chunkcache.tokens.chunking import Chunk
 
 NOT_IN_STORE = "not in the store"
+OFF = "reuse is off"
+WANTED = "its output is wanted"
 OTHER_ROW = "another row of the batch needs these columns computed"
 
 
@@ -99,11 +101,11 @@ class RowPlan:
                 spans.append(Span(position, stop, Kind.REUSED, chunk.hash, "store"))
                 position = stop
             if chunk.stop > position:
-                why = self.missing if chunk.stop > self.reach else "its output is wanted"
+                why = self.missing if chunk.stop > self.reach else WANTED
                 spans.append(Span(position, chunk.stop, Kind.COMPUTED, chunk.hash, reason=why))
                 position = chunk.stop
         if position < self.tokens:
-            why = self.missing if self.tokens > self.reach else "its output is wanted"
+            why = self.missing if self.tokens > self.reach else WANTED
             spans.append(Span(position, self.tokens, Kind.COMPUTED, reason=why))
         return spans
 

@@ -137,16 +137,16 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the K/V of new tokens to a layer, in a forward that the model's hook has announced.
+        """Add the K/V of new tokens to a layer.
 
         Raises:
-            UnsupportedCallError: It has not: what is held may be of other tokens.
+            UnsupportedCallError: `generate()` has begun, and no hook has announced its prompt.
         """
-        if not self._in_flight:
+        if self._parked:  # and so it was told that nothing is held
             raise UnsupportedCallError(
-                "this cache was made for another model object than the one that runs (one loaded "
-                "again, or a part of it), or for use within enabled(), which has ended: make a new "
-                "one with RedisChunkCache(model, ...) for the model that you call"
+                "this cache was made for another model object than the one that generates (one "
+                "loaded again, perhaps), or within enabled(), which has ended: make a new one with "
+                "RedisChunkCache(model, ...) for the model that you call"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

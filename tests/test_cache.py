@@ -529,12 +529,6 @@ def test_a_model_that_no_cache_was_made_for_is_refused(llama, store, used):
         assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
 
 
-def test_a_part_of_the_model_alone_is_refused(llama, store):
-    cache, ids = RedisChunkCache(llama, store), random_ids(20)
-    with pytest.raises(UnsupportedCallError, match="a part of it"):
-        llama.model(ids, past_key_values=cache)
-
-
 def test_models_that_cannot_be_proven_compute_plainly(store):
     model, ids = tiny("lfm2"), random_ids(150)
     cache = RedisChunkCache(model, store)

@@ -180,6 +180,13 @@ def test_the_same_object_with_other_prompts(llama, store):
         assert cache.report.prompt_tokens == ids.shape[1]
 
 
+def test_why_the_last_token_of_a_prompt_that_is_held_is_computed(llama, store):
+    cache, ids = RedisChunkCache(llama, store), random_ids(200)
+    for _ in range(2):
+        generate(llama, ids, cache)
+    assert [span.reason for span in cache.report.rows[0].spans] == ["", "its output is wanted"]
+
+
 def test_a_conversation_continues(llama, store):
     """Turn by turn with the whole text, as chat templates do."""
     cache = RedisChunkCache(llama, store)

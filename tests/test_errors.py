@@ -82,6 +82,7 @@ URLS = [
     ("file://folder", "file://", "with three slashes"),
     ("file:///dev/null", "/dev/null", "name another with file:///path"),
     ([], "store", "one URL per tier"),
+    (5, "store", "must be a URL"),
 ]
 COMMANDS = [
     (["ls", "nonsense"], "'nonsense'", "write name=value, age>7d or age<1h"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -185,6 +186,23 @@ def test_to_dict_is_a_copy() -> None:
     assert report.errors == ["first"]
 
 
+def test_without_pandas_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        Report().to_dataframe()
+
+
+def test_html_for_a_page_of_ones_own() -> None:
+    row = RowReport([Span(0, 2, Kind.COMPUTED)])
+    row.ids = np.array([5, 6])
+    report, decoder = Report([row]), word_tokenizer()
+    assert report.to_html() == report._repr_html_()
+    assert report.to_html(decoder) == Report([row], tokenizer=decoder)._repr_html_()
+    assert report.to_html(decoder) != report.to_html()
+    with pytest.raises(SettingError, match="tokenizer"):
+        report.to_html("gpt2")  # type: ignore[arg-type]
+
+
 def test_to_dataframe() -> None:
     pytest.importorskip("pandas")
     columns = ["row", "start", "stop", "kind", "key", "origin", "reason"]
@@ -216,12 +234,12 @@ def test_words_never_fail(report: Report) -> None:
 
 def test_each_cause_is_listed_once_and_each_failure_counted() -> None:
     report = Report()
-    for text in ("down", "down", "slow"):
+    for text in ("down", "down", "slow", "left alone until 12:00:00: slow"):
         report.note_error(ConnectionError(text))
     assert report.errors == ["down", "slow"]
-    assert report.store_errors == 3
+    assert report.store_errors == 4
     report.rows = [RowReport([Span(0, 1, Kind.COMPUTED)])]
-    assert "3 store errors: down; slow" in str(report)
+    assert "4 store errors: down; slow" in str(report)
 
 
 def held_by_each_row(cache: RedisChunkCache) -> list[list[int]]:

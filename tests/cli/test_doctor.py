@@ -83,6 +83,7 @@ def test_the_plan(config):
         (["--plan", "--model", "/nowhere", "--corpus-tokens", "1"], "--model"),
         (["--plan", "--model", "CONFIG", "--corpus-tokens", "0"], "corpus_tokens"),
         (["--plan", "--model", "CONFIG", *LOAD, "--node-memory", "much"], "such as 2GB"),
+        (["--plan", "--model", "CONFIG", *LOAD, "--node-memory", "64"], "write it as in 64GB"),
         (["--plan", "--model", "CONFIG", *LOAD, "--dtype", "int8"], "use float32"),
         (["--plan", "--model", "CONFIG", *LOAD, "--dtype", "nonsense"], "use float32"),
     ],

@@ -49,6 +49,14 @@ def test_ls(url):
     assert {entry["nbytes"] > 40_000 for entry in found} == {True}
 
 
+def test_terms_that_mean_no_chunk(url):
+    for command in ("ls", "stats", "purge"):
+        result = runner.invoke(cli.app, [command, "namspace=a", "--store", url])
+        assert result.exit_code == 0
+        assert "check the terms" in result.stderr
+    assert "check" not in runner.invoke(cli.app, ["ls", "namespace=a", "--store", url]).stderr
+
+
 def test_stats(url):
     assert run(url, "stats").startswith("6 chunks, 600 tokens")
     told = json.loads(run(url, "stats", "namespace=b", "--json"))

@@ -77,8 +77,10 @@ def test_a_server_set_up_well():
         server.client().config_set("save", "3600 1")
         server.client().config_set("appendonly", "yes")
         told = read_info(store.server_info()[0])
+        own = read_info(store.server_info()[0], is_ours=True)
     assert told.persistence == "snapshots and append-only file"
     assert "snapshots" in told.advice[0]
+    assert own.advice == ()
 
 
 def test_an_account_that_may_not_ask(redis_server):

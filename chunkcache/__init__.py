@@ -1,4 +1,17 @@
-"""chunkcache: reuse the K/V of text met before, in HuggingFace Transformers, through Redis."""
+"""chunkcache: reuse the K/V of text met before, in HuggingFace Transformers, through Redis.
+
+```python
+from chunkcache import RedisChunkCache
+
+cache = RedisChunkCache(model, "redis://localhost:6379/0")
+out = model.generate(**inputs, past_key_values=cache)
+print(cache.report)
+```
+
+Begin with `RedisChunkCache` and its `Report`; `enabled` covers code that calls `generate()` itself,
+`open_store` opens a store for several caches, `add_documents` computes documents ahead of time, and
+`catalog` and `metrics` tell what a store has and what a process has done.
+"""
 
 from chunkcache import metrics
 from chunkcache.cache import RedisChunkCache

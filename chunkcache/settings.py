@@ -37,6 +37,12 @@ RESERVED_FIELDS = frozenset(
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PAIRS = "Mapping[str, str]"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_IN_WORDS = {
+    "bool": "yes or no",
+    "int": "a whole number",
+    "float": "a number",
+    _PAIRS: "name=value pairs with commas in between",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,5 +271,4 @@ def _parse(name: str, text: str, kind: str) -> Any:
             return {key.strip(): value.strip() for key, value in pairs}
         return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError as error:
-        wanted = "name=value pairs with commas in between" if kind == _PAIRS else f"of type {kind}"
-        raise SettingError(f"{name}={text!r} must be {wanted}") from error
+        raise SettingError(f"{name}={text!r} must be {_IN_WORDS[kind]}") from error

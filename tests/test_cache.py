@@ -748,3 +748,14 @@ def test_a_url_opens_one_store_for_all_caches_of_a_model(llama):
     assert first.store is second.store
     with open_store("memory://") as other:
         assert RedisChunkCache(llama, other).store is other
+
+
+def test_the_environment_is_asked_for_each_cache(llama, monkeypatch):
+    monkeypatch.setenv("CHUNKCACHE_URL", "memory://")
+    first, second = (RedisChunkCache(llama) for _ in range(2))
+    assert first.store is second.store
+    monkeypatch.setenv("CHUNKCACHE_URL", "memory://?bytes=1MB")
+    assert RedisChunkCache(llama).store is not first.store
+    monkeypatch.setenv("CHUNKCACHE_URL", "nope://")
+    with pytest.raises(SettingError, match="nope"):
+        RedisChunkCache(llama)

@@ -274,6 +274,18 @@ def test_metadata_is_not_changed_from_outside() -> None:
     assert hash(settings) == hash(Settings(metadata={}))  # settings can be keys of a dict
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("CHUNK_SIZE", "a whole number"), ("MIN_GAIN", "a number"), ("WRITE", "yes or no")],
+)
+def test_numbers_and_switches_in_the_environment(
+    name: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"CHUNKCACHE_{name}", "maybe")
+    with pytest.raises(SettingError, match=f"CHUNKCACHE_{name}='maybe' must be {wanted}"):
+        Settings.load()
+
+
 def test_metadata_in_the_environment_is_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHUNKCACHE_METADATA", "temperature")
     with pytest.raises(SettingError, match="CHUNKCACHE_METADATA='temperature' must be name=value"):

@@ -22,7 +22,7 @@ from chunkcache.model.moving import find_rotation, prove_moving
 from chunkcache.model.proof import Proof, measure_layout, prove
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.weights import Watched, watch
-from chunkcache.stores import open_store
+from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
 
 PROOF_FORMAT = "proof"
@@ -133,7 +133,8 @@ class ModelState:
     def open(self, url: str | list[str] | None, **settings: Any) -> ChunkStore:
         """The store at a URL, or tiers, opened once for all caches of this model."""
         with self._lock:
-            key = (tuple(url) if isinstance(url, list) else url, *sorted(settings.items()))
+            named = url or named_urls()  # which may have changed since the last cache
+            key = (tuple(named) if isinstance(named, list) else named, *sorted(settings.items()))
             if key not in self._stores:
                 self._stores[key] = open_store(url, **settings)
             return self._stores[key]

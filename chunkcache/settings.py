@@ -10,8 +10,10 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -181,6 +183,7 @@ class Settings:
         values: dict[str, Any] = {}
         if path := os.environ.get("CHUNKCACHE_CONFIG"):
             values |= _from_file(Path(path), known)
+        _warn_of_misspelt(known)
         for name, kind in known.items():
             if (text := os.environ.get(f"CHUNKCACHE_{name.upper()}")) is not None:
                 values[name] = _parse(f"CHUNKCACHE_{name.upper()}", text, kind)
@@ -247,6 +250,16 @@ def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, str], what: st
     for name in given:
         if name not in known:
             raise SettingError(f"unknown {what} {name!r}: the settings are {', '.join(known)}")
+
+
+def _warn_of_misspelt(known: Collection[str]) -> None:
+    """Tell of variables that are nearly a setting's. Others may be anybody's."""
+    for variable in os.environ:
+        name = variable.removeprefix("CHUNKCACHE_").lower()
+        if variable.startswith("CHUNKCACHE_") and name not in known:
+            for meant in get_close_matches(name, known, 1, 0.8):
+                right = f"CHUNKCACHE_{meant.upper()}"
+                warnings.warn(f"{variable} is no setting: {right} is", stacklevel=4)
 
 
 def _from_file(path: Path, known: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,17 @@ def test_numbers_and_switches_in_the_environment(
 ) -> None:
     monkeypatch.setenv(f"CHUNKCACHE_{name}", "maybe")
     with pytest.raises(SettingError, match=f"CHUNKCACHE_{name}='maybe' must be {wanted}"):
+        Settings.load()
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("URL", "CONFIG_DIR", "DEBUG", "CACHE_DIR", "CHUNK_SIZE"):
+        monkeypatch.setenv(f"CHUNKCACHE_{name}", "64")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Settings.load()
+    monkeypatch.setenv("CHUNKCACHE_CHUNKSIZE", "64")
+    with pytest.warns(UserWarning, match="CHUNKCACHE_CHUNKSIZE is no setting: CHUNKCACHE_CHUNK_S"):
         Settings.load()
 
 

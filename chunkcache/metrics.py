@@ -17,11 +17,11 @@ from collections import Counter
 from typing import Any
 
 from chunkcache.report import Report
+from chunkcache.stores.queue import OUTCOMES
 from chunkcache.sums import SUMS, Number
 from chunkcache.tokens.plan import Kind
 
 STAGES = ("lookup", "read", "move", "prefill")
-OUTCOMES = ("written", "dropped", "failed")
 _BYTES = ("bytes_read", "bytes_written", "bytes_dropped")
 
 

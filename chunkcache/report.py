@@ -221,9 +221,7 @@ class Report(Counts):
         """
         from rich.console import Console
 
-        if tokenizer is not None:
-            check_decoder(tokenizer)
-        rows = self._map(tokenizer or self.tokenizer)
+        rows = self._map(tokenizer)
         console = Console()
         if console.is_jupyter:
             from IPython.display import display
@@ -240,14 +238,15 @@ class Report(Counts):
         Args:
             tokenizer: As in `show`.
         """
-        if tokenizer is not None:
-            check_decoder(tokenizer)
-        return self._html(self._map(tokenizer or self.tokenizer))
+        return self._html(self._map(tokenizer))
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
     def _map(self, tokenizer: Decoder | None) -> list[MapRow]:
+        if tokenizer is not None:
+            check_decoder(tokenizer)
+        tokenizer = tokenizer or self.tokenizer
         return [
             MapRow(row.spans)
             if tokenizer is None or row.ids is None

@@ -756,6 +756,8 @@ def test_the_environment_is_asked_for_each_cache(llama, monkeypatch):
     assert first.store is second.store
     monkeypatch.setenv("CHUNKCACHE_URL", "memory://?bytes=1MB")
     assert RedisChunkCache(llama).store is not first.store
+    with pytest.raises(SettingError, match="one URL per tier"):
+        RedisChunkCache(llama, [])  # which is not the same as none
     monkeypatch.setenv("CHUNKCACHE_URL", "nope://")
     with pytest.raises(SettingError, match="nope"):
         RedisChunkCache(llama)

@@ -68,7 +68,9 @@ def ls(
 def _tell_if_none(terms: Sequence[str] | None, count: int) -> None:
     """A mistyped term looks like an empty store."""
     if terms and not count:
-        typer.echo("no chunk in this store is meant: check the terms and --store", err=True)
+        from chunkcache.inventory.filters import NONE_MEANT
+
+        typer.echo(NONE_MEANT, err=True)
 
 
 def _print_list(entries: Iterable[Listed]) -> None:

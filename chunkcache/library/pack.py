@@ -22,7 +22,7 @@ import xxhash
 
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory import catalog
-from chunkcache.inventory.filters import Filter
+from chunkcache.inventory.filters import NONE_MEANT, Filter
 from chunkcache.library.pack_entry import (
     FORMAT,
     MAX_METADATA,
@@ -88,7 +88,7 @@ def export_pack(
     _check_target(path, overwrite)
     found = [e for e in catalog.entries(store, chosen or Filter()) if e.metadata and e.nbytes]
     if not found:
-        raise SettingError("no chunk in this store is meant: check the terms and --store")
+        raise SettingError(NONE_MEANT)
     found.sort(key=lambda entry: entry.key)
     writer = _Writer(found, _mentions(store, {_hash(entry.key) for entry in found}))
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

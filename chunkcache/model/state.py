@@ -133,7 +133,8 @@ class ModelState:
     def open(self, url: str | list[str] | None, **settings: Any) -> ChunkStore:
         """The store at a URL, or tiers, opened once for all caches of this model."""
         with self._lock:
-            named = url or named_urls()  # which may have changed since the last cache
+            # The environment may have changed since the last cache.
+            named = named_urls() if url is None or url == "" else url
             key = (tuple(named) if isinstance(named, list) else named, *sorted(settings.items()))
             if key not in self._stores:
                 self._stores[key] = open_store(url, **settings)

@@ -32,11 +32,7 @@ class Claims(Commands):
         self._awaited: dict[str, float] = {}  # claimed by others, until when (monotonic seconds)
 
     def _claim(self, entries: Sequence[Entry]) -> set[str]:
-        """Announce that these blobs will be written. Returns the keys that need no writing by us.
-
-        The sign is a string where the metadata will stand; to a reader it is nothing. It lapses,
-        should its writer end before the blob is written.
-        """
+        """Announce that we write these blobs. Returns the keys that need no writing by us."""
         own_sign = self._own_sign()
 
         def claim(pipe: Any, entry: Entry) -> None:

@@ -28,7 +28,7 @@ MAX_ENTRIES = 1 << 16  # entries without a blob have no bytes to count
 BATCH_ENTRIES = 256  # that are handed to the store at once
 BATCH_BYTES = 4 << 20  # of their blobs; a larger one goes alone
 
-OUTCOMES = ("written_entries", "dropped_entries", "failed_entries")
+OUTCOMES = ("written", "dropped", "failed")  # what may become of an entry
 
 log = logging.getLogger(__name__)
 
@@ -238,8 +238,9 @@ class Queue:
         """Add to the counters, and to those of the process. Called with the lock held."""
         sums = {name: getattr(self.counts, name) + number for name, number in more.items()}
         self.counts = replace(self.counts, **sums)
-        entries = {name.partition("_")[0]: n for name, n in more.items() if name in OUTCOMES}
-        SUMS.add(Counter({("writes", outcome): n for outcome, n in entries.items()}))
+        ended = {outcome: n for outcome in OUTCOMES if (n := more.get(f"{outcome}_entries"))}
+        if ended:
+            SUMS.add(Counter({("writes", outcome): n for outcome, n in ended.items()}))
 
 
 def _summary(entry: Entry) -> tuple[int, Mapping[str, str], bool]:

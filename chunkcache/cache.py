@@ -21,6 +21,7 @@ from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
+from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import ForwardCall, PrefillAware, Rest, install
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.sequence import Sequence
@@ -63,7 +64,6 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     _sequence: Sequence
     _step: Step
     _parked: bool  # generate() has begun and its prompt is awaited
-    _in_flight: bool  # a forward has begun and not come back
     _again: bool  # the last forward is to be done again
     _records_past = False  # drafts may have to be taken back
 
@@ -91,12 +91,13 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self.report = Report(tokenizer=tokenizer)
         self._reported = 0
         self._step = Step(past=0, held=0, total=0, certain=0, is_prompt=False)
+        self._owner = Owner()
         self._forget()
         anywhere = chosen.reuse == "anywhere"
         turns = anywhere or chosen.codec.startswith(INT8)
         if not inner.training and (turns or not state.is_known):
             self._sequence.identify()  # now, rather than within the time to the first token
-            if anywhere:
+            if anywhere and not self._setup.foreign_code:
                 self._sequence.mover()  # or refuse the model at once
         install(inner)
         state.caches.add(self)
@@ -122,7 +123,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def _is_user_defined(self, value: bool) -> None:
         # Seem empty until the prompt has been seen. Told a length, generate() would cut off that
         # many ids unseen, whether or not they are those whose K/V are held.
-        self._parked = True
+        self._owner.begin_call(self)
+        self._sequence.check_edited()
+        self._parked = not self._sequence.is_resized
         self._records_past = False
 
     @property
@@ -186,6 +189,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         memo[id(self)] = twin
         memo[id(self._setup)] = self._setup
         memo[id(self._setup.tokenizer)] = self._setup.tokenizer
+        self._sequence.check_edited()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         self._setup.state.caches.add(twin)
         return twin
@@ -194,16 +198,18 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
         """Find out what is known of the prompt, fill the layers, and say what is left."""
+        self._owner.begin_forward()
         starts, self._parked = self._parked, False
         again, self._again = self._again, False
-        if self._in_flight:  # the last forward failed half-way: some layers are ahead of others
+        if self._owner.failed:  # half-way: some layers are ahead of others
             if self._sequence.length and not starts:
+                self._owner.end_forward(failed=True)
                 raise UnsupportedCallError(
                     "the last forward with this cache failed half-way, so what it holds is of no "
                     "use: call cache.reset() and pass the whole prompt"
                 )
             self._forget()
-        self._in_flight = True
+        self._sequence.check_edited()
         held = past = self._sequence.length
         if starts and not self._continues(call, held):
             common = self._sequence.common_columns(call) if held else 0
@@ -232,7 +238,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def end_forward(self, module: nn.Module) -> bool:
         """Keep the chunks that this forward has completed. True if it must be done again."""
-        self._in_flight = False
+        self._owner.end_forward()
         again = self._sequence.end(self._step, self.report)
         if again:
             self._forget()
@@ -242,8 +248,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         return again
 
     def fail_forward(self) -> None:
-        """Leave the model's own hooks as they were; what is held is of no use now."""
-        self._setup.state.hooks.end()
+        """What is held is of no use now."""
+        self._owner.end_forward(failed=True)
         # Perhaps it failed because of what the store gave: then that must not be there next time.
         self._sequence.has_arrived(self._step, self.report)
 
@@ -274,7 +280,6 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Drop all that is held but the first columns."""
         if not columns:
             self._forget()
-            self._in_flight = True
         elif columns < self._sequence.length:
             self.crop(columns - self._sequence.length)
         return columns
@@ -284,7 +289,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if self._step.arrival:  # of a forward that was interrupted
             self._step.arrival.stop()
             self._step.arrival = None
-        self._parked = self._in_flight = self._again = False
+        self._parked = self._again = self._owner.failed = False
         self._sequence = Sequence(self._setup)
         self._meter = Meter()
         self.layers = self._sequence.layers
@@ -350,7 +355,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """
         prompt = Prompt.of(input_ids, attention_mask)
         fresh = copy.copy(self)
-        fresh._setup = self._reading
+        fresh._setup, fresh._owner = self._reading, Owner()
         fresh._forget()
         full, cached = run_both(self._setup.model, fresh, prompt, continuation, new_tokens)
         # What it would have stored was not dropped for want of room.

@@ -25,6 +25,8 @@ from chunkcache.repair import KNOWN, Repair, parse_repair
 
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
+OBSERVERS = "observers"
+HOOK_MODES = ("fallback", OBSERVERS)
 SHORTEST_SECRET = 16
 _OF_STORE = (
     "connect_timeout", "read_timeout", "max_delay", "write_queue_bytes", "ttl", "refresh_ttl",
@@ -76,6 +78,10 @@ class Settings:
             deleted from it.
         on_error: `"compute"` treats a failing store as a miss and reports it; `"raise"` raises
             `StoreError`.
+        hooks: what to do where modules have forward hooks, or a replaced `forward`, of yours:
+            `"fallback"` computes the whole prompt and stores nothing, since a hook may change K/V
+            and a trimmed prompt changes what it sees; `"observers"` promises that they change
+            nothing and need not see tokens that are reused. A forward may be done twice.
         min_gain: read known chunks only if computing them takes at least so many times as long, as
             far as both have been timed; 0 reads them always. Text to be moved is always read.
         connect_timeout: seconds to wait for a connection to the store.
@@ -106,6 +112,7 @@ class Settings:
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     write: bool = True
     on_error: str = "compute"
+    hooks: str = "fallback"
     min_gain: float = 1.0
     connect_timeout: float = 0.25
     read_timeout: float = 0.5
@@ -118,6 +125,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, REUSE_MODES)
         _one_of("on_error", self.on_error, ERROR_MODES)
+        _one_of("hooks", self.hooks, HOOK_MODES)
         _one_of("codec", self.codec, CODECS)
         if self.codec.endswith(ZSTD):
             require_zstd()

@@ -151,11 +151,14 @@ def _why_aside(setup: Setup, prompt: Prompt) -> str:
     if setup.model.training:
         return TRAINING
     state, call = setup.state, prompt.as_call()
-    if obstacle := state.proof(state.identity(), setup.store).obstacle:
+    identity = state.identity()
+    if reason := setup.foreign_code:
+        return reason
+    if obstacle := state.proof(identity, setup.store).obstacle:
         return obstacle
     if not call.follows(0, call.pads()):
         return "attention_mask is not that of a text with padding on its left alone"
-    return state.hooks.reason(state.foreign)
+    return ""
 
 
 def _all_computed(rows: Sequence[Tokens], why: str) -> tuple[Finding, ...]:

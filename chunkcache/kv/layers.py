@@ -9,7 +9,8 @@ own is noticed at the next update, which then moves house.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ def allocate(
     size: int, dtype: torch.dtype, device: torch.device, memory: SpareMemory | None = None
 ) -> Tensor:
     """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
+    if torch.is_inference_mode_enabled():  # whose tensors do not count writes (see WriteCount)
+        with torch.inference_mode(False):
+            return allocate(size, dtype, device, memory)
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = size * dtype.itemsize
@@ -42,10 +46,33 @@ def allocate(
     return torch.from_numpy(room).view(dtype)
 
 
+class WriteCount:
+    """Tells whether others wrote to our memory: PyTorch counts the in-place writes to a tensor.
+
+    One object for all layers that lie in one memory, since their views share its counter.
+    """
+
+    def __init__(self, *memory: Tensor) -> None:
+        self._memory = memory
+        self.note()
+
+    def note(self) -> None:
+        """What has been written so far is ours."""
+        self._counts = self._now()
+
+    def differs(self) -> bool:
+        """Whether something was written that was not noted."""
+        return self._counts != self._now()
+
+    def _now(self) -> list[int]:
+        return [-1 if memory.is_inference() else memory._version for memory in self._memory]
+
+
 class GrowingLayer(DynamicLayer):
     """A full-length cache layer with room to grow.
 
-    `keys` and `values` are `[batch, kv_heads, tokens, head_dim]` views of larger memory.
+    `keys` and `values` are `[batch, kv_heads, tokens, head_dim]` views of larger memory. Both may
+    be written to or replaced by others, as DynamicLayer's: `check_edited` tells.
     """
 
     keys: Any  # a Tensor once initialised, which the parent class cannot say
@@ -63,10 +90,44 @@ class GrowingLayer(DynamicLayer):
         self.intercept: Callable[[Tensor, Tensor], None] | None = None
         # Waits until what is held has arrived, should it still be on its way (see arrival.py).
         self.arriving: Callable[[], None] | None = None
+        # Whether others have written to what is held, or put tensors of their own there.
+        self.edited = False
+        self._ours: tuple[Any, Any] = (None, None)  # keys and values as we left them
+        self._writes: WriteCount | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: all but the bytes of memory that is not its own."""
-        return {**self.__dict__, "_flat": []}
+        self.check_edited()
+        return {**self.__dict__, "_flat": [], "_writes": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's tensors, each of which counts writes anew."""
+        self.__dict__.update(state)
+        if self.is_initialized and self.owns_storage():
+            self._writes = WriteCount(*self._rooms)
+            self.hold(self.get_seq_length())  # as views, which count together again
+        elif self.is_initialized:
+            self._writes = WriteCount(self.keys, self.values)
+
+    def check_edited(self) -> bool:
+        """Look whether others have changed what is held since `note_written`."""
+        if self.is_initialized and not self.edited:
+            keys, values = self._ours
+            self.edited = (
+                self.keys is not keys
+                or self.values is not values
+                or (self._writes is not None and self._writes.differs())
+            )
+        return self.edited
+
+    def note_written(self) -> None:
+        """What is held now is ours, however it came there."""
+        if self.keys is not self._ours[0] or self.values is not self._ours[1]:
+            self._ours = self.keys, self.values
+            if not self.owns_storage():
+                self._writes = WriteCount(self.keys, self.values)
+        if self._writes is not None:
+            self._writes.note()
 
     @property
     def _rooms(self) -> tuple[Tensor, Tensor]:
@@ -75,20 +136,29 @@ class GrowingLayer(DynamicLayer):
         assert self._value_room is not None
         return self._key_room, self._value_room
 
-    def settle(self, key_room: Tensor, value_room: Tensor) -> None:
-        """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each."""
-        self._live_in(key_room, value_room)
-        self.is_initialized = True
-        self.hold(0)
+    def settle(
+        self, key_room: Tensor, value_room: Tensor, writes: WriteCount | None = None
+    ) -> None:
+        """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each.
 
-    def _live_in(self, key_room: Tensor, value_room: Tensor) -> None:
+        `writes` is of the memory that it was cut from.
+        """
+        self._live_in(key_room, value_room, writes)
+        self.hold(0)
+        self.is_initialized = True
+
+    def _live_in(
+        self, key_room: Tensor, value_room: Tensor, writes: WriteCount | None = None
+    ) -> None:
         self.dtype, self.device = key_room.dtype, key_room.device
         self._key_room, self._value_room = key_room, value_room
+        self._writes = writes or WriteCount(key_room, value_room)
         self._flat = []
 
     def hold(self, tokens: int) -> None:
         """Declare that the first `tokens` of the room are filled."""
         self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
+        self._ours = self.keys, self.values
 
     def place(self, row: int, column: int, keys: Tensor, values: Tensor) -> None:
         """Copy `[kv_heads, tokens, head_dim]` into one row's room, held or not (see `hold`)."""
@@ -103,7 +173,8 @@ class GrowingLayer(DynamicLayer):
     def one_row(self, row: int, column: int, tokens: int) -> GrowingLayer:
         """A layer of one row only, on the same memory, that holds `tokens` from `column` on."""
         layer = GrowingLayer()
-        layer.settle(*(room[row : row + 1, :, column:] for room in self._rooms))
+        keys, values = (room[row : row + 1, :, column:] for room in self._rooms)
+        layer.settle(keys, values, self._writes)
         layer.hold(tokens)
         return layer
 
@@ -128,13 +199,13 @@ class GrowingLayer(DynamicLayer):
             for head in range(row * heads, (row + 1) * heads)
         ]
 
-    def is_at_home(self) -> bool:
+    def owns_storage(self) -> bool:
         """Whether what is held lies in the room, as it does unless others have replaced it."""
         return (
             self._key_room is not None
             and self._value_room is not None
-            and _at_home(self.keys, self._key_room)
-            and _at_home(self.values, self._value_room)
+            and _is_view(self.keys, self._key_room)
+            and _is_view(self.values, self._value_room)
         )
 
     def update(
@@ -148,11 +219,23 @@ class GrowingLayer(DynamicLayer):
             self.intercept(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self._ours = self.keys, self.values
+        watched = not torch.compiler.is_compiling()  # a graph has no counters
+        if watched:
+            self.check_edited()
+        self._write(key_states, value_states, *args, **kwargs)
+        if watched:
+            self.note_written()
+        return self.keys, self.values
+
+    def _write(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.columns is not None:
-            return self._write_in_the_middle(key_states, value_states, self.columns)
+            self._write_in_the_middle(key_states, value_states, self.columns)
+            return
         if torch.is_grad_enabled():
             # Autograd needs what it was given as it was: no writing in place.
-            return super().update(key_states, value_states, *args, **kwargs)
+            super().update(key_states, value_states, *args, **kwargs)
+            return
         held = self.get_seq_length()
         total = held + key_states.shape[-2]
         if not self._fits(key_states, value_states, held, total):
@@ -160,11 +243,10 @@ class GrowingLayer(DynamicLayer):
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, held:total].copy_(new)
         self.hold(total)
-        return self.keys, self.values
 
     def _write_in_the_middle(
         self, key_states: Tensor, value_states: Tensor, columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
         held = self.get_seq_length()
         if not self._fits(key_states, value_states, held, held):
             self._move(key_states, value_states, held, held)
@@ -177,7 +259,6 @@ class GrowingLayer(DynamicLayer):
         else:
             self.keys.index_copy_(2, columns, new[0])
             self.values.index_copy_(2, columns, new[1])
-        return self.keys, self.values
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all, keeping what is held."""
@@ -190,8 +271,36 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._key_room = self._value_room = self.columns = None
+        self._key_room = self._value_room = self.columns = self._writes = None
         self._flat = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the number is negative."""
+        with self._changing():
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows."""
+        with self._changing():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        with self._changing():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows given."""
+        with self._changing():
+            super().batch_select_indices(indices)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change that we make ourselves."""
+        self.check_edited()
+        yield
+        if self.is_initialized:
+            self.note_written()
 
     def _fits(self, keys: Tensor, values: Tensor, held: int, total: int) -> bool:
         """Whether what is held is where we left it, and the new tokens may be written behind it."""
@@ -205,7 +314,7 @@ class GrowingLayer(DynamicLayer):
             and room.dtype == torch.promote_types(room.dtype, new.dtype)
             # Memory made under torch.inference_mode may be written under it alone.
             and room.is_inference() <= torch.is_inference_mode_enabled()
-            and (not held or _at_home(view, room))
+            and (not held or _is_view(view, room))
             for room, new, view in (
                 (self._key_room, keys, self.keys),
                 (self._value_room, values, self.values),
@@ -223,11 +332,12 @@ class GrowingLayer(DynamicLayer):
             if held:
                 room[:, :, :held].copy_(old)
             rooms.append(room)
-        self._live_in(*rooms)
+        self._live_in(rooms[0], rooms[1])
 
 
-def _at_home(view: Tensor, room: Tensor) -> bool:
-    return view.data_ptr() == room.data_ptr() and view.stride() == room.stride()
+def _is_view(view: Tensor, room: Tensor) -> bool:
+    start = room.data_ptr() if view.numel() else 0  # an empty tensor lies nowhere
+    return view.data_ptr() == start and view.stride() == room.stride()
 
 
 def settle_all(
@@ -245,6 +355,7 @@ def settle_all(
     room = with_room(tokens)
     numbers = batch * room * layout.token_bytes // layout.dtype.itemsize
     arena = allocate(numbers, layout.dtype, device, memory)
+    writes = WriteCount(arena)
     at = 0
 
     def take(heads: int, dim: int) -> Tensor:
@@ -256,7 +367,9 @@ def settle_all(
     for layer, shape in zip(layers, layout.layers, strict=True):
         if shape is not None:
             layer.settle(
-                take(shape.key_heads, shape.key_dim), take(shape.value_heads, shape.value_dim)
+                take(shape.key_heads, shape.key_dim),
+                take(shape.value_heads, shape.value_dim),
+                writes,
             )
 
 
@@ -283,7 +396,7 @@ def row_runs(layers: Sequence[Any], row: int, start: int, stop: int) -> list[mem
     found: list[memoryview] = []
     for layer in layers:
         if isinstance(layer, GrowingLayer):
-            if layer.device.type != "cpu" or not layer.is_at_home():
+            if layer.device.type != "cpu" or not layer.owns_storage():
                 return None
             found += layer.runs(row, start, stop - start)
     return found

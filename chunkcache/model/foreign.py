@@ -1,108 +1,83 @@
-"""Hooks and patches that others put on a model's parts: do they look, or change what is computed?
+"""Code of others on a model's modules: forward hooks, and a `forward` that was replaced.
 
-Steering, ablation and the like change K/V without changing a weight. A hook that only looks must
-not cost anybody the cache, so hooks are not judged by being there: each call is watched, and one
-that returns or writes something marks its hook. A replaced `forward` cannot be watched: it makes
-the model one of its own.
+Patching, capturing and steering put hooks on modules. A hook sees the tokens that are computed, so
+a trimmed prompt changes what it sees and does, also where it only looks; and what it changes must
+not be stored as the model's own. So a model that has any falls back to normal prefill. Machinery
+that does what the model's definition says does not count.
 """
 
 from __future__ import annotations
 
+import functools
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules import module as torch_modules
+from torch.utils.hooks import RemovableHandle
 
 from chunkcache.model.weights import Parts
 
-Hooks = MutableMapping[int, Callable[..., Any]]
-# Parts of the machinery itself, which do what the model's definition says.
-_OWN = ("accelerate.", "chunkcache.", "peft.", "torch.", "transformers.")
+_MACHINERY = frozenset(
+    ("accelerate", "bitsandbytes", "chunkcache", "peft", "torch", "transformers")
+)
+_TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
 
-@dataclass
-class HookWatch:
-    """Watches the hooks on the inner modules of one model.
+def foreign_code(model: nn.Module, parts: Parts | None = None) -> str:
+    """The first hook or replaced `forward` that is not machinery, in words; `""` without any.
 
-    Attributes:
-        changing: By number, the path of the module of each hook that was seen to change something.
-        quiet: Numbers of hooks that were called and have changed nothing yet.
+    Hooks on inner modules and those for all modules of the process count, and of the model's own
+    those that change its input behind our hook: what they do is not seen by it.
+
+    Args:
+        model: A model, with our hook or without.
+        parts: Its modules by path, for callers that have them.
     """
-
-    changing: dict[int, str] = field(default_factory=dict)
-    quiet: set[int] = field(default_factory=set)
-    _wrapped: list[tuple[Hooks, int, Callable[..., Any]]] = field(default_factory=list)
-    _seen_changing: bool = False
-
-    def reason(self, hooks: list[tuple[str, Hooks, int]]) -> str:
-        """Why a model with these hooks cannot be trusted to compute what others stored, or `""`."""
-        for _, _, number in hooks:
-            if number in self.changing:
-                return f"a forward hook on {self.changing[number]} changes what the model computes"
-        return ""
-
-    def is_known(self, hooks: list[tuple[str, Hooks, int]]) -> bool:
-        """Whether all of these were seen at work already."""
-        return all(number in self.quiet for _, _, number in hooks)
-
-    def begin(self, hooks: list[tuple[str, Hooks, int]]) -> None:
-        """Watch these hooks until `end`."""
-        self.end()
-        self._seen_changing = False
-        for path, table, number in hooks:
-            hook = table.get(number)
-            if hook is not None:
-                self._wrapped.append((table, number, hook))
-                table[number] = self._watched(path, number, hook)
-
-    def end(self) -> bool:
-        """Stop watching. True if a hook changed something."""
-        for table, number, hook in self._wrapped:
-            if number in table:
-                table[number] = hook
-        self._wrapped.clear()
-        return self._seen_changing
-
-    def _watched(self, path: str, number: int, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before = list(_versions((args[1:], kwargs)))
-            result = hook(*args, **kwargs)
-            unchanged = result is None or any(result is arg for arg in args[1:])
-            if not unchanged or before != list(_versions((args[1:], kwargs))):
-                self.changing[number] = path
-                self._seen_changing = True
-            else:
-                self.quiet.add(number)
-            return result
-
-        return call
+    for table in (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks):
+        if hook := _first_foreign(table.values()):
+            return f"a forward hook for all modules of the process ({_described(hook)})"
+    for path, module in parts or model.named_modules():
+        if forward := module.__dict__.get("forward"):
+            forward = getattr(forward, "func", forward)  # accelerate puts in a partial
+            if not _is_machinery(forward):
+                return f"a replaced forward of {path or 'the model'} ({_described(forward)})"
+        if not (module._forward_pre_hooks or module._forward_hooks):
+            continue
+        tables = (_behind_ours(module),) if not path else _hooks_of(module)
+        for hooks in tables:
+            if hook := _first_foreign(hooks):
+                return f"a forward hook on {path or 'the model'} ({_described(hook)})"
+    return ""
 
 
-def foreign_hooks(model: nn.Module, parts: Parts | None = None) -> list[tuple[str, Hooks, int]]:
-    """Path, table and number of every hook on the model's inner modules that is not machinery.
+def without_foreign_hooks(model: nn.Module) -> nn.Module:
+    """The same model, tensor by tensor, whose modules have no hooks but those of machinery.
 
-    `parts` are its modules by path, for callers that have them.
+    For self-tests, which hooks need not see. The model itself stays as it is: another thread may
+    compute with it.
     """
-    return [
-        (path, table, number)
-        for path, module in parts or model.named_modules()
-        if path and (module._forward_pre_hooks or module._forward_hooks)
-        for table in (module._forward_pre_hooks, module._forward_hooks)
-        for number, hook in table.items()
-        if not _is_machinery(hook)
-    ]
+    twins: dict[int, nn.Module] = {}
 
+    def twin(module: nn.Module) -> nn.Module:
+        if id(module) not in twins:
+            copy = twins[id(module)] = type(module).__new__(type(module))
+            copy.__dict__ |= module.__dict__ | {"_compiled_call_impl": None}
+            for name in _TABLES:
+                hooks = getattr(module, name).items()
+                copy.__dict__[name] = OrderedDict(
+                    (number, hook) for number, hook in hooks if _is_machinery(hook)
+                )
+            copy.__dict__["_modules"] = {
+                name: child and twin(child) for name, child in module._modules.items()
+            }
+        return twins[id(module)]
 
-def has_outer_hooks(model: nn.Module) -> bool:
-    """Whether the model itself, not only a part of it, has a hook that is not machinery."""
-    return any(
-        not _is_machinery(hook)
-        for table in (model._forward_pre_hooks, model._forward_hooks)
-        for hook in table.values()
-    )
+    return twin(model)
 
 
 def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, str], ...]:
@@ -118,20 +93,49 @@ def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, st
     )
 
 
-def _is_machinery(hook: Callable[..., Any]) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith(_OWN)
+def hooks_registered() -> int:
+    """How many hooks this process has registered so far, on whatever module."""
+    return RemovableHandle.next_id
 
 
-def _versions(value: Any) -> Iterator[object]:
-    """Version counters of all tensors inside. Inference tensors have none, and never look alike."""
-    if isinstance(value, Tensor):
-        yield object() if value.is_inference() else (id(value), value._version)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _versions(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _versions(item)
+def _hooks_of(module: nn.Module) -> list[Iterable[Callable[..., Any]]]:
+    return [getattr(module, name).values() for name in _TABLES]
+
+
+def _behind_ours(model: nn.Module) -> list[Callable[..., Any]]:
+    """The model's own pre-hooks that come after ours."""
+    hooks = list(model._forward_pre_hooks.values())
+    ours = [place for place, hook in enumerate(hooks) if "chunkcache" in _origin(hook)]
+    return hooks[ours[-1] + 1 :] if ours else []
+
+
+def _first_foreign(hooks: Iterable[Callable[..., Any]]) -> Callable[..., Any] | None:
+    return next((hook for hook in list(hooks) if not _is_machinery(hook)), None)
+
+
+def _is_machinery(call: Callable[..., Any]) -> bool:
+    return _origin(call) <= _MACHINERY
+
+
+def _origin(call: Callable[..., Any]) -> set[str]:
+    """The packages that a function's code and its name come from.
+
+    A decorator may copy the name of what it wraps, or be of a package that wraps others' code.
+    A partial comes from functools: what it was given may be anybody's, as an adapter per row is.
+    """
+    if isinstance(call, MethodType):
+        call = call.__func__
+    code = getattr(call, "__globals__", None)
+    names = {type(call).__module__} if code is None else {code["__name__"], call.__module__}
+    return {str(name).partition(".")[0] for name in names}
+
+
+def _described(call: Callable[..., Any]) -> str:
+    """A function in words, as `steer of __main__`."""
+    if isinstance(call, functools.partial):
+        call = call.func
+    name = getattr(call, "__qualname__", None) or type(call).__qualname__
+    return f"{name.rpartition('<locals>.')[2]} of {getattr(call, '__module__', None)}"
 
 
 _NAMES: weakref.WeakKeyDictionary[Callable[..., Any], str] = weakref.WeakKeyDictionary()

@@ -16,7 +16,7 @@ from chunkcache.gain import Gauge
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.rope import KeyMover
 from chunkcache.kv.spare import SpareMemory
-from chunkcache.model.foreign import Hooks, HookWatch, foreign_hooks, patches
+from chunkcache.model.foreign import foreign_code, patches, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.moving import find_rotation, prove_moving
 from chunkcache.model.proof import Proof, measure_layout, prove
@@ -38,8 +38,7 @@ class ModelState:
 
     _model: weakref.ref[nn.Module]
     _lock: RLock = field(default_factory=RLock)
-    foreign: list[tuple[str, Hooks, int]] = field(default_factory=list)
-    hooks: HookWatch = field(default_factory=HookWatch)
+    foreign: str = ""  # hooks and the like of others, when the model was looked at last
     memory: SpareMemory = field(default_factory=SpareMemory)
     gauges: weakref.WeakKeyDictionary[ChunkStore, Gauge] = field(
         default_factory=weakref.WeakKeyDictionary
@@ -70,6 +69,11 @@ class ModelState:
         assert model is not None
         return model
 
+    @property
+    def tested(self) -> nn.Module:
+        """The model as self-tests call it: hooks of others do not see them."""
+        return without_foreign_hooks(self.model) if self.foreign else self.model
+
     def identity(self) -> ModelIdentity:
         """The model's identity now: computed again only when the watch says that it may differ."""
         with self._lock:
@@ -77,7 +81,7 @@ class ModelState:
             parts = list(model.named_modules())
             watched = watch(model, parts)
             rest = (numerics(model), digest_config(model), patches(model, parts))
-            self.foreign = foreign_hooks(model, parts)
+            self.foreign = foreign_code(model, parts)
             if self._identity is None or watched != self._watched or rest != self._rest:
                 if self._watched is not None:
                     self._edited |= watched.edited_since(self._watched)
@@ -104,7 +108,7 @@ class ModelState:
         with self._lock:
             if identity.digest not in self._movers:
                 proven = _was_proven(store, identity, MOVING_FORMAT)
-                mover = prove_moving(self.model, layout, proven)
+                mover = prove_moving(self.tested, layout, proven)
                 if not proven and not isinstance(mover, str):
                     _keep_proven(store, identity, MOVING_FORMAT)
                 self._movers[identity.digest] = mover
@@ -117,7 +121,7 @@ class ModelState:
         """
         with self._lock:
             if identity.digest not in self._rotations:
-                self._rotations[identity.digest] = find_rotation(self.model)
+                self._rotations[identity.digest] = find_rotation(self.tested)
             return self._rotations[identity.digest]
 
     @property
@@ -143,10 +147,10 @@ class ModelState:
     def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
         # Tests are forwards, which all ranks run or none.
         if self.ranks.all(_was_proven(store, identity, PROOF_FORMAT)):
-            proof = measure_layout(self.model)
+            proof = measure_layout(self.tested)
             if self.ranks.all(not proof.obstacle):
                 return proof
-        proof = prove(self.model)
+        proof = prove(self.tested)
         if not proof.obstacle:
             _keep_proven(store, identity, PROOF_FORMAT)
         return proof

@@ -197,8 +197,32 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if output is None:
         cache.fail_forward()
     elif cache.end_forward(module):
-        return module(**arguments or {})
+        return _done_again(module, cache, arguments or {})
     return None
+
+
+def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) -> Any:
+    """The output of a forward with the arguments that ours was given.
+
+    Other hooks on the model are applied once: those on its input have been, those on its output
+    that come before ours have seen one that is thrown away.
+    """
+    changed = _before(module, (), kwargs)
+    kwargs = changed[1] if changed else kwargs
+    try:
+        output = module.forward(**kwargs)
+    except Exception:
+        cache.fail_forward()
+        raise
+    for number, hook in list(module._forward_hooks.items()):
+        if hook is _after:
+            break
+        seen = (kwargs,) if number in module._forward_hooks_with_kwargs else ()
+        result = hook(module, (), *seen, output)
+        output = output if result is None else result
+    cache.untrimmed = None
+    cache.end_forward(module)
+    return output
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:

@@ -15,8 +15,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedModelError
 from chunkcache.kv.coding import Codec
+from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyMover
-from chunkcache.model.foreign import Hooks, has_outer_hooks
+from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.proof import Proof, growing_layers
 from chunkcache.model.scatter import close_layers
@@ -27,10 +28,14 @@ from chunkcache.reuse.prefill import ForwardCall, Rest
 from chunkcache.reuse.recall import Recall
 from chunkcache.reuse.restore import discard
 from chunkcache.reuse.step import Held, Setup, Step
-from chunkcache.tokens.plan import COMPUTING, Kind, Span
+from chunkcache.settings import OBSERVERS
+from chunkcache.tokens.plan import COMPUTING, HELD, Kind, Span
 from chunkcache.tokens.transcript import Transcript
 
-_HOOKS_ALL_OVER = "the model and parts of it have forward hooks: with one kind alone it is reused"
+_EDITED = (
+    "K/V in the cache were changed by others: what they made is used, and nothing of it is stored"
+)
+_NEW_HOOKS = "forward hooks were registered while these tokens were computed"
 _NOT_TEXT = (
     "mask and positions are not those of a text with padding on its left alone: "
     "set tokenizer.padding_side = 'left'"
@@ -48,6 +53,7 @@ class Sequence:
         self.setup = setup
         self.transcript = Transcript()
         self.opaque = ""
+        self.edited = False
         self.identity: ModelIdentity | None = None
         self.proof = Proof()
         self.layers: list[Any] = self._empty_layers()
@@ -57,8 +63,8 @@ class Sequence:
         self._known: set[str] = set()
         self._complete: list[int] = []
         self._checks: list[Tensor | bool] = []
-        self._hooks: list[tuple[str, Hooks, int]] = []
-        self._has_outer_hooks = False
+        self._foreign_code = ""
+        self._hooks_registered = 0
         self._numerics = ""
 
     @property
@@ -71,17 +77,37 @@ class Sequence:
 
     def identify(self) -> bool:
         """Look at the model. True if it is no longer the one that computed what is held."""
-        identity = self.setup.state.identity()
-        if identity == self.identity:
+        state = self.setup.state
+        self._hooks_registered = hooks_registered()
+        identity, foreign_code = state.identity(), self.setup.foreign_code
+        if (identity, foreign_code) == (self.identity, self._foreign_code):
             return False
-        changed = self.identity is not None
-        self.identity = identity
+        changed = self.identity not in (None, identity)
+        self.identity, self._foreign_code = identity, foreign_code
         self._numerics = numerics(self.setup.model)
-        self.proof = self.setup.state.proof(identity, self.setup.store)
+        if foreign_code:  # which may go again: no verdict on the model
+            self.proof = Proof(foreign_code)
+            return changed
+        self.proof = state.proof(identity, self.setup.store)
         if not self.proof.obstacle:
             origin = self.setup.origin(identity)
             self._salt, self._codec = origin.salt, origin.codec
         return changed
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether others have changed how many tokens the layers hold.
+
+        Nobody can tell then which ones, so that the object does as a `DynamicCache` does.
+        """
+        return self.edited and self.length != self.transcript.columns
+
+    def check_edited(self) -> None:
+        """Look whether others have changed K/V that are held, since the last forward."""
+        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        if any(layer.check_edited() for layer in growing):
+            self.edited = True
+            self.opaque = _EDITED
 
     def begins_like(self, call: ForwardCall) -> bool:
         """Whether the ids given and those held have a beginning in common."""
@@ -90,7 +116,9 @@ class Sequence:
 
     def common_columns(self, call: ForwardCall) -> int:
         """Columns of a whole prompt that are held, the last ones that must be computed left out."""
-        if self.opaque or call.opaque or call.whole or self.identify() or self.proof.obstacle:
+        if call.opaque or call.whole:
+            return 0
+        if not self.edited and (self.opaque or self.identify() or self.proof.obstacle):
             return 0
         assert call.ids is not None
         common = self.transcript.common_columns(call.ids, call.pads())
@@ -102,7 +130,10 @@ class Sequence:
         """Fill the layers with what is known. Returns what is left to compute."""
         with self.setup.store_calls(report):
             rest = self._prepare(module, call, step, report)
-        self.setup.state.hooks.begin([] if self.opaque else self._hooks)
+        if step.is_prompt:
+            for layer in self.layers:
+                if isinstance(layer, GrowingLayer) and not self.edited:
+                    layer.note_written()
         return rest
 
     def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
@@ -111,6 +142,12 @@ class Sequence:
             self.opaque = self.opaque or self._why_aside(module, call, step)
             if not self.setup.state.ranks.all(not self.opaque):
                 self.opaque = self.opaque or "another process of this model stands aside"
+        if self.edited:
+            if call.ids is not None and not self.is_resized:
+                self.transcript.append(call.ids[:, step.held - step.past :])
+            if step.is_prompt:
+                self._report_aside(call, step, report)
+            return Rest(step.held - step.past)
         if self.opaque:
             if step.held > step.past:
                 self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
@@ -145,10 +182,6 @@ class Sequence:
             self.layers[:] = self._empty_layers()
         if self.proof.obstacle:
             return self.proof.obstacle
-        self._hooks = self.setup.state.foreign
-        self._has_outer_hooks = has_outer_hooks(self.setup.model)
-        if reason := self.setup.state.hooks.reason(self._hooks):
-            return reason
         if not step.held:
             self.transcript.start(call.pads())
         if self.transcript.columns != step.held:
@@ -170,16 +203,8 @@ class Sequence:
         assert call.ids is not None
         report.skipped = call.whole
         limit = step.held if call.whole else step.total - max(call.keep, 1)
-        if self._hooks and self._has_outer_hooks:
-            # Should one of the parts' hooks change something, the forward is done again, and the
-            # model's own hooks would be applied twice.
-            report.skipped = report.skipped or _HOOKS_ALL_OVER
-            limit = step.held
-        if step.past and not self.setup.state.hooks.is_known(self._hooks):
-            limit = step.held  # should a hook change something, this part could not be done again
-        # Nor must a hook see what is thrown away.
-        alone = not self._hooks and not self._has_outer_hooks
-        step.may_run_ahead &= alone and self.setup.gauge.trusts_store
+        # Hooks should not see what is thrown away.
+        step.may_run_ahead &= not self.setup.state.foreign and self.setup.gauge.trusts_store
         mover = None
         if self.setup.settings.reuse == "anywhere" and limit > step.held:
             try:
@@ -210,14 +235,10 @@ class Sequence:
 
     def end(self, step: Step, report: Report) -> bool:
         """Hand over what is new. True if the forward must be done again, with nothing left out."""
-        changed = self.setup.state.hooks.end()
-        if step.trimmed:
-            changed = not self.setup.state.ranks.all(not changed)
-        if changed:
-            self.opaque = self.setup.state.hooks.reason(self._hooks)
+        self.check_edited()
         sound = self.has_arrived(step, report)
         prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
-        if not sound or (changed and step.trimmed):
+        if not sound:
             report.prefill_ms += prefill_ms
             return True
         if step.is_prompt:
@@ -272,6 +293,9 @@ class Sequence:
         if not all(bool(check) for check in self._checks):
             self.opaque = _NOT_TEXT
             return
+        if hooks_registered() != self._hooks_registered and not self._vouched:
+            self.opaque = _NEW_HOOKS
+            return
         if numerics(self.setup.model) != self._numerics:
             self.opaque = "autocast, attention or matrix precision changed in the course of it"
             return
@@ -287,6 +311,10 @@ class Sequence:
         report.bytes_dropped += size - taken
 
     # ------------------------------------------------------------------ small parts
+
+    @property
+    def _vouched(self) -> bool:
+        return self.setup.settings.hooks == OBSERVERS
 
     @property
     def _held(self) -> Held:
@@ -305,10 +333,14 @@ class Sequence:
             self._report_exactness(report)
         step.prefill_from = perf_counter()
         rows = 1 if call.ids is None else call.ids.shape[0]
-        span = Span(step.past, step.total, Kind.COMPUTED, reason=self.opaque)
-        self._report([[span] for _ in range(rows)], [step.past] * rows, report)
+        start = step.held if self.edited else step.past
+        spans = [Span(start, step.total, Kind.COMPUTED, reason=self.opaque)]
+        if start > step.past:
+            spans.insert(0, Span(step.past, start, Kind.REUSED, origin=HELD))
+        is_first = not report.rows
+        self._report([[*spans] for _ in range(rows)], [step.past] * rows, report)
         for row, ids in zip(report.rows, () if call.ids is None else call.ids.cpu(), strict=False):
-            if len(row.spans) == 1:
+            if is_first:
                 row.ids = ids.numpy().copy()  # callers write the next token into theirs
             elif row.ids is not None:
                 row.ids = np.concatenate([row.ids, ids.numpy()])

@@ -18,7 +18,7 @@ from chunkcache.model.state import ModelState
 from chunkcache.report import Report
 from chunkcache.reuse.arrival import Arrival
 from chunkcache.reuse.index import Origin
-from chunkcache.settings import Settings
+from chunkcache.settings import OBSERVERS, Settings
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.readonly import ReadOnly
@@ -52,6 +52,17 @@ class Setup:
         """What reading from the store and computing with the model took lately."""
         store = self.store.store if isinstance(self.store, ReadOnly) else self.store
         return self.state.gauges.setdefault(store, Gauge())
+
+    @property
+    def foreign_code(self) -> str:
+        """Why prefill must be as usual: code of others that would see a trimmed prompt, or `""`."""
+        found = self.state.foreign
+        if not found or self.settings.hooks == OBSERVERS:
+            return ""
+        return (
+            f"{found} would see a trimmed prompt: if it only looks, and need not see reused "
+            f"tokens, set hooks={OBSERVERS!r}"
+        )
 
     @property
     def runs_ahead(self) -> bool:

@@ -19,6 +19,7 @@ from chunkcache.tokens.chunking import Chunk
 NOT_IN_STORE = "not in the store"
 OFF = "reuse is off"
 WANTED = "its output is wanted"
+HELD = "held"  # by this cache object, from a turn before
 OTHER_ROW = "another row of the batch needs these columns computed"
 
 
@@ -91,7 +92,7 @@ class RowPlan:
         spans = []
         held = min(self.held, used)
         if held:
-            spans.append(Span(0, held, Kind.REUSED, origin="held"))
+            spans.append(Span(0, held, Kind.REUSED, origin=HELD))
         position = held
         for chunk in self.chunks:
             if chunk.stop <= position:

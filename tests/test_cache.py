@@ -103,7 +103,7 @@ def test_reuse_is_real(llama, store):
     handle = llama.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: widths.append(args[0].shape[1])
     )
-    generate(llama, ids, RedisChunkCache(llama, store), new=3)
+    generate(llama, ids, RedisChunkCache(llama, store, hooks="observers"), new=3)
     handle.remove()
     assert widths == [1, 1, 1]
 

@@ -1,4 +1,4 @@
-"""K/V edited inside the cache: used as with a `DynamicCache`, never stored, nor what comes behind."""
+"""K/V edited inside the cache: used as in a `DynamicCache`, never stored, nor what comes behind."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def test_edits_of_a_caller(change, mode, dtype):
     """Prefill, edit what is held, generate; then anyone's prompt over the same text."""
     model, store = tiny("llama", dtype=dtype), MemoryStore()
     with mode():
-        theirs, ours = DynamicCache(config=model.config), RedisChunkCache(
-            model, store, chunk_size=32
+        theirs, ours = (
+            DynamicCache(config=model.config),
+            RedisChunkCache(model, store, chunk_size=32),
         )
         prefill(model, theirs), prefill(model, ours)
         with torch.no_grad():
@@ -160,7 +161,8 @@ def test_edits_survive_turns_and_copies(change):
         answer = go(model, text, theirs)
         steered = answer if steered is None else steered
         assert torch.equal(go(model, text, ours), answer)
-        assert ours.report.reused and ours.report.bytes_written == 0
+        assert ours.report.reused
+        assert ours.report.bytes_written == 0
         text = torch.cat([answer, tokens(12, seed=turn)], 1)
     assert torch.equal(go(model, PROMPT, twin), steered)
     assert twin.report.bytes_written == 0
@@ -188,4 +190,5 @@ def test_what_the_cache_does_itself_is_no_edit():
                 twin = copy.deepcopy(cache)
                 twin.crop(-5)
                 generated = model.generate(ids[:1], past_key_values=twin, max_new_tokens=20)
-            assert generated.shape[1] and twin.report.skipped == ""
+            assert generated.shape[1]
+            assert twin.report.skipped == ""

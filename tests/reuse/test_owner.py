@@ -1,4 +1,4 @@
-"""One cache object in two calls at once: one clear error, before anything is computed or written."""
+"""One cache object in two calls at once: one clear error before anything is computed."""
 
 from __future__ import annotations
 

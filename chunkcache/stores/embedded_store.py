@@ -25,6 +25,7 @@ from chunkcache.errors import StoreError
 from chunkcache.stores import embedded
 from chunkcache.stores.address import Address
 from chunkcache.stores.redis import CONNECT_TIMEOUT, RedisStore
+from chunkcache.stores.supervisor import LOG
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Keeper:
         logger.warning(
             "The embedded server in %s was gone (%s). It runs again, with what its last snapshot "
             "held; its log is %s.",
-            self.folder, why, self.folder / embedded.supervisor.LOG,
+            self.folder, why, self.folder / LOG,
         )  # fmt: skip
 
 

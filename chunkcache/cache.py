@@ -248,7 +248,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         return again
 
     def fail_forward(self) -> None:
-        """What is held is of no use now."""
+        """What is held is of no use now, unless it was refused because another call uses it."""
+        if not self._owner.computes_here:
+            return
         self._owner.end_forward(failed=True)
         # Perhaps it failed because of what the store gave: then that must not be there next time.
         self._sequence.has_arrived(self._step, self.report)

@@ -77,6 +77,11 @@ class Owner:
         if self._forward.setdefault("by", caller.thread) != caller.thread:
             raise UnsupportedCallError(_IN_USE)
 
+    @property
+    def computes_here(self) -> bool:
+        """Whether this thread has begun a forward."""
+        return self._forward.get("by") == get_ident()
+
     def end_forward(self, failed: bool = False) -> None:
         """The forward has come back, or has raised."""
         self.failed = failed

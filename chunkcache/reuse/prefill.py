@@ -193,10 +193,11 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
-    arguments, cache.untrimmed = cache.untrimmed, None
     if output is None:
         cache.fail_forward()
-    elif cache.end_forward(module):
+        return None
+    arguments, cache.untrimmed = cache.untrimmed, None
+    if cache.end_forward(module):
         return _done_again(module, cache, arguments or {})
     return None
 

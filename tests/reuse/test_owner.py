@@ -87,8 +87,13 @@ def test_two_direct_forwards_at_once():
         go_on.wait(30)
 
     handle = model.model.layers[0].register_forward_hook(wait)
+
+    @torch.no_grad()
+    def forward():
+        return model(PROMPT, past_key_values=cache)
+
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        first = pool.submit(torch.no_grad()(model), PROMPT, past_key_values=cache)
+        first = pool.submit(forward)
         assert inside.wait(30)
         with pytest.raises(UnsupportedCallError, match=IN_USE):
             model(OTHER, past_key_values=cache)

@@ -55,6 +55,11 @@ def foreign_code(model: nn.Module, parts: Parts | None = None) -> str:
     return ""
 
 
+def has_outer_hooks(model: nn.Module) -> bool:
+    """Whether the model itself, not only a part of it, has a hook that is not machinery."""
+    return any(_first_foreign(hooks) for hooks in _hooks_of(model))
+
+
 def without_foreign_hooks(model: nn.Module) -> nn.Module:
     """The same model, tensor by tensor, whose modules have no hooks but those of machinery.
 

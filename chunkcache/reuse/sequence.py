@@ -17,7 +17,7 @@ from chunkcache.errors import StoreError, UnsupportedModelError
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyMover
-from chunkcache.model.foreign import hooks_registered
+from chunkcache.model.foreign import has_outer_hooks, hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.proof import Proof, growing_layers
 from chunkcache.model.scatter import close_layers
@@ -204,7 +204,8 @@ class Sequence:
         report.skipped = call.whole
         limit = step.held if call.whole else step.total - max(call.keep, 1)
         # Hooks should not see what is thrown away.
-        step.may_run_ahead &= not self.setup.state.foreign and self.setup.gauge.trusts_store
+        hooked = self.setup.state.foreign or has_outer_hooks(self.setup.model)
+        step.may_run_ahead &= not hooked and self.setup.gauge.trusts_store
         mover = None
         if self.setup.settings.reuse == "anywhere" and limit > step.held:
             try:

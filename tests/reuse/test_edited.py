@@ -54,6 +54,11 @@ def go(model, ids, cache=None, new=40):
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False)
 
 
+@torch.no_grad()
+def prefill_plainly(model, cache):
+    prefill(model, cache)
+
+
 def prefill(model, cache):
     model(PROMPT[:, :-1], past_key_values=cache, logits_to_keep=1)
 
@@ -153,7 +158,7 @@ def test_hooks_that_edit_the_cache(change):
 def test_edits_survive_turns_and_copies(change):
     model = tiny("llama")
     theirs, ours = DynamicCache(config=model.config), RedisChunkCache(model, MemoryStore())
-    prefill(model, theirs), prefill(model, ours)
+    prefill_plainly(model, theirs), prefill_plainly(model, ours)
     edit(theirs, change), edit(ours, change)
     twin = copy.deepcopy(ours)
     text, steered = PROMPT, None

@@ -309,6 +309,14 @@ def test_hooks_on_the_model_are_applied_once(
     hook()
     for _ in range(2):
         ask(model, ids, store)
+    if (kind, when) == ("pre-hook", "after the cache"):
+        # It changes ids that our hook has seen: whose K/V come of it, nobody could say.
+        cache = RedisChunkCache(model, store, chunk_size=16)
+        assert torch.equal(generate(model, ids, cache), generate(model, ids))
+        assert "a forward hook on the model" in cache.report.skipped
+        with redis_server.client() as client:
+            assert not list(client.scan_iter("safetensors@*"))
+        return
     with redis_server.client() as client:
         damage(client)
     calls.clear()

@@ -31,6 +31,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "secret": ("correct horse battery", "correct horse battery"),
     "seal": (f"{KEY},{KEY[::-1]}", f"{KEY},{KEY[::-1]}"),
     "on_error": ("raise", "raise"),
+    "hooks": ("observers", "observers"),
     "connect_timeout": (1.5, "1.5"),
     "read_timeout": (9.0, "9"),
     "max_delay": (2.5, "2.5"),

@@ -145,12 +145,14 @@ def _open_tiers(urls: list[str], limits: _Limits) -> ChunkStore:
 
 
 def _open_default(limits: _Limits) -> ChunkStore:
-    from chunkcache.stores.home import own_folder
+    from chunkcache.stores.embedded import start_embedded
 
     try:
-        return _embedded(None, None, limits)
+        return _embedded(start_embedded(), limits)
     except StoreError as error:
-        folder = own_folder("chunks")
+        import platformdirs
+
+        folder = platformdirs.user_cache_path("chunkcache") / "chunks"
         logger.warning(
             "No embedded server (%s). Chunks are kept in %s; set %s to choose another store.",
             error, folder, URL_VARIABLE,
@@ -190,12 +192,15 @@ def _open_cluster(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
 
 
 def _open_embedded(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
+    from chunkcache.stores.embedded import start_embedded
+
     try:
-        return _embedded(_folder(parts), _bytes_parameter(parts), limits)
+        address = start_embedded(_folder(parts), _bytes_parameter(parts))
     except StoreError as error:
         raise SettingError(
             f"embedded:// store URL: {error}; use redis://... or file:///path?bytes=50GB"
         ) from error
+    return _embedded(address, limits)
 
 
 # A new kind of store is one opener and one line here.
@@ -228,16 +233,12 @@ def _redis_options(limits: _Limits) -> dict[str, Any]:
     }
 
 
-def _embedded(folder: Path | None, max_bytes: int | None, limits: _Limits) -> ChunkStore:
-    """Raises StoreError if the server cannot run here."""
-    from chunkcache.stores.embedded_store import EmbeddedStore
-
-    store = EmbeddedStore(folder, max_bytes, **_redis_options(limits))
+def _embedded(address: str, limits: _Limits) -> ChunkStore:
+    store = _redis_store(address, limits)
     # The server leaves when nobody is connected, and the first prompt may come late.
     with suppress(StoreError):
         store.connect()
-    # Whether it is back costs next to nothing to find out.
-    return _behind(store, limits, cooldown=1.0)
+    return _behind(store, limits)
 
 
 def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
@@ -253,12 +254,12 @@ def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
         ) from error
 
 
-def _behind(store: ChunkStore, limits: _Limits, **breaker: float) -> ChunkStore:
+def _behind(store: ChunkStore, limits: _Limits) -> ChunkStore:
     """What every store outside of this process gets: a breaker, and writes behind."""
     from chunkcache.stores.breaker import Guarded
     from chunkcache.stores.writer import WriteBehind
 
-    guarded = Guarded(store, max_delay=limits.max_delay, **breaker)
+    guarded = Guarded(store, max_delay=limits.max_delay)
     return WriteBehind(guarded, max_bytes=limits.write_queue_bytes)
 
 

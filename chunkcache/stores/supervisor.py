@@ -23,6 +23,7 @@ from pathlib import Path
 
 LOCK = "server.lock"
 LOG = "server.log"
+CONFIG = "valkey.conf"
 SNAPSHOT = "dump.rdb"
 LOCKED = 75  # exit status: another process holds the lock (EX_TEMPFAIL)
 LOG_BYTES = 1 << 20
@@ -51,23 +52,20 @@ crash-memcheck-enabled no
 
 
 def private_folder(path: Path) -> Path:
-    """Make `path` a folder that only this user can enter, unless it is one, and return it.
+    """Make `path` a folder that only this user can enter, and return it.
 
-    Folders on the way to it that are missing are made likewise. What is there is left as it is:
-    raises `NotADirectoryError` if it is a link or a file, `PermissionError` if it belongs to
-    somebody else or is open to others. In a shared folder all of these may be traps.
+    Raises `PermissionError` if it belongs to somebody else, `NotADirectoryError` if it is a link or
+    a file: in a shared temp directory both may be traps.
     """
-    for folder in reversed([path, *path.parents]):
-        if not folder.exists():
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"{path} is not a folder")
     if found.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user (uid {found.st_uid})")
     if found.st_mode & 0o077:
-        raise PermissionError(f"{path} is open to other users; close it with chmod 700 {path}")
+        path.chmod(0o700)
     return path
 
 
@@ -151,14 +149,11 @@ class Supervisor:
             snapshot=SNAPSHOT,
             max_bytes=max_bytes,
         )
+        (self.folder / CONFIG).write_text(config)
         for leftover in self.folder.glob("temp-*.rdb"):  # of a snapshot that was cut short
             leftover.unlink(missing_ok=True)
         self.hidden_path.unlink(missing_ok=True)
         self.status = None
-        # Through a pipe, which holds it whole: a full disk keeps no server from starting.
-        reader, writer = os.pipe()
-        os.write(writer, config.encode())
-        os.close(writer)
         parent = os.getpid()
         self.server = os.fork()
         if self.server == 0:
@@ -166,12 +161,10 @@ class Supervisor:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 end_with_parent()
                 os.set_inheritable(self.lock, True)
-                os.dup2(reader, 0)
                 if os.getppid() == parent:
-                    os.execv(binary, [binary, "-"])
+                    os.execv(binary, [binary, str(self.folder / CONFIG)])
             finally:
                 os._exit(127)  # reached only where the server could not be executed
-        os.close(reader)
 
     def running(self) -> bool:
         if self.status is None:

@@ -78,7 +78,8 @@ def without_foreign_hooks(model: nn.Module) -> nn.Module:
                     (number, hook) for number, hook in hooks if _is_machinery(hook)
                 )
             copy.__dict__["_modules"] = {
-                name: child and twin(child) for name, child in module._modules.items()
+                name: None if child is None else twin(child)
+                for name, child in module._modules.items()
             }
         return twins[id(module)]
 

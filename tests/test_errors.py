@@ -57,6 +57,7 @@ SETTINGS = [
     ({"metadata": {"model": "x"}}, "metadata", "choose another name"),
     ({"metadata": {"x": 7}}, "metadata", "must be a string"),
     ({"write": 1}, "write", "must be True or False"),
+    ({"hooks": "seen"}, "hooks", '"fallback" or "observers"'),
     ({"on_error": "ignore"}, "on_error", 'use "compute" or "raise"'),
     ({"connect_timeout": 0}, "connect_timeout", "positive number of seconds"),
     ({"read_timeout": -1}, "read_timeout", "positive number of seconds"),

@@ -92,6 +92,7 @@ class GrowingLayer(DynamicLayer):
         self.arriving: Callable[[], None] | None = None
         # Whether others have written to what is held, or put tensors of their own there.
         self.edited = False
+        self._in_a_graph = False  # written to by a compiled forward
         self._ours: tuple[Any, Any] = (None, None)  # keys and values as we left them
         self._writes: WriteCount | None = None
 
@@ -111,6 +112,9 @@ class GrowingLayer(DynamicLayer):
 
     def check_edited(self) -> bool:
         """Look whether others have changed what is held since `note_written`."""
+        if self._in_a_graph:
+            self._in_a_graph = False
+            self.note_written()
         if self.is_initialized and not self.edited:
             keys, values = self._ours
             self.edited = (
@@ -220,11 +224,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._ours = self.keys, self.values
-        watched = not torch.compiler.is_compiling()  # a graph has no counters
-        if watched:
+        if torch.compiler.is_compiling():  # a graph has no counters: what it writes is ours
+            self._in_a_graph = True
+            self._write(key_states, value_states, *args, **kwargs)
+        else:
             self.check_edited()
-        self._write(key_states, value_states, *args, **kwargs)
-        if watched:
+            self._write(key_states, value_states, *args, **kwargs)
             self.note_written()
         return self.keys, self.values
 

@@ -120,7 +120,7 @@ def test_the_model_computes_the_union_of_the_columns(model, store):
     handle = model.model.embed_tokens.register_forward_hook(
         lambda m, a, out: seen.append(out.shape)
     )
-    cache = anywhere(model, ReadOnly(store))
+    cache = anywhere(model, ReadOnly(store), hooks="observers")
     logits(model, prompt, cache)
     handle.remove()
     assert seen[-1][:2] == (3, sound(cache.report, prompt))

@@ -1,15 +1,19 @@
-"""Soak: processes that generate while their server is killed, restarted and short of memory.
+"""Soak: processes that generate while their server is killed, restarted and short of memory,
+prompts are interrupted, and children forked.
 
     python -m benchmarks.soak                # 8 processes, 5 minutes
     python -m benchmarks.soak --seconds 3600 --processes 4
 
 Tiny models with random weights; prompts of shared and own texts, in both modes, in batches and in
 conversations. One Redis with `allkeys-lru` is killed (SIGKILL) every few seconds; it comes back as
-it was or with nothing. What must hold:
+it was or with nothing. Some prompts are interrupted as by Ctrl-C, and asked again with the same
+cache object; some processes fork, also amid a prompt, and the child asks too, with that very
+object. What
+must hold:
 
 - the tokens are those of a run without the cache, wherever the report says so or all that moved was
   computed again (except where the plain run's two best tokens are within rounding);
-- nothing is raised, and no process grows once it is warm;
+- nothing is raised, nothing hangs (all stacks are dumped), and no process grows once it is warm;
 - when the server stays up, hits return;
 - `catalog.sweep` leaves whole chunks alone and no halves, and no mention of a chunk that is gone.
 
@@ -25,12 +29,15 @@ import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from random import Random
 from unittest.mock import patch
 
@@ -40,6 +47,7 @@ from torch import Tensor
 from chunkcache import RedisChunkCache, catalog, open_store
 from chunkcache.kv.codec import FORMAT
 from chunkcache.reuse.index import ANCHOR_FORMAT
+from tests.interrupting import after
 from tests.models import PAD, VOCABULARY, tiny
 from tests.servers import Server, redis_binary
 
@@ -52,7 +60,10 @@ MOST_GROWTH = 48 << 20  # bytes of RAM of one process, behind the warm-up
 TIE = 1e-3  # difference of two logits that rounding may turn round
 RETURN_SECONDS = 60.0  # for hits to return; a store in trouble is left alone for 5 s
 STUCK_SECONDS = 120.0
+CHILD_SECONDS = 60
 KEPT_RUNS = 256
+INTERRUPTED = 0.15  # share of the prompts
+FORKED = 0.04
 
 
 class Worker:
@@ -111,7 +122,14 @@ class Worker:
 
     def ask(self, ids: Tensor, pads: Sequence[int], cache: RedisChunkCache) -> Tensor:
         """Generate, and compare. `ids` is `[rows, tokens]`, `pads` the padding left of each."""
+        while self.source.random() < INTERRUPTED:
+            moment = self.source.uniform(0.0005, 0.03)
+            self.seen["interrupts"] += after(moment, partial(self.generate, ids, pads, cache))
+        forks = self.source.random() < FORKED
+        child = Child(self, ids, pads, cache) if forks else None
         out = self.generate(ids, pads, cache)
+        if child:
+            child.check()
         report = cache.report
         kinds = {kind: getattr(report, kind) for kind in ("reused", "moved", "recomputed")}
         self.seen.update(kinds, prompts=1, tokens=report.prompt_tokens, errors=report.store_errors)
@@ -172,6 +190,55 @@ class Worker:
                         wanted.pop(reuse, None)
             time.sleep(0.2 if wanted else 0)
         assert not wanted, f"no hits with reuse={list(wanted)} though the server is back"
+
+
+class Child:
+    """A forked process that asks what its parent asks meanwhile, with the same cache object.
+
+    `check` waits for it, and raises if it did not get the right tokens.
+    """
+
+    def __init__(
+        self, worker: Worker, ids: Tensor, pads: Sequence[int], cache: RedisChunkCache
+    ) -> None:
+        self.asked = worker, ids, pads, cache
+        worker.plain(ids, pads)  # known before
+        self.status = -1
+        # At once, or from another thread amid the parent's prompt.
+        self.moment = worker.source.choice([0.0, worker.source.uniform(0.0, 0.03)])
+        self.thread = threading.Thread(target=self.live)
+        self.thread.start()
+        if not self.moment:
+            self.thread.join()
+
+    def check(self) -> None:
+        self.thread.join()
+        self.asked[0].seen["forks"] += 1
+        assert self.status == 0, f"a forked child ended with {self.status}"
+
+    def live(self) -> None:
+        time.sleep(self.moment)
+        pid = os.fork()
+        if not pid:
+            self.ask()
+        self.status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def ask(self) -> None:
+        """The child's life."""
+        signal.alarm(CHILD_SECONDS)  # faulthandler would wait for a thread of the parent
+        worker, ids, pads, cache = self.asked
+        try:
+            fresh = RedisChunkCache(worker.model, worker.store, chunk_size=CHUNK)
+            for each in (cache, fresh):
+                exact = each.settings.reuse == "prefix" or each.settings.repair == "full"
+                out = worker.generate(ids, pads, each)
+                if exact:
+                    worker.compare(out, worker.plain(ids, pads), pads, str(each.report))
+            worker.store.flush(5)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
 
 
 def resident() -> int:

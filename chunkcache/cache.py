@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from chunkcache.errors import UnsupportedCallError
+from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.explain import explain
 from chunkcache.insight.explanation import Explanation
@@ -31,6 +33,11 @@ from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.readonly import ReadOnly
 from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
+
+_NOT_REACHED = (
+    "no forward has been given this cache since generate() began: PEFT's prefix tuning, for one, "
+    "puts a cache of its own in its place"
+)
 
 
 class RedisChunkCache(DynamicCache, PrefillAware):
@@ -99,8 +106,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self._sequence.identify()  # now, rather than within the time to the first token
             if anywhere and not self._setup.foreign_code:
                 self._sequence.mover()  # or refuse the model at once
+        state.caches.add(self)  # before the hook, which is taken off where there is none
         install(inner)
-        state.caches.add(self)
 
     @property
     def store(self) -> ChunkStore:
@@ -124,9 +131,12 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         # Seem empty until the prompt has been seen. Told a length, generate() would cut off that
         # many ids unseen, whether or not they are those whose K/V are held.
         self._owner.begin_call(self)
+        if self._owner.failed:
+            self._forget()
         self._sequence.check_edited()
         self._parked = not self._sequence.is_resized
         self._records_past = False
+        self.report = Report(skipped=_NOT_REACHED, tokenizer=self._setup.tokenizer)
 
     @property
     def is_compileable(self) -> bool:
@@ -159,8 +169,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; the number is negative, as in `DynamicCache`."""
-        super().crop(tokens_to_remove)
-        self._sequence.transcript.crop(self._sequence.length)
+        with self._change():
+            super().crop(tokens_to_remove)
+            self._sequence.transcript.crop(self._sequence.length)
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` needs to take tokens back, also in layers that come later."""
@@ -169,19 +180,43 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._sequence.transcript.take_rows(beam_idx)
+        with self._change():
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self._sequence.transcript.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        super().batch_repeat_interleave(repeats)
-        transcript = self._sequence.transcript
-        transcript.take_rows(torch.arange(len(transcript.pads)).repeat_interleave(repeats))
+        with self._change():
+            super().batch_repeat_interleave(repeats)
+            transcript = self._sequence.transcript
+            transcript.take_rows(torch.arange(len(transcript.pads)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows given."""
-        super().batch_select_indices(indices)
-        self._sequence.transcript.take_rows(indices)
+        with self._change():
+            super().batch_select_indices(indices)
+            self._sequence.transcript.take_rows(indices)
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Around a change of all layers: half of it is as a forward that failed half-way."""
+        before, self._owner.failed = self._owner.failed, True
+        yield
+        self._owner.failed = before
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            PickleError: Always; it says what to pass to another process instead.
+        """
+        raise PickleError.of(self)
+
+    def __copy__(self) -> Self:
+        """Another object on the same layers."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy what is held; model, store and tokenizer stay shared."""
@@ -211,8 +246,14 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self._forget()
         self._sequence.check_edited()
         held = past = self._sequence.length
+        as_plain = False
         if starts and not self._continues(call, held):
-            common = self._sequence.common_columns(call) if held else 0
+            common = 0
+            if held and not self._sequence.edited:
+                common = self._sequence.plain_columns(module, call)
+                as_plain = common > 0
+            if held and not as_plain:
+                common = self._sequence.common_columns(call)
             held, past = self._keep(common), 0
         self._sequence.transcript.crop(held)
         total = past + call.new
@@ -221,14 +262,13 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             past=past,
             held=held,
             total=total,
-            certain=total - max(call.keep - 1, 0),
-            is_prompt=starts or not held or computed > max(call.keep, 1),
+            certain=total - call.drafts,
+            is_prompt=starts or not held or computed > call.drafts + 1,
+            as_plain=as_plain,
             may_run_ahead=not past and not again and self._setup.runs_ahead,
         )
         if self._step.is_prompt:
-            if again:
-                self.report = self.report.again()
-            elif starts or not past or past != self._reported:
+            if not again and (starts or not past or past != self._reported):
                 self.report = Report(tokenizer=self._setup.tokenizer)
             self._reported = total
         rest = self._sequence.begin(module, call, self._step, self.report)
@@ -238,11 +278,18 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def end_forward(self, module: nn.Module) -> bool:
         """Keep the chunks that this forward has completed. True if it must be done again."""
+        try:
+            again = self._sequence.end(self._step, self.report)
+        except StoreError:  # of storing: what is held is sound
+            self._owner.end_forward()
+            raise
         self._owner.end_forward()
-        again = self._sequence.end(self._step, self.report)
         if again:
-            self._forget()
-            self._again = True
+            why = self._sequence.opaque
+            past = [max(self._step.past - pad, 0) for pad in self._sequence.transcript.pads]
+            self.report = self.report.again(past)
+            self._keep(self._step.past)  # which this forward was not given
+            self._sequence.opaque, self._again = why, True
         else:
             self._meter.read(self.report, self._step.is_prompt)
         return again
@@ -276,7 +323,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 "new prompt or continue what the cache holds: call cache.reset() before a new "
                 "prompt, pass the whole text to continue"
             )
-        return bool(held) and first == held
+        return bool(held) and first == self._sequence.follows_at(held)
 
     def _keep(self, columns: int) -> int:
         """Drop all that is held but the first columns."""
@@ -288,13 +335,15 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def _forget(self) -> None:
         """Become empty, as new."""
+        self._owner.failed = True  # until all of it is new
         if self._step.arrival:  # of a forward that was interrupted
             self._step.arrival.stop()
             self._step.arrival = None
-        self._parked = self._again = self._owner.failed = False
+        self._step.witness = None
         self._sequence = Sequence(self._setup)
         self._meter = Meter()
         self.layers = self._sequence.layers
+        self._parked = self._again = self._owner.failed = False
 
     # ------------------------------------------------------------------ what users call
 

@@ -10,17 +10,18 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any
 
 from torch import nn
 
 from chunkcache.cache import RedisChunkCache
-from chunkcache.model.check import CACHE, check_model
+from chunkcache.model.check import CACHE, TAKES_A_CACHE, check_model
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.reuse.prefill import cache_in, is_installed, uninstall
+from chunkcache.reuse.prefill import INSTALLING, cache_in, is_installed, uninstall
 from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.locks import ForkSafeLock
 
 
 @dataclass(eq=False)
@@ -71,21 +72,23 @@ def enabled(
         SettingError: As `RedisChunkCache`, at once.
     """
     inner = check_model(model)
-    with _LOCK:
-        hooked = is_installed(inner)
-        try:
-            # What cannot work is told of here, before any prompt.
-            context = Enabled(RedisChunkCache(inner, store, **settings).store, settings)
-        except Exception:
-            _unhook(inner, hooked)
-            raise
-        cover = _COVERS.setdefault(id(inner), _Cover(inner, hooked))
-        cover.open(context)
+    cover = context = None
     try:
+        with _LOCK.own:
+            hooked = is_installed(inner)
+            try:
+                # What cannot work is told of here, before any prompt.
+                context = Enabled(RedisChunkCache(inner, store, **settings).store, settings)
+            except BaseException:
+                _unhook(inner, hooked)
+                raise
+            cover = _COVERS.setdefault(id(inner), _Cover(inner, hooked))
+            cover.open(context)
         yield context
     finally:
-        with _LOCK:
-            cover.close(context)
+        if cover is not None and context is not None:
+            with _LOCK.own:
+                cover.close(context)
 
 
 class _Cover:
@@ -108,11 +111,14 @@ class _Cover:
             self.model.generate = generate
 
     def close(self, context: Enabled) -> None:
-        self.contexts.remove(context)
+        if context in self.contexts:  # not if its opening was interrupted
+            self.contexts.remove(context)
         if self.contexts:
             return
-        del self.model.generate, _COVERS[id(self.model)]
-        if self.own is not None:
+        _COVERS.pop(id(self.model), None)
+        if self.own is None:
+            vars(self.model).pop("generate", None)
+        else:
             self.model.generate = self.own
         _unhook(self.model, self.hooked)
 
@@ -137,16 +143,18 @@ class _Cover:
             return True
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         for source in (kwargs, vars(config or self.model.generation_config)):
-            if source.get("use_cache") is False or source.get("cache_implementation"):
+            implementation = source.get("cache_implementation")
+            if source.get("use_cache") is False or implementation not in TAKES_A_CACHE:
                 return True
         return False
 
 
 def _unhook(model: nn.Module, hooked: bool) -> None:
     """Take our hook off a model that did not have it before, unless a cache lives that needs it."""
-    if not hooked and not ModelState.of(model).caches:
-        uninstall(model)
+    with INSTALLING:
+        if not hooked and not ModelState.of(model).caches:
+            uninstall(model)
 
 
 _COVERS: dict[int, _Cover] = {}
-_LOCK = RLock()
+_LOCK = ForkSafeLock()

@@ -1,5 +1,7 @@
 """The exceptions a user can meet. Each message names the setting or call at fault and its mend."""
 
+from typing import Self
+
 
 class ChunkCacheError(Exception):
     """Base of all errors raised by chunkcache. `cause` is one word for it, for counting."""
@@ -17,6 +19,19 @@ class UnsupportedModelError(ChunkCacheError, TypeError):
 
 class UnsupportedCallError(ChunkCacheError, ValueError):
     """The call contradicts the use of a cache (for instance `use_cache=False`)."""
+
+
+class PickleError(ChunkCacheError, TypeError):
+    """A cache or a store cannot be sent to another process; its URL can."""
+
+    @classmethod
+    def of(cls, thing: object) -> Self:
+        """The error for a cache or store that was to be pickled."""
+        return cls(
+            f"a {type(thing).__name__} cannot be pickled, as it holds connections, threads or the "
+            "memory of this process: pass the store's URL to the other process, and call "
+            "RedisChunkCache(model, url) or open_store(url) there"
+        )
 
 
 class StoreError(ChunkCacheError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class Counts:
 
     @property
     def reused(self) -> int:
-        """Tokens whose K/V were taken as they are."""
+        """Tokens whose K/V were taken as they are; one may have been computed again, as a check."""
         return self.count(Kind.REUSED)
 
     @property
@@ -147,11 +147,23 @@ class Report(Counts):
         if not any(known in str(error) for known in self.errors):
             self.errors.append(str(error))
 
-    def again(self) -> Report:
-        """A report for doing the same prompt again: what went wrong is kept."""
+    def again(self, past: Sequence[int]) -> Report:
+        """A report for doing the same forward again: what went wrong is kept.
+
+        Args:
+            past: Tokens of each row that came before this forward; their spans are kept too.
+        """
+        rows = [
+            RowReport(
+                [span for span in row.spans if span.start < start],
+                None if row.ids is None else row.ids[:start],
+            )
+            for row, start in zip(self.rows, past, strict=False)
+            if any(past)
+        ]
         times = ("lookup_ms", "read_ms", "prefill_ms")
         kept = (*times, "bytes_read", "store_errors", "causes", "errors", "tokenizer")
-        return Report(**{name: getattr(self, name) for name in kept})
+        return Report(rows, **{name: getattr(self, name) for name in kept})
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, the per-chunk rows and the rows of the batch, ready for JSON. No text."""
@@ -179,7 +191,7 @@ class Report(Counts):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no prompt yet"
+            return f"no prompt yet: {self.skipped}" if self.skipped else "no prompt yet"
         parts = [f"{self.reused:,} of {self.prompt_tokens:,} prompt tokens reused"]
         parts += [
             f"{count:,} {kind}"

@@ -43,10 +43,20 @@ MODULES = """
 
 
 def cache_folder() -> Path:
-    """`CHUNKCACHE_CACHE_DIR`, or this user's cache folder. Not created yet."""
+    """`CHUNKCACHE_CACHE_DIR`, or this user's cache folder. Not created yet.
+
+    Raises:
+        SettingError: This user has no home folder.
+    """
     if chosen := os.environ.get("CHUNKCACHE_CACHE_DIR"):
         return Path(chosen)
-    return user_cache_path("chunkcache")
+    try:
+        return user_cache_path("chunkcache")
+    except RuntimeError as error:
+        raise SettingError(
+            f"no folder for the sample model ({error}): set CHUNKCACHE_CACHE_DIR to a folder with "
+            "600 MB free that you can write to"
+        ) from None
 
 
 def smollm2_folder() -> Path:

@@ -113,6 +113,8 @@ class Server:
         with self.client() as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
             client.config_set("maxmemory", 0)
+            client.config_set("proto-max-bulk-len", 512 << 20)
+            client.config_set("client-output-buffer-limit", "normal 0 0 0")
             client.config_set("maxmemory-policy", "noeviction")
             client.flushall()
 

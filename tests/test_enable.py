@@ -14,10 +14,11 @@ from chunkcache import (
     RedisChunkCache,
     SettingError,
     UnsupportedModelError,
+    cache,
     enabled,
 )
 from chunkcache.model.check import CACHE
-from chunkcache.reuse.prefill import is_installed
+from chunkcache.reuse.prefill import install, is_installed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.words import word_tokenizer, words
@@ -124,6 +125,22 @@ def test_a_cache_that_lives_keeps_its_hook(model, store):
         found = model.generate(IDS, past_key_values=mine, **HOW)
         assert torch.equal(found, model.generate(IDS, **HOW))
         assert mine.report.prompt_tokens == 300
+
+
+def test_a_cache_that_another_thread_is_making_keeps_it_too(model, store, monkeypatch):
+    context = enabled(model, store)
+
+    def install_and_lose_the_cpu(inner):
+        install(inner)
+        context.__exit__(None, None, None)
+
+    context.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(cache, "install", install_and_lose_the_cpu)
+        made = pool.submit(RedisChunkCache, model, store).result()
+    found = model.generate(IDS, past_key_values=made, **HOW)
+    assert torch.equal(found, model.generate(IDS, **HOW))
+    assert made.report.prompt_tokens == 300
 
 
 def test_nested_the_innermost_counts(model, store):

@@ -18,6 +18,7 @@ from chunkcache.cli import app as cli
         (errors.SettingError, ValueError),
         (errors.UnsupportedModelError, TypeError),
         (errors.UnsupportedCallError, ValueError),
+        (errors.PickleError, TypeError),
         (errors.StoreError, Exception),
         (errors.BlobError, Exception),
     ],

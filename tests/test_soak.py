@@ -1,4 +1,4 @@
-"""Soak: several processes, and a server that is killed again and again; see `benchmarks.soak`."""
+"""Soak: a server that is killed, prompts that are interrupted, forks; see `benchmarks.soak`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections import Counter
 
 from benchmarks.soak import soak
 
-TRIALS = ("kills", "errors", "evicted keys", "hits amid faults", "moved", "approximate")
+TRIALS = (
+    "kills", "errors", "evicted keys", "hits amid faults", "moved", "approximate", "interrupts",
+    "forks",
+)  # fmt: skip
 
 
 def test_processes_outlive_their_server() -> None:

@@ -17,6 +17,7 @@ from chunkcache.stores.base import Listed
 from chunkcache.tokens.chunking import Tokens
 from chunkcache.tokens.listed import from_text
 from chunkcache.tokens.matching import StoredChunk, grow
+from chunkcache.tokens.plan import stretches
 
 WINDOW = 32  # tokens that must be alike
 
@@ -58,6 +59,18 @@ def windows(rows: Sequence[Tokens], wanted: Sequence[Mask]) -> dict[bytes, dict[
         for start in np.flatnonzero(whole).tolist():
             places[ids[start : start + WINDOW].tobytes()].setdefault(number, start)
     return places
+
+
+def repeats(row: Tokens, wanted: Mask) -> list[tuple[int, int]]:
+    """Start and stop of stretches of wanted tokens whose text stands earlier in the row."""
+    ids, seen = np.ascontiguousarray(row, dtype="<i8"), set()
+    again = np.zeros(len(row), dtype=bool)
+    for start in range(len(row) - WINDOW + 1):
+        window = ids[start : start + WINDOW].tobytes()
+        if window in seen:
+            again[start : start + WINDOW] = True
+        seen.add(window)
+    return [(a, b) for a, b, value in stretches(again & wanted) if value]
 
 
 def text_of(origin: Origin, entry: Listed) -> Tokens | None:

@@ -30,6 +30,9 @@ OTHER_POSITION = ", at another position"
 OTHER_CUT = ", cut into other chunks"
 PART = ", but only a part of a chunk is alike"
 PERHAPS = ", perhaps behind other text"
+# Chunks of this very cache's world that the index does not know: stored with reuse="prefix", or
+# their entries were evicted.
+NOT_INDEXED = ", and not indexed: only what is stored with reuse='anywhere' can be moved"
 
 # Parts of an identity as people call them; the others are named as they are.
 _NAMES = {"config": "configuration", "rope": "RoPE", "layout": "version of Transformers"}
@@ -117,15 +120,16 @@ class _Reasons:
         if key.world_size == mine.world_size and key.worker != mine.worker:
             return None
         where, far = self._where(match)
+        index = "" if where else NOT_INDEXED
         if not match.whole:
-            return f"in the store{where}{PART}", 30 + far
+            return f"in the store{where}{PART}{index}", 30 + far
         if not match.stands:
-            return f"in the store{where}{OTHER_POSITION}", 20 + far
+            return f"in the store{where}{OTHER_POSITION}{index}", 20 + far
         if (match.at, match.at + match.size) not in self._spans[match.row]:
             return self._other_cut(match, where), 10 + far
         if rooted:  # of this very prompt: so if nothing else differs, the secret does
             return f"in the store{where}" if where else OTHER_SECRET, 1 + far
-        return f"in the store{where}{PERHAPS}" if where else OTHER_CONTEXT, 10 + far
+        return f"in the store{where}{PERHAPS}" if where else OTHER_CONTEXT + NOT_INDEXED, 10 + far
 
     def _is_rooted(self, match: Match) -> bool:
         """Whether a chunk is known to have stood behind the text that stands before it here."""
@@ -160,13 +164,14 @@ class _Reasons:
         """Of a chunk where this prompt has none: whether its size would give it here."""
         grid = match.size, self._settings.chunk_overlap
         if where or grid[0] <= grid[1]:
-            return f"in the store{where}{OTHER_CUT}"
+            return f"in the store{where}{OTHER_CUT}{'' if where else NOT_INDEXED}"
         if (match.row, *grid) not in self._cuts:
             chunks = cut(self._rows[match.row], Grid(*grid), self._origin.salt)
             self._cuts[match.row, *grid] = {chunk.hash for chunk in chunks}
         if match.key.chunk_hash in self._cuts[match.row, *grid]:
-            return f"in the store, in a chunk of {match.size} tokens"
-        return f"in the store{OTHER_CUT}"
+            index = NOT_INDEXED if self._settings.reuse == "anywhere" else ""
+            return f"in the store, in a chunk of {match.size} tokens{index}"
+        return f"in the store{OTHER_CUT}{NOT_INDEXED}"
 
 
 def _difference(

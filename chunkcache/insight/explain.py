@@ -14,6 +14,7 @@ import numpy as np
 
 from chunkcache.errors import StoreError
 from chunkcache.gain import NO_GAIN
+from chunkcache.insight.alike import repeats
 from chunkcache.insight.elsewhere import sightings
 from chunkcache.insight.explanation import Explanation, Finding
 from chunkcache.insight.fates import RowFate
@@ -90,9 +91,10 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
     passages = [Passage(t, start, len(t) - 1) for t, start in zip(rows, known, strict=True)]
     errors: tuple[str, ...] = ()
     pieces: list[list[Piece]] = [[] for _ in rows]
+    short = pieces
     try:
-        found = search(origin, passages).pieces
-        held = {piece.chunk.hash: piece.chunk for row in found for piece in row}
+        found = search(origin, passages)
+        held = {piece.chunk.hash: piece.chunk for row in found.pieces for piece in row}
         sizes |= blob_sizes(setup.store, held, origin.key)
         damaged |= {
             name
@@ -102,17 +104,21 @@ def _explain(setup: Setup, prompt: Prompt, decode: Decode | None, elsewhere: boo
             )
         }
         sizes |= dict.fromkeys(damaged, 0)
-        pieces = found
+        pieces, short = found.pieces, found.short
     except StoreError as error:
         _raise_if_asked(setup, error)
         errors = (str(error),)
     exact = [
-        {piece for piece in found if is_exact(piece, tokens, setup.grid, origin.salt)}
-        for found, tokens in zip(pieces, rows, strict=True)
+        {piece for piece in row if is_exact(piece, tokens, setup.grid, origin.salt)}
+        for row, tokens in zip(pieces, rows, strict=True)
     ]
     looks = [
         RowFate(row, setup, sizes, *parts, damaged=damaged)
         for row, parts in enumerate(zip(pads, plans, known, pieces, exact, strict=True))
+    ]
+    looks = [
+        replace(look, short=few, repeats=repeats(tokens, look.missing()))
+        for look, tokens, few in zip(looks, rows, short, strict=True)
     ]
     if elsewhere:
         try:

@@ -14,7 +14,7 @@ from chunkcache.repair import Mask
 from chunkcache.reuse.step import Setup
 from chunkcache.tokens.chunking import Chunk, Tokens
 from chunkcache.tokens.matching import Piece
-from chunkcache.tokens.plan import NOT_IN_STORE, Kind, RowPlan
+from chunkcache.tokens.plan import NOT_IN_STORE, TOO_SHORT, Kind, RowPlan
 from chunkcache.tokens.seams import Decode, Seam, find_seams
 
 LAST_TOKEN = "the last token is always computed"
@@ -27,6 +27,7 @@ OTHER_CONTEXT = "computed behind other text"
 INEXACT_CONTEXT = "computed behind moved text"
 DAMAGED = "its blob is damaged: it has not the length that it must have"
 BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
+REPEATED = "not in the store; it repeats text of this prompt, which can be moved once it is stored"
 WOULD_MOVE = ": reuse='anywhere' would find it"
 
 
@@ -44,7 +45,9 @@ class RowFate:
         pieces: What was found by its text behind those.
         exact: Those of them whose K/V would be taken as they are.
         damaged: Hashes of chunks whose blob cannot be sound; they count as missing.
+        short: What was found by its text too, in runs that are too short to be moved.
         seen: Where the store has the rest of its text, though not for this cache.
+        repeats: Start and stop of text that nothing has, and that stands earlier in the row too.
     """
 
     row: int
@@ -56,7 +59,9 @@ class RowFate:
     pieces: list[Piece]
     exact: set[Piece]
     damaged: Collection[str] = ()
+    short: Sequence[Piece] = ()
     seen: Sequence[Sighting] = ()
+    repeats: Sequence[tuple[int, int]] = ()
 
     @property
     def _may_move(self) -> bool:
@@ -111,15 +116,14 @@ class RowFate:
         by_text = [self._piece(piece, here) for piece in self.pieces]
         # What is said later of a token hides what was said before.
         said = [
-            Finding(0, end, Kind.COMPUTED, reason=NOT_IN_STORE, row=self.row),
+            self._told(0, end, NOT_IN_STORE),
             *missing,
-            *(
-                Finding(s.start, s.stop, Kind.COMPUTED, reason=s.reason, row=self.row)
-                for s in self.seen
-            ),
+            *(self._told(a, b, REPEATED) for a, b in self.repeats if self._may_move),
+            *(self._told(s.start, s.stop, s.reason) for s in self.seen),
+            *(self._told(p.start, p.stop, TOO_SHORT) for p in self.short if self._may_move),
             *([*there, *by_text] if self._may_move else [*by_text, *there]),
             *(self._chunk(chunk, "", Kind.REUSED) for chunk in exact),
-            Finding(max(end - 1, 0), end, Kind.COMPUTED, reason=LAST_TOKEN, row=self.row),
+            self._told(max(end - 1, 0), end, LAST_TOKEN),
         ]
         speaker = np.zeros(end, dtype=np.int64)
         for number, finding in enumerate(said):
@@ -133,6 +137,9 @@ class RowFate:
             else f
             for f in findings
         ]
+
+    def _told(self, start: int, stop: int, why: str) -> Finding:
+        return Finding(start, stop, Kind.COMPUTED, reason=why, row=self.row)
 
     def _chunk(self, chunk: Chunk, why: str, kind: Kind = Kind.COMPUTED) -> Finding:
         if chunk.hash in self.damaged:

@@ -95,6 +95,10 @@ class GrowingLayer(DynamicLayer):
         self._in_a_graph = False  # written to by a compiled forward
         self._ours: tuple[Any, Any] = (None, None)  # keys and values as we left them
         self._writes: WriteCount | None = None
+        # Whether the next update keeps the K/V that it overwrites in its first column, and these,
+        # `[batch, kv_heads, 1, head_dim]` each (see witness.py).
+        self.keeps_first = False
+        self.first: LayerKV | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: all but the bytes of memory that is not its own."""
@@ -224,6 +228,8 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._ours = self.keys, self.values
+        if self.keeps_first:
+            self._keep_first()
         if torch.compiler.is_compiling():  # a graph has no counters: what it writes is ours
             self._in_a_graph = True
             self._write(key_states, value_states, *args, **kwargs)
@@ -248,6 +254,17 @@ class GrowingLayer(DynamicLayer):
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, held:total].copy_(new)
         self.hold(total)
+
+    def _keep_first(self) -> None:
+        self.keeps_first = False
+        held = self.get_seq_length()
+        keys, values = (
+            room[:, :, held : held + 1].clone()
+            if self.columns is None
+            else room.index_select(2, self.columns[:1].to(room.device))
+            for room in self._rooms
+        )
+        self.first = keys, values
 
     def _write_in_the_middle(
         self, key_states: Tensor, value_states: Tensor, columns: Tensor

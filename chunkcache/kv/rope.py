@@ -15,21 +15,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chunkcache.kv.codec import LayerKV
 
-# Largest error of a predicted key, relative to the largest key, that rounding explains. Wrong
-# rules are off by 20 % and more.
-TOLERANCE = {
-    torch.float64: 2e-4,
-    torch.float32: 2e-4,
-    torch.float16: 4e-3,
-    torch.bfloat16: 2e-2,
+# Largest relative error of one rounding, in each type.
+UNIT = {
+    torch.float64: 2**-24,  # parts of many models compute in float32 all the same
+    torch.float32: 2**-24,
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-8,
 }
+ANGLE_UNIT = 2**-24  # angles are computed in float32, whatever the type
+# So many a turned key has behind it, relative to the length of its pair: of cosine and sine, of the
+# products with them, of their sum, and ours. And two to spare.
+ROUNDINGS = 6
+
+
+def rounding(lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a few roundings leave of error in numbers out of pairs of these lengths, in float64."""
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # no number is rounded finer
+    return lengths.double() * (ROUNDINGS * UNIT[dtype]) + ROUNDINGS * smallest
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +86,22 @@ class Rotation:
         torch.mul(b, cos, out=d).addcmul_(a, sin)
         if wide is not target:
             target.copy_(wide)
+
+    def slack(self, x: Tensor, positions: Tensor) -> Tensor:
+        """How far off rounding may leave `[..., tokens, head_dim]`, turned to `positions`.
+
+        In proportion to each pair, not to the largest key: biases make some keys a hundred times as
+        large as others, and a wrong rule for those others must show. In float64.
+        """
+        lengths, angles = x.double().abs(), torch.zeros_like(x, dtype=torch.float64)
+        end = self.first + 2 * len(self.inv_freq)
+        length = torch.hypot(*self._pairs(x[..., self.first : end].double()))
+        angle = positions.to(x.device).double()[:, None] * self.inv_freq.to(x.device).double()
+        for half in self._pairs(lengths[..., self.first : end]):
+            half.copy_(length)
+        for half in self._pairs(angles[..., self.first : end]):
+            half.copy_(length * angle * (2 * ANGLE_UNIT))
+        return rounding(lengths, x.dtype) + angles
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second of each pair."""
@@ -172,13 +196,19 @@ LoneToken = Sequence[LayerKV | None]
 """Keys and values of every layer for single tokens: `[batch, kv_heads, 1, head_dim]` each."""
 
 
-def find_rules(model: nn.Module, at_zero: LoneToken, moved: dict[int, LoneToken]) -> KeyMover | str:
+def find_rules(
+    model: nn.Module,
+    at_zero: LoneToken,
+    moved: dict[int, LoneToken],
+    noises: Sequence[tuple[float, float]],
+) -> KeyMover | str:
     """Find each layer's rule.
 
     Args:
         model: Its buffers give the frequencies.
         at_zero: What a few lone tokens cache at position 0.
         moved: The same tokens at other positions.
+        noises: How far off each layer's keys and values may be because of what comes before them.
 
     Returns:
         The rules, or why there are none for some layer.
@@ -193,7 +223,7 @@ def find_rules(model: nn.Module, at_zero: LoneToken, moved: dict[int, LoneToken]
         found = []
         for part, what in enumerate(("keys", "values")):
             samples = {p: layers[index][part] for p, layers in moved.items()}  # type: ignore[index]
-            rule = _fit(start[part], samples, known)
+            rule = _fit(start[part], samples, known, noises[index][part])
             if isinstance(rule, str):
                 return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
             found.append(rule)
@@ -228,27 +258,40 @@ def _frequencies(model: nn.Module) -> list[Tensor]:
     return tables
 
 
-def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation]) -> _Fit:
+def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation], noise: float) -> _Fit:
     """The rotation that turns `start` into every sample, `None` for no turn, or what is wrong."""
-    tolerance = TOLERANCE[start.dtype]
-    if _error(None, start, samples) <= tolerance:
-        return None
-    best, smallest = None, float("inf")
-    for rotation in known:
-        if rotation.first + 2 * rotation.inv_freq.shape[0] <= start.shape[-1]:
-            error = _error(rotation, start, samples)
-            if error < smallest:
-                best, smallest = rotation, error
-    return best if best and smallest <= tolerance else f"the best is off by {smallest:.0e}"
+    best: Rotation | None = None
+    smallest, why = float("inf"), ""
+    for rotation in (None, *known):
+        if rotation is None or rotation.first + 2 * len(rotation.inv_freq) <= start.shape[-1]:
+            ratio, figures = _error(rotation, start, samples, noise)
+            if ratio <= 1 and rotation is None:
+                return None
+            if ratio < smallest:
+                best, smallest, why = rotation, ratio, figures
+    return best if smallest <= 1 else f"the best is off by {why}"
 
 
-def _error(rotation: Rotation | None, start: Tensor, samples: dict[int, Tensor]) -> float:
-    worst = 0.0
+def _error(
+    rotation: Rotation | None, start: Tensor, samples: dict[int, Tensor], noise: float
+) -> tuple[float, str]:
+    """How far off a rule is at worst, as a multiple of what rounding explains, and in figures."""
+    worst, figures = 0.0, ""
     for position, sample in samples.items():
-        expected: Any = start
+        expected, allowed = start, rounding(start.abs(), start.dtype)
         if rotation is not None:
             new = torch.tensor([position], device=start.device)
             expected = rotation.move(start, torch.zeros_like(new), new)
-        difference = (sample.double() - expected.double()).abs().max() / sample.abs().max()
-        worst = max(worst, float(difference))
-    return worst
+            allowed = rotation.slack(start, new)
+        allowed = allowed + noise
+        error = (sample.double() - expected.double()).abs()
+        ratios = (error / allowed).nan_to_num(torch.inf)
+        at = int(ratios.argmax())
+        if float(ratios.flatten()[at]) > worst:
+            worst = float(ratios.flatten()[at])
+            largest = float(sample.abs().max())
+            figures = (
+                f"{float(error.flatten()[at]) / largest:.1e} of the largest at position "
+                f"{position}, bound {float(allowed.flatten()[at]) / largest:.1e}"
+            )
+    return worst, figures

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -91,9 +92,9 @@ def export_pack(
         raise SettingError(NONE_MEANT)
     found.sort(key=lambda entry: entry.key)
     writer = _Writer(found, _mentions(store, {_hash(entry.key) for entry in found}))
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:  # follows no link that somebody has put there
             exported = writer.write(store, file, progress)
         os.replace(partial, path)
     except OSError as error:

@@ -13,6 +13,9 @@ from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
 # What models call the cache among their arguments: another name since Transformers 5.24.
 _NEW = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if _NEW else "past_key_values"
+# Values of cache_implementation for which generate() takes the cache that it is given: it ignores
+# the second, which checkpoints of Gemma 2 and 3 and others name from the time when it was needed.
+TAKES_A_CACHE = (None, "hybrid")
 
 
 def check_model(model: Any) -> nn.Module:
@@ -23,6 +26,14 @@ def check_model(model: Any) -> nn.Module:
         UnsupportedCallError: The model's generation settings exclude a cache of the user's.
     """
     inner = getattr(model, "_orig_mod", model)
+    if any(
+        getattr(adapter, "peft_type", None) == "XLORA"
+        for adapter in getattr(inner, "peft_config", {}).values()
+    ):
+        raise UnsupportedModelError(
+            "an X-LoRA model computes with use_cache=False always, whatever generate() is told: "
+            "generate without chunkcache"
+        )
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     config = getattr(inner, "config", None)
@@ -55,7 +66,7 @@ def check_model(model: Any) -> nn.Module:
         raise UnsupportedModelError(f"{name} takes no {CACHE}{state}: generate without chunkcache")
     generation_config = getattr(inner, "generation_config", None)
     implementation = getattr(generation_config, "cache_implementation", None)
-    if implementation is not None:
+    if implementation not in TAKES_A_CACHE:
         raise UnsupportedCallError(
             f"model.generation_config.cache_implementation={implementation!r} excludes "
             "past_key_values=RedisChunkCache(...): set it to None"

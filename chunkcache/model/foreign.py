@@ -9,8 +9,6 @@ that does what the model's definition says does not count.
 from __future__ import annotations
 
 import functools
-import uuid
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import MethodType
@@ -86,19 +84,6 @@ def without_foreign_hooks(model: nn.Module) -> nn.Module:
     return twin(model)
 
 
-def patches(model: nn.Module, parts: Parts | None = None) -> tuple[tuple[str, str], ...]:
-    """Path of each inner module whose `forward` was replaced, and a name of the replacement.
-
-    The name is drawn at random: in this process the same replacement has the same name, in no
-    other process is there one like it.
-    """
-    return tuple(
-        (path, _NAMES.setdefault(module.__dict__["forward"], uuid.uuid4().hex))
-        for path, module in parts or model.named_modules()
-        if path and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    )
-
-
 def hooks_registered() -> int:
     """How many hooks this process has registered so far, on whatever module."""
     return RemovableHandle.next_id
@@ -142,6 +127,3 @@ def _described(call: Callable[..., Any]) -> str:
         call = call.func
     name = getattr(call, "__qualname__", None) or type(call).__qualname__
     return f"{name.rpartition('<locals>.')[2]} of {getattr(call, '__module__', None)}"
-
-
-_NAMES: weakref.WeakKeyDictionary[Callable[..., Any], str] = weakref.WeakKeyDictionary()

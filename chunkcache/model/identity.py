@@ -21,34 +21,15 @@ import transformers
 from torch import nn
 
 from chunkcache.errors import SettingError
-from chunkcache.model.foreign import patches
+from chunkcache.model.attributes import why_random
+from chunkcache.model.makeup import Lines, Makeup, configurations, digest
 from chunkcache.model.ranks import Ranks
+from chunkcache.model.values import settings
 from chunkcache.model.weights import digest_adapters, digest_weights
 
 # Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
 # it, since a release may change what a layer caches (rotated or not, latent or expanded).
 KV_LAYOUT = f"1+transformers-{'.'.join(transformers.__version__.split('.')[:2])}"
-
-# Parts of a configuration that say where a model came from or how outputs are returned, not what
-# its K/V are.
-_INERT = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "dtype",  # each tensor's own counts, with the weights
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "task_specific_params",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +55,21 @@ class ModelIdentity:
     worker: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, edited: Collection[str] = ()) -> ModelIdentity:
+    def of(
+        cls,
+        model: nn.Module,
+        edited: Collection[str] = (),
+        makeup: tuple[Lines, Lines] | None = None,
+    ) -> ModelIdentity:
         """The identity of a model as it stands: weights, adapters and settings of this moment.
 
-        `edited` names tensors that changed while they were watched (see `weights.digest_weights`).
+        Args:
+            model: The model.
+            edited: Tensors that changed while they were watched (see `weights.digest_weights`).
+            makeup: Its attributes and code, where they were looked at already.
         """
+        modules = list(model.named_modules())
+        attributes, code = makeup or Makeup().look(model, modules)
         config: Any = model.config
         revision = getattr(config, "_commit_hash", None) or ""
         parts = (
@@ -90,13 +81,15 @@ class ModelIdentity:
             ("weights", digest_weights(model, edited)),
             ("adapters", digest_adapters(model)),
             ("numerics", numerics(model)),
-            ("patches", json.dumps(patches(model))),
+            ("attributes", digest(attributes)),
+            ("code", digest(code)),
+            ("random", why_random(model, modules)),
         )
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        whole = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ranks = Ranks.of(model)
         name = model_name(model)
-        return cls(name, revision, dtype, digest, parts, ranks.size, ranks.rank)
+        return cls(name, revision, dtype, whole, parts, ranks.size, ranks.rank)
 
     def salt(self, namespace: str, secret: str = "", codec: str = "") -> bytes:
         """The key of every chunk hash of this model, 32 bytes.
@@ -131,15 +124,7 @@ def model_name(model: nn.Module) -> str:
 def digest_config(model: nn.Module) -> str:
     """SHA-256 over all settings of a model that can shape its K/V (64 hex digits)."""
     config: Any = model.config
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items() if k not in _INERT}
-        return value
-
-    settings = plain(config.to_dict())
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(settings(config).encode()).hexdigest()
 
 
 def _rope(config: Any) -> str:
@@ -156,7 +141,7 @@ def numerics(model: nn.Module) -> str:
     if device == "meta":  # weights are elsewhere and come when they are needed
         device = "cpu"
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
-    attention = getattr(config, "_attn_implementation", None)
+    attention = ",".join(str(part._attn_implementation) for part in configurations(config).values())
     experts = getattr(config, "_experts_implementation", None)
     precision = torch.get_float32_matmul_precision()
     return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"

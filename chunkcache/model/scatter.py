@@ -82,4 +82,5 @@ def close_layers(layers: Sequence[Any]) -> None:
     """Go back to appending, and wait for nothing."""
     for layer in layers:
         if isinstance(layer, GrowingLayer):
-            layer.columns = layer.intercept = layer.arriving = None
+            layer.columns = layer.intercept = layer.arriving = layer.first = None
+            layer.keeps_first = False

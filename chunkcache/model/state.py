@@ -6,7 +6,6 @@ import json
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
-from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -16,14 +15,16 @@ from chunkcache.gain import Gauge
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.rope import KeyMover
 from chunkcache.kv.spare import SpareMemory
-from chunkcache.model.foreign import foreign_code, patches, without_foreign_hooks
+from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
+from chunkcache.model.makeup import Lines, Makeup
 from chunkcache.model.moving import find_rotation, prove_moving
-from chunkcache.model.proof import Proof, measure_layout, prove
+from chunkcache.model.proof import Proof, measure_layout, prove, zeros_matter
 from chunkcache.model.ranks import Ranks
-from chunkcache.model.weights import Watched, watch
+from chunkcache.model.weights import PHASES, Parts, Watched, watch
 from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.locks import ForkSafeLock
 
 PROOF_FORMAT = "proof"
 MOVING_FORMAT = "moving"
@@ -37,30 +38,39 @@ class ModelState:
     """
 
     _model: weakref.ref[nn.Module]
-    _lock: RLock = field(default_factory=RLock)
+    _locks: ForkSafeLock = field(default_factory=ForkSafeLock)
     foreign: str = ""  # hooks and the like of others, when the model was looked at last
     memory: SpareMemory = field(default_factory=SpareMemory)
     gauges: weakref.WeakKeyDictionary[ChunkStore, Gauge] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those alive
+    _makeup: Makeup = field(default_factory=Makeup)
     _watched: Watched | None = None
+    _looks: int = 0
     _edited: set[str] = field(default_factory=set)
     _rest: tuple[object, ...] = ()
     _identity: ModelIdentity | None = None
     _proofs: dict[str, Proof] = field(default_factory=dict)
     _movers: dict[str, KeyMover | str] = field(default_factory=dict)
     _rotations: dict[str, KeyMover | None] = field(default_factory=dict)
+    _zeros: dict[tuple[str, str], bool] = field(default_factory=dict)
+    # Identities of which what the store gave was not what the model computed, and how that is told.
+    distrust: dict[str, str] = field(default_factory=dict)
     _stores: dict[tuple[object, ...], ChunkStore] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelState:
         """The state attached to a model, a new one the first time."""
-        with _LOCK:
+        with _LOCK.own:
             state = _STATES.get(model)
             if state is None:
                 state = _STATES[model] = cls(weakref.ref(model))
             return state
+
+    @property
+    def _lock(self) -> Any:
+        return self._locks.own
 
     @property
     def model(self) -> nn.Module:
@@ -79,21 +89,38 @@ class ModelState:
         with self._lock:
             model = self.model
             parts = list(model.named_modules())
-            watched = watch(model, parts)
-            rest = (numerics(model), digest_config(model), patches(model, parts))
+            self._looks += 1
+            watched = watch(model, parts, [self._looks % PHASES])
+            makeup = self._makeup.look(model, parts)
             self.foreign = foreign_code(model, parts)
-            if self._identity is None or watched != self._watched or rest != self._rest:
+            rest = (numerics(model), digest_config(model), *makeup)
+            is_as_before = self._watched is not None and watched.is_like(self._watched)
+            if self._identity is None or not is_as_before or rest != self._rest:
+                if self._makeup.strange and rest != self._rest:
+                    makeup = self._settled(makeup, parts)
+                    rest = (*rest[:2], *makeup)
                 if self._watched is not None:
                     self._edited |= watched.edited_since(self._watched)
-                self._watched, self._rest = watched, rest
-                self._identity = ModelIdentity.of(model, self._edited)
+                identity = ModelIdentity.of(model, self._edited, makeup)
+                # All three or, if an interrupt lands before, none.
+                self._watched, self._rest, self._identity = watch(model, parts), rest, identity
             return self._identity
+
+    def _settled(self, makeup: tuple[Lines, Lines], parts: Parts) -> tuple[Lines, Lines]:
+        """The makeup without what code that is strange to us changes in each forward."""
+        if self.model.training or self.foreign or self.ranks.size > 1:
+            return makeup
+        measure_layout(self.model)
+        self._makeup.forget_changes(makeup, self._makeup.look(self.model, parts))
+        return self._makeup.look(self.model, parts)
 
     def proof(self, identity: ModelIdentity, store: ChunkStore) -> Proof:
         """Whether K/V of that identity, the model's present one, may be reused.
 
         Known from before, known to the store, or tested now.
         """
+        if reason := dict(identity.parts)["random"]:
+            return Proof(reason)
         with self._lock:
             if identity.digest not in self._proofs:
                 self._proofs[identity.digest] = self._prove(store, identity)
@@ -124,6 +151,14 @@ class ModelState:
                 self._rotations[identity.digest] = find_rotation(self.tested)
             return self._rotations[identity.digest]
 
+    def zeros_matter(self, identity: ModelIdentity, name: str) -> bool:
+        """Whether zero token type ids change K/V of that identity, the model's present one."""
+        with self._lock:
+            key = (identity.digest, name)
+            if key not in self._zeros:
+                self._zeros[key] = zeros_matter(self.model, name)
+            return self._zeros[key]
+
     @property
     def ranks(self) -> Ranks:
         """The processes that share the model."""
@@ -135,12 +170,15 @@ class ModelState:
         return self._identity is not None
 
     def open(self, url: str | list[str] | None, **settings: Any) -> ChunkStore:
-        """The store at a URL, or tiers, opened once for all caches of this model."""
+        """The store at a URL, or tiers, opened once for all caches of this model.
+
+        Again if somebody has closed it.
+        """
         with self._lock:
             # The environment may have changed since the last cache.
             named = named_urls() if url is None or url == "" else url
             key = (tuple(named) if isinstance(named, list) else named, *sorted(settings.items()))
-            if key not in self._stores:
+            if key not in self._stores or self._stores[key].closed:
                 self._stores[key] = open_store(url, **settings)
             return self._stores[key]
 
@@ -178,4 +216,4 @@ def _keep_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> Non
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, ModelState] = weakref.WeakKeyDictionary()
-_LOCK = RLock()
+_LOCK = ForkSafeLock()

@@ -2,6 +2,9 @@
 
 Small models are hashed whole. Of the large tensors of large models an even sample is hashed: an
 8-billion-parameter model takes a fraction of a second instead of many.
+
+The watch looks at memory and version counter of each tensor, and at numbers in every row and every
+column, since edits through `.data` leave no other trace.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd, isqrt
 from typing import Any
 
 import torch
@@ -27,7 +32,11 @@ WHOLE_MODEL_BYTES = 4 << 30
 WHOLE_TENSOR_BYTES = 1 << 20
 SAMPLED_RUNS = 1024
 SAMPLED_RUN_BYTES = 64
-PULSE = 4  # numbers of each tensor that the watch looks at
+# Up to this many bytes of weights the watch looks at every number (1 ms). Of larger models it looks
+# at some in every row and column of each tensor, a part of them each time.
+WATCHED_MODEL_BYTES = 8 << 20
+PHASES = 4
+WATCHED_TENSOR = 1 << 10  # and at every number of a tensor of so many
 
 Parts = list[tuple[str, nn.Module]]
 
@@ -45,12 +54,21 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
         edited: Names of tensors that were seen to change in this process. They are hashed whole,
             since an edit can be smaller than the gaps of a sample.
     """
-    small = sum(t.nbytes for _, t in _tensors(model)) <= WHOLE_MODEL_BYTES
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model), key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(_content(tensor.detach(), small or name in edited))
-    return digest.hexdigest()
+    lines: dict[str, bytes] = {}
+    done: dict[int, dict[str, bytes]] = {}
+    small = sum(tensor.nbytes for _, tensor in _tensors(model)) <= WHOLE_MODEL_BYTES
+    for path, module in model.named_modules():
+        for name, held in [*module._parameters.items(), *module._buffers.items()]:
+            place = f"{path}.{name}" if path else name
+            if held is not None and id(held) not in done:
+                done[id(held)] = {
+                    part.removeprefix(name): f" {tuple(tensor.shape)} {tensor.dtype} ".encode()
+                    + content(tensor.detach(), small or f"{path}.{part}".lstrip(".") in edited)
+                    for part, tensor, _ in _plain(module, {name: held})
+                }
+            # Which place shares a tensor with which counts, too.
+            lines |= {place + part: line for part, line in done.get(id(held), {}).items()}
+    return hashlib.sha256(b"".join(n.encode() + lines[n] for n in sorted(lines))).hexdigest()
 
 
 def digest_adapters(model: nn.Module) -> str:
@@ -68,23 +86,26 @@ def digest_adapters(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a model looked like: to be compared with what it looks like later.
+    """What a model's weights looked like: to be compared with what they look like later.
 
     Attributes:
         kinds: Place, type, shape and device of each tensor.
         memory: Storage, offset and in-place version counter of each tensor, in the same order.
-        pulse: A few numbers of every tensor, since edits through `.data` leave no other trace.
-        adapters: State of PEFT layers.
+        pulses: xxh3-128 over some numbers of every tensor, by which of them it were.
     """
 
     kinds: list[tuple[object, ...]]
     memory: list[tuple[object, ...]]
-    pulse: bytes
-    adapters: list[str]
+    pulses: dict[int, bytes]
+
+    def is_like(self, before: Watched) -> bool:
+        """Whether nothing was seen to change."""
+        alike = self.kinds == before.kinds and self.memory == before.memory
+        return alike and self.pulses.items() <= before.pulses.items()
 
     def edited_since(self, before: Watched) -> set[str]:
         """Names of tensors that may have other numbers now; `.to()` and `.half()` edit nothing."""
-        if self.pulse != before.pulse and self.memory == before.memory:
+        if self.memory == before.memory and not self.is_like(before):
             return {_name(kind) for kind in self.kinds}
         then = dict(zip(before.kinds, before.memory, strict=True))
         return {
@@ -99,36 +120,75 @@ def _name(kind: tuple[object, ...]) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def watch(model: nn.Module, parts: Parts | None = None) -> Watched:
-    """Look at a model without reading it all: 2 ms for 300 tensors.
+def watch(
+    model: nn.Module, parts: Parts | None = None, phases: Iterable[int] = range(PHASES)
+) -> Watched:
+    """Look at a model's weights without reading them all: 4 ms for 300 tensors and one phase.
 
-    `parts` are its modules by path, for callers that have them.
+    Args:
+        model: The model.
+        parts: Its modules by path, for callers that have them.
+        phases: Which of the numbers to look at.
     """
     kinds: list[tuple[object, ...]] = []
     memory: list[tuple[object, ...]] = []
-    adapters: list[str] = []
-    samples: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    seen: list[Tensor] = []
     for path, module in parts or model.named_modules():
-        if hasattr(module, "merged_adapters"):
-            adapters.append(f"{path} {_adapter_state(module)}")
-        for table in (module._parameters, module._buffers):
+        for table in filter(None, (module._parameters, module._buffers)):
             for name, tensor, elsewhere in _plain(module, table):
-                dtype, device = tensor.dtype, tensor.device
-                kinds.append((path, name, dtype, tensor.shape, device))
+                kinds.append((path, name, tensor.dtype, tensor.shape, tensor.device))
                 # Inference tensors have no version counter: an in-place change could not be
                 # seen, so they never compare equal and are hashed again.
                 version = object() if tensor.is_inference() else tensor._version
                 # What is kept elsewhere is loaded anew each time: its numbers must do.
                 place = None if elsewhere else (_storage(tensor), version)
                 memory.append((place, tensor.storage_offset()))
-                count = min(PULSE, tensor.numel())
-                if count and not tensor.is_meta and tensor.is_contiguous():
-                    step = tensor.numel() // count
-                    samples[device, dtype].append(tensor.detach().as_strided((count,), (step,)))
-    pulse = b"".join(
-        torch.cat(group).double().cpu().numpy().tobytes() for group in samples.values()
-    )
-    return Watched(kinds, memory, pulse, adapters)
+                if not tensor.is_meta and tensor.numel():
+                    seen.append(tensor)
+    if sum(tensor.nbytes for tensor in seen) <= WATCHED_MODEL_BYTES:
+        phases = [-1]
+    return Watched(kinds, memory, {phase: _pulse(seen, phase) for phase in phases})
+
+
+@torch.no_grad()
+def _pulse(tensors: list[Tensor], phase: int) -> bytes:
+    """Digest of every fourth row and column of each tensor, or of all that a small model has."""
+    samples: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        flat = tensor if tensor.is_contiguous() else _in_memory_order(tensor)
+        count = flat.numel()
+        step = 1 if phase < 0 else _step(flat.shape)
+        start, stride = (0, 1) if step == 1 else (phase * step % count, PHASES * step)
+        sample = flat.as_strided(
+            (1 + (count - 1 - start) // stride,), (stride,), flat.storage_offset() + start
+        )
+        samples[tensor.device, tensor.dtype].append(sample)
+    digest = xxhash.xxh3_128()
+    for group in samples.values():
+        digest.update(torch.cat(group).view(torch.uint8).cpu().numpy().data)
+    return digest.digest()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The same numbers without gaps, not copied where they are only transposed."""
+    turned = tensor.mT if tensor.dim() > 1 else tensor
+    return turned if turned.is_contiguous() else tensor.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def _step(shape: torch.Size) -> int:
+    """From which number in memory to the next, so that each row and each column has one.
+
+    At most a row long, so that none is passed over, and at most as long as there are rows, so that
+    there are as many steps as columns; having no factor in common with a row's length, these end in
+    all columns.
+    """
+    rows, columns = (1, *shape)[-2:]
+    if shape.numel() <= WATCHED_TENSOR:
+        return 1
+    if min(rows, columns) == 1:
+        return isqrt(shape.numel())  # no rows and columns to speak of: packed weights
+    return next(step for step in range(min(rows, columns), 0, -1) if gcd(step, columns) == 1)
 
 
 def _storage(tensor: Tensor) -> object:
@@ -155,6 +215,9 @@ def _plain(
     """Name, plain tensor, and whether it is kept elsewhere, of all that a module computes with."""
     for name, tensor in table.items():
         if tensor is None:
+            continue
+        if type(tensor) is nn.Parameter and not tensor.is_meta:  # most are
+            yield name, tensor, False
             continue
         elsewhere = tensor.is_meta
         held = _offloaded(module, name) if elsewhere else tensor
@@ -204,7 +267,8 @@ def _adapter_state(module: Any) -> str:
     return repr(state)
 
 
-def _content(tensor: Tensor, whole: bool) -> bytes:
+def content(tensor: Tensor, whole: bool = True) -> bytes:
+    """xxh3-128 of the numbers of a tensor, or of a sample of a large one."""
     if tensor.is_meta:
         return os.urandom(16)
     try:

@@ -25,7 +25,15 @@ from chunkcache.reuse.probes import Probes
 from chunkcache.reuse.relocate import fill_pieces
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.tokens.matching import Piece, runs
-from chunkcache.tokens.plan import NOT_IN_STORE, OTHER_ROW, Kind, Span, computed_too, stretches
+from chunkcache.tokens.plan import (
+    NOT_IN_STORE,
+    OTHER_ROW,
+    TOO_SHORT,
+    Kind,
+    Span,
+    computed_too,
+    stretches,
+)
 
 UNREADABLE = "its chunk could not be read"
 
@@ -53,7 +61,8 @@ class _Work:
 
     Attributes:
         passage: The passage.
-        found: All pieces that were found.
+        found: All pieces that were found and may be moved.
+        short: Others, too short for that.
         exact: Those whose K/V are taken as they are.
         wanted: Those that spare the model a column.
         placed: Those whose K/V are in place.
@@ -62,6 +71,7 @@ class _Work:
 
     passage: Passage
     found: list[Piece]
+    short: list[Piece]
     exact: set[Piece]
     wanted: list[Piece] = field(default_factory=list)
     placed: list[Piece] = field(default_factory=list)
@@ -123,9 +133,10 @@ def relocate(
         _Work(
             passage,
             pieces,
+            short,
             {p for p in pieces if is_exact(p, passage.tokens, setup.grid, held.origin.salt)},
         )
-        for passage, pieces in zip(passages, found.pieces, strict=True)
+        for passage, pieces, short in zip(passages, found.pieces, found.short, strict=True)
     ]
     begun = perf_counter()
     _fill(setup, held, mover, works, at_hand, report)
@@ -228,7 +239,7 @@ def _spans(work: _Work, computed: Mask) -> list[Span]:
     position, end = work.passage.start, len(work.passage.tokens)
     for piece in work.found:
         if piece.start > position:
-            spans.append(Span(position, piece.start, Kind.COMPUTED, reason=NOT_IN_STORE))
+            spans += _gap(work, position, piece.start)
         position, key = piece.stop, piece.chunk.hash
         if piece not in work.placed:
             why = UNREADABLE if piece in work.wanted else OTHER_ROW
@@ -243,5 +254,19 @@ def _spans(work: _Work, computed: Mask) -> list[Span]:
             origin = f"position {piece.old_start + begin}"
             spans.append(Span(piece.start + begin, piece.start + stop, kind, key, origin))
     if position < end:
-        spans.append(Span(position, end, Kind.COMPUTED, reason=NOT_IN_STORE))
+        spans += _gap(work, position, end)
+    return spans
+
+
+def _gap(work: _Work, start: int, stop: int) -> list[Span]:
+    """Tokens between pieces, and which of them were found but are too few to be moved."""
+    spans: list[Span] = []
+    for piece in work.short:
+        if start <= piece.start < stop:
+            if piece.start > start:
+                spans.append(Span(start, piece.start, Kind.COMPUTED, reason=NOT_IN_STORE))
+            spans.append(Span(piece.start, piece.stop, Kind.COMPUTED, reason=TOO_SHORT))
+            start = piece.stop
+    if start < stop:
+        spans.append(Span(start, stop, Kind.COMPUTED, reason=NOT_IN_STORE))
     return spans

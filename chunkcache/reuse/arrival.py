@@ -10,8 +10,8 @@ CacheGen (https://arxiv.org/abs/2310.07240) and LMCache overlap loading and comp
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from chunkcache.kv.codec import Checksum
 from chunkcache.kv.coding import Form
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.stores.base import ChunkStore, Part, nbytes_of
+from chunkcache.stores.locks import Latch, start_thread
 
 # Of each chunk, read at once: more commands for smaller groups, a longer wait for larger ones.
 GROUP_BYTES = 1 << 20
@@ -80,19 +81,20 @@ class Arrival:
         self._stopped = False
         largest = max(chunks, key=lambda chunk: chunk.form.file.size)
         self._groups = _groups([nbytes_of(layer) for layer in largest.runs])
-        self._here = [threading.Event() for _ in self._groups]
+        self._here = [Latch() for _ in self._groups]
+        self._end = Latch()
+        self._pid = os.getpid()
         context = copy_context()  # in which calls to the store are counted for this prompt
-        self._thread = threading.Thread(
-            target=context.run, args=(self._read,), name="chunkcache-arrival", daemon=True
-        )
-        self._thread.start()
+        start_thread(partial(context.run, self._read), "chunkcache-arrival")
         for here, group in zip(self._here, self._groups, strict=True):
             for number in group:
                 layers[number].arriving = partial(self._wait, here)
 
     def finish(self) -> bool:
         """Wait for all of it. True if every chunk is here and as it must be."""
-        self._wait_for(self._thread.join)
+        self._wait(self._end)
+        if self._pid != os.getpid():
+            self.error = StoreError("the process was forked while K/V were on their way")
         if self.error:
             return False
         for chunk in self.chunks:
@@ -104,14 +106,12 @@ class Arrival:
         """Read no further than the part that is on its way. The layers must not be used."""
         self._stopped = True
 
-    def _wait(self, here: threading.Event) -> None:
-        if not here.is_set():
-            self._wait_for(here.wait)
-
-    def _wait_for(self, wait: Callable[[], object]) -> None:
+    def _wait(self, sign: Latch) -> None:
+        if sign.is_open:
+            return
         begun = perf_counter()
         try:
-            wait()
+            sign.wait()
         except BaseException:  # interrupted: nobody wants the rest
             self.stop()
             raise
@@ -129,8 +129,8 @@ class Arrival:
             self.error = StoreError(f"reading failed unexpectedly: {error!r}")
         finally:
             self.busy_ms = 1e3 * (perf_counter() - begun)
-            for here in self._here:  # nobody may wait for what does not come
-                here.set()
+            for sign in (*self._here, self._end):  # nobody may wait for what does not come
+                sign.open()
 
     def _read_groups(self) -> None:
         parts = [[_part(chunk, group) for chunk in self.chunks] for group in self._groups]
@@ -146,7 +146,7 @@ class Arrival:
                         chunk.missing = True
                     for view in part.place[not part.start :]:  # the header is not in the sum
                         chunk.checksum.update(view)
-                here.set()
+                here.open()
 
 
 def _groups(sizes: Sequence[int]) -> list[range]:

@@ -23,7 +23,7 @@ from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.tokens.anchors import WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.listed import from_text
-from chunkcache.tokens.matching import Piece, StoredChunk, cover
+from chunkcache.tokens.matching import Piece, StoredChunk, laid, long_enough
 
 ANCHOR_FORMAT = "anchor"
 # Texts that every prompt has (a system prompt) collect variants; the newest are enough.
@@ -84,11 +84,13 @@ class Found:
 
     Attributes:
         pieces: Parts of each passage that the store has K/V for, in order.
+        short: Others, in runs that are too short to be moved.
         stale: Index entries that name chunks which are gone, or too many: by key, what shall
             replace them.
     """
 
     pieces: list[list[Piece]]
+    short: list[list[Piece]]
     stale: dict[str, Entry]
 
 
@@ -133,7 +135,7 @@ def search(origin: Origin, passages: Sequence[Passage]) -> Found:
     """
     places = _anchor_places(origin, passages)
     if not places:
-        return Found([[] for _ in passages], {})
+        return Found([[] for _ in passages], [[] for _ in passages], {})
     entries = origin.store.read_metadata([origin.anchor_key(anchor) for anchor in places])
     answers = [fields or {} for fields in entries]
     newest = [_newest(fields) for fields in answers]
@@ -159,11 +161,14 @@ def search(origin: Origin, passages: Sequence[Passage]) -> Found:
             stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
         for number, start in places[anchor]:
             shifts[number] |= {(name, start - offset) for name, offset in good.items()}
-    pieces = []
+    pieces, short = [], []
     for passage, found in zip(passages, shifts, strict=True):
         candidates = [(chunks[name], shift) for name, shift in sorted(found)]
-        pieces.append(cover(passage.tokens, candidates, passage.start, passage.stop))
-    return Found(pieces, stale)
+        every = laid(passage.tokens, candidates, passage.start, passage.stop)
+        pieces.append(long_enough(every))
+        # Less than a window is alike by chance, and seldom seen.
+        short.append([p for p in long_enough(every, WINDOW) if p not in pieces[-1]])
+    return Found(pieces, short, stale)
 
 
 def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:

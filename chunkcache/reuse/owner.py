@@ -10,14 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from threading import get_ident
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
 
 _GENERATE = getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__
+_FORWARD = nn.Module._call_impl.__code__
 _IN_USE = (
     "this cache object is used by another call at the same time, whose K/V would mix with this "
     "one's: make a RedisChunkCache for each call (they share the store), or wait until the other "
@@ -26,7 +28,7 @@ _IN_USE = (
 
 
 class Caller(NamedTuple):
-    """A call: its thread, and its `generate()` frame by address, 0 for a direct forward."""
+    """A call: its thread, and its frame by address, 0 where there is none."""
 
     thread: int
     frame: int
@@ -42,12 +44,14 @@ class Owner:
     def __init__(self) -> None:
         # Cells that threads set atomically, by dict.setdefault: no lock, so none to leak.
         self._call: dict[str, Caller] = {}
-        self._forward: dict[str, int] = {}
+        self._forward: dict[str, Caller] = {}
         self.failed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         """A copy of a cache has no owner yet."""
-        return Owner()
+        twin = Owner()
+        twin.failed = self.failed or bool(self._forward)
+        return twin
 
     def begin_call(self, cache: object) -> None:
         """A `generate()` call begins with this cache.
@@ -74,13 +78,15 @@ class Owner:
         elif self._call.get("by", caller) != caller:
             raise UnsupportedCallError(_IN_USE)
         self._check_forward()
-        if self._forward.setdefault("by", caller.thread) != caller.thread:
+        forward = _caller(_FORWARD)
+        if self._forward.setdefault("by", forward) != forward:
             raise UnsupportedCallError(_IN_USE)
 
     @property
     def computes_here(self) -> bool:
         """Whether this thread has begun a forward."""
-        return self._forward.get("by") == get_ident()
+        forward = self._forward.get("by")
+        return forward is not None and forward.thread == get_ident()
 
     def end_forward(self, failed: bool = False) -> None:
         """The forward has come back, or has raised."""
@@ -89,18 +95,26 @@ class Owner:
 
     def _check_forward(self) -> None:
         """Take note of a forward that was interrupted, or raise if it goes on."""
-        thread = self._forward.get("by")
-        if thread is None:
+        forward = self._forward.get("by")
+        if forward is None:
             return
-        if thread != get_ident() and thread in sys._current_frames():
+        if forward.thread != get_ident() and _goes_on(forward):
             raise UnsupportedCallError(_IN_USE)
         self.end_forward(failed=True)
 
 
-def _caller() -> Caller:
-    """The call that runs now, in this thread."""
+def _caller(code: CodeType = _GENERATE) -> Caller:
+    """The call of this function that runs now, in this thread."""
     frames = _outwards(sys._getframe())
-    return Caller(get_ident(), next((id(f) for f in frames if f.f_code is _GENERATE), 0))
+    return Caller(get_ident(), next((id(f) for f in frames if f.f_code is code), 0))
+
+
+def _goes_on(forward: Caller) -> bool:
+    """Whether another thread's forward has not ended. Ctrl-C ends it without a word."""
+    frames = list(_outwards(sys._current_frames().get(forward.thread)))
+    if not forward.frame:
+        return bool(frames)
+    return any(id(frame) == forward.frame and frame.f_code is _FORWARD for frame in frames)
 
 
 def _is_running(caller: Caller, cache: object) -> bool:

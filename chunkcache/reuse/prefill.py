@@ -8,19 +8,24 @@ is installed once per model and can be removed.
 from __future__ import annotations
 
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
 
+INSTALLING = RLock()  # held by who puts the hook on or takes it off
 TRAINING = "the model is in training mode: call model.eval()"
 # Tensors with one entry per new token along their last dimension: trimmed together.
-_PER_TOKEN = ("input_ids", "position_ids", "cache_position")
+_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_PER_TOKEN = ("input_ids", "position_ids", "cache_position", *_TYPES)
 _UNDERSTOOD = frozenset(
     (
         *_PER_TOKEN,
@@ -36,6 +41,16 @@ _UNDERSTOOD = frozenset(
         "use_cache",
     )
 )
+# What generate() takes for itself: some ways of decoding hand it on to the model, as they do with
+# tokenizers. The last scales a loss. Not the model's unless a forward in it has such a parameter.
+_OF_GENERATE = frozenset(
+    (
+        *inspect.signature(GenerationMixin.generate).parameters,
+        "assistant_tokenizer",
+        "tokenizer",
+        "num_items_in_batch",
+    )
+) - {"self", "inputs", "kwargs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,11 @@ class ForwardCall:
         keep: How many tokens at the end have outputs that the caller wants; 0 means all.
         whole: Why outputs of all tokens are wanted, or `""`.
         opaque: Why the K/V of this call cannot be named by its tokens, or `""`.
+        drafts: How many tokens at the end may be taken back.
+        beyond: What the K/V depend on besides the tokens (as an image), in words, or `""`.
+        embedded: Rows and columns of embeddings that came in place of ids, or `None`.
+        types: `[batch, new]` token type ids, by the name of the argument.
+        features: Vectors that encoded images and videos bring, or `None` where that is not known.
     """
 
     ids: Tensor | None
@@ -57,17 +77,28 @@ class ForwardCall:
     keep: int
     whole: str
     opaque: str
+    drafts: int = 0
+    beyond: str = ""
+    embedded: tuple[int, int] | None = None
+    types: Mapping[str, Tensor] = field(default_factory=dict)
+    features: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the ids given, or of the embeddings."""
+        if self.embedded is not None:
+            return self.embedded
+        return (1, 0) if self.ids is None else (self.ids.shape[0], self.ids.shape[1])
 
     @property
     def new(self) -> int:
-        """Columns of ids given."""
-        return 0 if self.ids is None else self.ids.shape[1]
+        """Columns of ids given, or of embeddings."""
+        return self.shape[1]
 
     def pads(self) -> list[int]:
         """Columns of left padding in each row: the leading zeros of the mask."""
-        assert self.ids is not None
-        if self.mask is None:
-            return [0] * self.ids.shape[0]
+        if self.mask is None or self.mask.dim() != 2:
+            return [0] * self.shape[0]
         unseen = self.mask == 0
         pads: list[int] = unseen.long().cumprod(dim=1).sum(dim=1).tolist()
         return pads
@@ -105,8 +136,8 @@ class ForwardCall:
         return sound & ((self.positions == column - begin) | (column < begin)).all()
 
     def first_position(self) -> int | None:
-        """The first position given, `None` when there are none."""
-        return None if self.positions is None else int(self.positions.reshape(-1)[0])
+        """The first position of the first row, `None` when there are none."""
+        return None if self.positions is None else int(first_row(self.positions)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +155,13 @@ class Rest:
     columns: Tensor | None = None
     positions: Tensor | None = None
     mask: Any = None
+
+
+def first_row(positions: Tensor) -> Tensor:
+    """Positions of the first row, `[tokens]`, on the last axis where there are several."""
+    while positions.dim() > 2:
+        positions = positions[-1]
+    return positions.reshape(-1, positions.shape[-1])[0]
 
 
 class PrefillAware(ABC):
@@ -152,27 +190,36 @@ def is_installed(model: nn.Module) -> bool:
 
 def install(model: nn.Module) -> None:
     """Put the hook on a model that has none yet."""
-    if not is_installed(model):
-        model.register_forward_pre_hook(_before, with_kwargs=True)
-        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    with INSTALLING:
+        if not is_installed(model):
+            model.register_forward_pre_hook(_before, with_kwargs=True)
+            model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
 
 def uninstall(model: nn.Module) -> None:
     """Take the hook off again; the model is as it was before its first cache."""
-    for hooks, ours, flags in (
-        (model._forward_pre_hooks, _before, model._forward_pre_hooks_with_kwargs),
-        (model._forward_hooks, _after, model._forward_hooks_with_kwargs),
-    ):
-        for number in [number for number, hook in hooks.items() if hook is ours]:
-            del hooks[number]
-            flags.pop(number, None)
-            model._forward_hooks_always_called.pop(number, None)
+    with INSTALLING:
+        for hooks, ours, flags in (
+            (model._forward_pre_hooks, _before, model._forward_pre_hooks_with_kwargs),
+            (model._forward_hooks, _after, model._forward_hooks_with_kwargs),
+        ):
+            for number in [number for number, hook in hooks.items() if hook is ours]:
+                del hooks[number]
+                flags.pop(number, None)
+                model._forward_hooks_always_called.pop(number, None)
+
+
+# A hook and the flag that says how to call it are two entries: a forward of another thread that
+# begins between them, when the hook is put on or taken off, calls it without keyword arguments.
+# Such a forward has no cache of ours.
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # what asks a store is no graph
 def _before(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if kwargs is None:
+        return None
     if args:
         kwargs = _by_name(module, args, kwargs)
     cache = cache_in(kwargs)
@@ -180,7 +227,8 @@ def _before(
         return None
     if kwargs.get("use_cache") is False:
         raise UnsupportedCallError(
-            "use_cache=False, of this call or of the model's generation settings, contradicts "
+            "use_cache=False, of this call, of the model's generation settings or of a wrapper "
+            "that always sets it (as X-LoRA does), contradicts "
             "past_key_values=RedisChunkCache(...): pass use_cache=True, or no cache"
         )
     rest = cache.begin_forward(module, read_call(module, kwargs))
@@ -189,7 +237,10 @@ def _before(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+    if len(rest) == 1:  # the output alone
+        return None
+    kwargs, output = rest
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
@@ -245,18 +296,51 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
     """Read a forward's keyword arguments. Never waits for a GPU: it runs at each decoding step."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    keep = kwargs.get("logits_to_keep")
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None or not isinstance(ids, Tensor) or ids.dim() != 2:
+        ids = None
+    wanted = kwargs.get("logits_to_keep")
+    keep = _last_wanted(wanted, 0 if ids is None else ids.shape[1])
+    beyond = _beyond(module, kwargs, ids is not None, mask)
     return ForwardCall(
-        ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+        ids=ids,
         mask=mask if isinstance(mask, Tensor) else None,
         positions=kwargs.get("position_ids"),
-        keep=keep if isinstance(keep, int) and keep > 0 else 0,
+        keep=keep,
         whole=_why_whole(module, kwargs, keep),
-        opaque=_why_opaque(module, kwargs, ids, mask),
+        opaque=TRAINING if module.training else beyond,
+        drafts=max(keep - 1, 0) if isinstance(wanted, int) else 0,
+        beyond=beyond,
+        embedded=(embeds.shape[0], embeds.shape[1]) if isinstance(embeds, Tensor) else None,
+        types={name: kwargs[name] for name in _TYPES if isinstance(kwargs.get(name), Tensor)},
+        features=_features(kwargs.get("mm_encoder_outputs")),
     )
 
 
-def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: Any) -> str:
+def _features(encoded: Any) -> int | None:
+    """Rows of features in `mm_encoder_outputs`: one for each placeholder among the ids."""
+    if not isinstance(encoded, dict):
+        return None
+    pooled = [getattr(output, "pooler_output", None) for output in encoded.values() if output]
+    parts = [part for features in pooled if features is not None for part in features]
+    return sum(part.numel() // part.shape[-1] for part in parts) if parts else None
+
+
+def _last_wanted(keep: Any, new: int) -> int:
+    """Of `new` tokens, how many at the end hold all whose outputs are wanted; 0 means all.
+
+    `logits_to_keep` is a number of tokens or a tensor of indices, for which a GPU is waited for:
+    `generate()` passes none.
+    """
+    if isinstance(keep, int):
+        return max(keep, 0)
+    if not isinstance(keep, Tensor) or keep.dtype not in (torch.int32, torch.int64):
+        return 0
+    first = min((i + new if i < 0 else i for i in keep.flatten().tolist()), default=-1)
+    return new - first if 0 <= first < new else 0
+
+
+def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: int) -> str:
     if kwargs.get("labels") is not None:
         return "labels were given: the loss needs the outputs of every token"
     config: Any = module.config
@@ -264,22 +348,42 @@ def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: Any) -> str:
         wanted = kwargs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
             return f"{name} was asked for: it covers every token"
-    if not isinstance(keep, int) or keep <= 0:
+    if not keep:
         return "logits of every token are wanted (logits_to_keep is not set)"
     return ""
 
 
-def _why_opaque(module: nn.Module, kwargs: dict[str, Any], ids: Any, mask: Any) -> str:
-    if module.training:
-        return TRAINING
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
-        return "the prompt has no input_ids (embeddings have no tokens to look up)"
+def _beyond(module: nn.Module, kwargs: dict[str, Any], named: bool, mask: Any) -> str:
+    """What else than tokens, mask and positions the K/V may depend on."""
+    if not named:
+        return (
+            "the prompt has no input_ids: embeddings have no tokens to look up (PEFT's prompt "
+            "tuning and P-tuning turn a prompt into them)"
+        )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         return "the attention mask is not two-dimensional"
     for name, value in kwargs.items():
-        if name not in _UNDERSTOOD and not _is_nothing(value):
-            return f"{name} may change what the tokens mean (as an image does)"
+        if name in _UNDERSTOOD or _is_nothing(value):
+            continue
+        if name in _TYPES and isinstance(value, Tensor):
+            continue  # looked at when a prompt comes: see `ForwardCall.types`
+        if name not in _OF_GENERATE or name in _parameters(module):
+            return may_change(name)
     return ""
+
+
+def may_change(name: str) -> str:
+    """Why a call with this argument is not known by its tokens."""
+    return f"{name} may change what the tokens mean (as an image does)"
+
+
+def _parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of every forward in a model."""
+    if model not in _PARAMETERS:
+        kinds = {type(part) for part in model.modules()}
+        names = (inspect.signature(kind.forward).parameters for kind in kinds)
+        _PARAMETERS[model] = frozenset().union(*names)
+    return _PARAMETERS[model]
 
 
 def _is_nothing(value: Any) -> bool:
@@ -297,6 +401,12 @@ def trim(kwargs: dict[str, Any], rest: Rest) -> dict[str, Any]:
         for name in _PER_TOKEN
         if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
     }
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor):  # counted from the end, which stays where it is
+        trimmed["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
     if rest.columns is not None:
         trimmed |= {"position_ids": rest.positions, "attention_mask": rest.mask}
     return {**kwargs, **trimmed}
+
+
+_PARAMETERS: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()

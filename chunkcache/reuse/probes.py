@@ -1,18 +1,24 @@
-"""Probes: passes through a few layers that tell a repair strategy where the errors are."""
+"""Probes: passes through a few layers that tell a repair strategy where the errors are.
+
+Other threads may compute with the same model meanwhile, so a probe changes nothing of it: what it
+sees it sees in its own cache layers, and in the calls of its own thread (a `TorchFunctionMode`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.overrides import TorchFunctionMode
 
+from chunkcache.errors import RepairError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.check import CACHE
 from chunkcache.model.proof import cache_of
@@ -23,7 +29,6 @@ from chunkcache.repair import Scores
 # these shares of the depth. Chosen on documents that no reported figure comes from.
 QUERY_TOKENS = 12
 QUERY_LAYERS = (0.5, 0.8)
-_ATTENTION = "chunkcache_query_probe"
 
 
 class _EnoughError(Exception):
@@ -78,7 +83,8 @@ class Probes:
             scores[self.start :] = distance.cpu().double().numpy()
             raise _EnoughError
 
-        self._run(columns, scatter_mask(self.model, columns, self.tokens, 1), {second: compare})
+        mask = scatter_mask(self.model, columns, self.tokens, 1)
+        self._run(columns, mask, {second: compare}, nullcontext())
         self.charged += self._moved * 2 / len(self._growing())
         return scores
 
@@ -104,14 +110,24 @@ class Probes:
         """What tokens get from those at `columns`, `[layers, tokens]`, summed over heads.
 
         The model runs up to the last of the layers asked for, over these columns alone.
+
+        Raises:
+            RepairError: A layer's attention is computed in a way that cannot be seen.
         """
         seen = self.known.clone()
         seen[columns] = True
         mask = _hide(scatter_mask(self.model, columns, self.tokens, 1), ~seen)
+        recorder = _AttentionRecorder(layers, len(columns), self.tokens)
+        looks = {index: partial(recorder.enter_layer, index) for index in self._growing()}
         behind = [index for index in self._growing() if index > max(layers)]
-        with self._recorded_attention(set(layers)) as sums:
-            self._run(columns, mask, dict.fromkeys(behind[:1], _stop))
-        return torch.stack(sums).cpu()
+        self._run(columns, mask, looks | dict.fromkeys(behind[:1], _stop), recorder)
+        if unseen := [index for index in layers if index not in recorder.sums]:
+            raise RepairError(
+                f"layer {unseen[0]} computes its attention neither by scaled_dot_product_attention "
+                "nor by a softmax of scores, so it cannot be looked at: load the model with "
+                "attn_implementation='sdpa' or 'eager', or set a repair without 'query'"
+            )
+        return torch.stack([recorder.sums[index] for index in layers]).cpu()
 
     @property
     def _moved(self) -> int:
@@ -127,7 +143,11 @@ class Probes:
         return [i for i, layer in enumerate(self.layers) if isinstance(layer, GrowingLayer)]
 
     def _run(
-        self, columns: Tensor, mask: Any, intercepts: Mapping[int, Callable[[Tensor, Tensor], None]]
+        self,
+        columns: Tensor,
+        mask: Any,
+        intercepts: Mapping[int, Callable[[Tensor, Tensor], None]],
+        within: AbstractContextManager[Any],
     ) -> None:
         """A forward over some columns, with a look at what some layers are about to cache."""
         device = self.layers[self._growing()[0]].device
@@ -136,59 +156,120 @@ class Probes:
         for index, look in intercepts.items():
             self.layers[index].intercept = look
         try:
-            self.model(
-                input_ids=self.ids[:, columns.cpu()].to(device),
-                position_ids=columns[None],
-                attention_mask=mask,
-                use_cache=True,
-                **{CACHE: cache_of(list(self.layers))},
-            )
+            with within:
+                _uncompiled(self.model)(
+                    input_ids=self.ids[:, columns.cpu()].to(device),
+                    position_ids=columns[None],
+                    attention_mask=mask,
+                    use_cache=True,
+                    **{CACHE: cache_of(list(self.layers))},
+                )
         except _EnoughError:
             pass
         finally:
             close_layers(self.layers)
 
-    @contextmanager
-    def _recorded_attention(self, layers: set[int]) -> Iterator[list[Tensor]]:
-        """Attention, and a list that takes what each of these layers pays to every token."""
-        # The registry keeps what it was given: nothing that holds a prompt's K/V.
-        sums: list[Tensor] = []
-        config: Any = self.model.config
-        text_config = config.get_text_config(decoder=True)
-        usual = text_config._attn_implementation
 
-        def attend(
-            module: Any,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Any,
-            **options: Any,
-        ) -> tuple[Tensor, None]:
-            # Query heads that share a key head go together: [batch, kv_heads, group, queries, dim]
-            batch, heads, queries, dim = query.shape
-            grouped = query.reshape(batch, key.shape[1], -1, queries, dim)
-            scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            folded = grouped.flatten(2, 3) @ key.transpose(2, 3)
-            scores = folded.view(*grouped.shape[:4], -1).float() * scaling
-            if attention_mask is not None:
-                seen = attention_mask[:, :, None]
-                if seen.dtype == torch.bool:
-                    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-                else:
-                    scores = scores + seen
-            weights = scores.softmax(dim=-1)
-            if getattr(module, "layer_idx", None) in layers:
-                sums.append(weights[0].sum(dim=(0, 1, 2)))
-            out = weights.to(value.dtype).flatten(2, 3) @ value
-            return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+class _AttentionRecorder(TorchFunctionMode):
+    """Notes what attention is paid in some layers, by this thread alone, and changes nothing.
 
-        AttentionInterface.register(_ATTENTION, attend)
-        text_config._attn_implementation = _ATTENTION
-        try:
-            yield sums
-        finally:
-            text_config._attn_implementation = usual
+    Attention follows the update of the layer's cache: what is computed first between that of one
+    layer and that of the next is the attention of the former.
+
+    Attributes:
+        sums: What the queries pay to every token, `[tokens]`, summed over heads, by layer.
+    """
+
+    def __init__(self, layers: Collection[int], queries: int, tokens: int) -> None:
+        super().__init__()
+        self.sums: dict[int, Tensor] = {}
+        self._layers, self._queries, self._tokens = layers, queries, tokens
+        self._layer = -1
+
+    def enter_layer(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Note that a layer's cache is being updated."""
+        self._layer = index if index in self._layers else -1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._layer >= 0 and (func is F.scaled_dot_product_attention or func in _SOFTMAX):
+            weights = out if func in _SOFTMAX else _weights(*args, **(kwargs or {}))
+            # Behind the tokens there may be a column of attention sinks.
+            beside = weights.shape[-1] - self._tokens
+            if weights.dim() > 2 and beside in (0, 1) and weights.shape[-2] % self._queries == 0:
+                every = weights.flatten(0, -2)[:, : self._tokens]
+                self.sums[self._layer] = every.float().sum(0)
+                self._layer = -1
+        return out
+
+
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` with these arguments multiplies `value` by.
+
+    `[batch, heads, queries, tokens]`, float32.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = (query @ key.transpose(-2, -1)).float()
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model; where parts of it are compiled, one of the same tensors whose parts are not.
+
+    What is compiled passes a recorder by. The model itself is not changed.
+    """
+    if not any(map(_is_compiled, model.modules())):
+        return model
+    twins: dict[int, Any] = {}
+
+    def twin(part: Any) -> Any:
+        if part is None:
+            return None
+        part = getattr(part, "_orig_mod", part)
+        if id(part) not in twins:
+            copy = twins[id(part)] = object.__new__(type(part))
+            copy.__dict__ |= part.__dict__ | {"_compiled_call_impl": None}
+            if _is_compiled_forward(part):
+                del copy.__dict__["forward"]
+            children = part._modules.items()
+            copy.__dict__["_modules"] = {name: twin(child) for name, child in children}
+        return twins[id(part)]
+
+    unwrapped: nn.Module = twin(model)
+    return unwrapped
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    return (
+        part._compiled_call_impl is not None
+        or hasattr(part, "_orig_mod")
+        or _is_compiled_forward(part)
+    )
+
+
+def _is_compiled_forward(part: nn.Module) -> bool:
+    return hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def _stop(keys: Tensor, values: Tensor) -> None:

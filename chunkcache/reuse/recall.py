@@ -26,6 +26,7 @@ from chunkcache.reuse.index import Passage
 from chunkcache.reuse.prefill import Rest
 from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.reuse.step import Held, Setup, Step
+from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.tokens.chunking import Chunk, cut
 from chunkcache.tokens.plan import NOT_IN_STORE, OFF, WANTED, RowPlan, Span, computed_too, plan_row
 
@@ -71,15 +72,23 @@ class Recall:
         if self.mover and (found := self._move(ids, filling, self.mover)):
             return found
         known = self.setup.state.ranks.least(min(filling.stops))
-        if known > step.held and any(pad < known for pad in pads):
-            self._hold(known)
-            self._note_rounding(step.held)
-        else:
+        if not any(pad < known for pad in pads):
             known = step.held
+        begin = known
+        if rows := self._witnesses(known):
+            free = self.setup.state.ranks.all(filling.covered(rows) > known)
+            begin = known if free else known - 1
+        if begin == step.past:
+            known = begin  # where one token alone is known, nothing would be gained
+        self._hold(begin)
+        if known > step.held:
+            self._note_rounding(step.held)
+        if known > step.past:
+            self._watch(begin, rows)
         used = [max(known - pad, 0) for pad in pads]
         step.fresh = [[(start, step.total - pad)] for start, pad in zip(used, pads, strict=True)]
         spans = [plan.spans(start) for plan, start in zip(plans, used, strict=True)]
-        return Rest(known - step.past), spans
+        return Rest(begin - step.past), spans
 
     def _make_room(self) -> None:
         held, total = self.held, self.step.total
@@ -160,6 +169,23 @@ class Recall:
                     layer.blank(row, self.step.held, min(pad, columns))
                 layer.hold(columns)
 
+    def _witnesses(self, known: int) -> list[int]:
+        """Rows that have tokens to check among the first `known` columns, if these are to be.
+
+        What the caller holds and does not give again is as it is in any cache.
+        """
+        ends = self.held.transcript.exact_until
+        if known == self.step.past or any(end is not None and end < known for end in ends):
+            return []
+        return [row for row, pad in enumerate(self.held.transcript.pads) if pad < known]
+
+    def _watch(self, column: int, rows: list[int]) -> None:
+        """Have the first column that is computed compared with what is in the layers now."""
+        if rows:
+            held = self.held
+            bound = rounding(self.setup.model, held.layout, held.origin.codec)
+            self.step.witness = Witness(held.layers, column, rows, bound)
+
     def _note_rounding(self, column: int) -> None:
         """K/V from this column on came from the store, or will be computed behind such."""
         transcript, origin = self.held.transcript, self.held.origin
@@ -198,8 +224,13 @@ class Recall:
         self._hold(step.total)
         if taken := np.flatnonzero(~computed[step.held :]).tolist():
             self._note_rounding(step.held + taken[0])
+        exact = min(filling.stops)
+        rows = self._witnesses(exact)
+        if rows:
+            columns = torch.cat([torch.tensor([exact - 1]), columns])
         columns = columns.to(self.device)
         open_layers(self.held.layers, columns, step.total)
+        self._watch(exact - 1, rows)
         first = torch.tensor(pads, device=self.device)[:, None]
         mask = scatter_mask(self.setup.model, columns, step.total, len(pads), pads)
         positions = (columns - first).clamp(min=0)

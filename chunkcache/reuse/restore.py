@@ -133,6 +133,15 @@ class Filling:
             self._read(reads)
         discard(self.origin.store, self.damaged, self.trouble)
 
+    def covered(self, rows: Iterable[int]) -> int:
+        """Columns whose K/V are in these rows' room: more than `stops` where a chunk has more."""
+        return min(
+            self.pads[row]
+            + max((chunk.stop for chunk in plan.reads(self.stops[row] - self.pads[row])), default=0)
+            for row, plan in enumerate(self.plans)
+            if row in rows
+        )
+
     def _may_come_later(self, reads: Sequence[_Read]) -> bool:
         """Whether nobody but the layers waits for these chunks, and it is worth a thread.
 
@@ -308,7 +317,8 @@ class _Read:
             self.kv = peek_all(filling.layers, self.rows[0], self.column, self.tokens)
         for row in rows:
             begin = max(chunk.start, filling.plans[row].held)
-            stop = min(chunk.stop, filling.stops[row] - filling.pads[row])
+            # One token more than is wanted, where the chunk has it: see `covered`.
+            stop = min(chunk.stop, filling.stops[row] - filling.pads[row] + 1)
             inside = slice(begin - chunk.start, stop - chunk.start)
             for layer, kv in zip(filling.layers, self.kv, strict=True):
                 if kv is not None and begin < stop:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from chunkcache.errors import StoreError, UnsupportedModelError
+from chunkcache.errors import StoreError, UnsupportedCallError, UnsupportedModelError
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyMover
@@ -24,9 +24,10 @@ from chunkcache.model.scatter import close_layers
 from chunkcache.report import Report, RowReport
 from chunkcache.reuse.harvest import exact_lengths, harvest
 from chunkcache.reuse.index import Origin
-from chunkcache.reuse.prefill import ForwardCall, Rest
+from chunkcache.reuse.prefill import ForwardCall, Rest, first_row, may_change
 from chunkcache.reuse.recall import Recall
 from chunkcache.reuse.restore import discard
+from chunkcache.reuse.resume import check_anew, plain_columns
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.settings import OBSERVERS
 from chunkcache.tokens.plan import COMPUTING, HELD, Kind, Span
@@ -46,13 +47,14 @@ class Sequence:
     """See the module. `layers` is the list that the cache object works on.
 
     `opaque` says why K/V of these tokens can be neither taken from the store nor put there; the
-    model then computes as with a plain cache.
+    model then computes as with a plain cache. `beyond` says so where more than tokens is held (as
+    an image).
     """
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.transcript = Transcript()
-        self.opaque = ""
+        self.opaque = self.beyond = ""
         self.edited = False
         self.identity: ModelIdentity | None = None
         self.proof = Proof()
@@ -60,6 +62,8 @@ class Sequence:
         self._salt = b""
         self._codec = Codec()
         self._fed = 0
+        self._surplus = 0  # columns held after a forward beyond those given: odd models
+        self._ends_at: tuple[Tensor | None, int] = (None, 0)  # positions, and columns with them
         self._known: set[str] = set()
         self._complete: list[int] = []
         self._checks: list[Tensor | bool] = []
@@ -109,6 +113,34 @@ class Sequence:
             self.edited = True
             self.opaque = _EDITED
 
+    def follows_at(self, held: int) -> int:
+        """Position of the token behind the `held` columns, in the first row."""
+        positions, columns = self._ends_at
+        if positions is None:
+            return held - (self.transcript.pads or [0])[0]
+        return int(first_row(positions)[-1]) + 1 + held - columns
+
+    def plain_columns(self, module: nn.Module, call: ForwardCall) -> int:
+        """Columns to keep as a `DynamicCache` would, as `reuse.resume` has it.
+
+        Raises:
+            UnsupportedCallError: It cannot be told, or the positions are for something else.
+        """
+        held = self.length
+        if self.transcript.columns != held and not self._surplus:
+            raise UnsupportedCallError(
+                "this cache holds K/V of tokens that no forward of the model has brought, so it "
+                "cannot be told whether a whole prompt continues them: call cache.reset() before a "
+                "new prompt; to continue, pass input_ids of the new tokens alone and an "
+                "attention_mask over all"
+            )
+        columns = 0
+        if self.beyond or call.beyond:
+            columns = plain_columns(module, call, self.transcript, held, self.follows_at(held))
+        if not columns:
+            check_anew(module, call)
+        return columns
+
     def begins_like(self, call: ForwardCall) -> bool:
         """Whether the ids given and those held have a beginning in common."""
         assert call.ids is not None
@@ -138,26 +170,24 @@ class Sequence:
 
     def _prepare(self, module: nn.Module, call: ForwardCall, step: Step, report: Report) -> Rest:
         self.opaque = self.opaque or call.opaque
+        self.beyond = self.beyond or call.beyond
         if step.is_prompt:
             self.opaque = self.opaque or self._why_aside(module, call, step)
             if not self.setup.state.ranks.all(not self.opaque):
                 self.opaque = self.opaque or "another process of this model stands aside"
-        if self.edited:
-            if call.ids is not None and not self.is_resized:
-                self.transcript.append(call.ids[:, step.held - step.past :])
+        if self.opaque:
+            if step.held > step.past and not (step.as_plain or self.edited):
+                self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
+                step.held = step.past
+            self._record(call, step)
             if step.is_prompt:
                 self._report_aside(call, step, report)
             return Rest(step.held - step.past)
-        if self.opaque:
-            if step.held > step.past:
-                self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
-            if step.is_prompt:
-                self._report_aside(call, step, report)
-            return Rest()
         assert call.ids is not None
         self.transcript.append(call.ids[:, step.held - step.past :])
         if not step.is_prompt:
             self._checks.append(call.follows(step.past, self.transcript.pads))
+            self._checks += [self._is_untyped(*item) for item in call.types.items()]
             return Rest(step.held - step.past)
         rest, spans = self._recall(call, step, report)
         self._report_exactness(report)
@@ -188,7 +218,29 @@ class Sequence:
             return "the cache holds K/V of tokens that it has not seen"
         if step.past and call.mask is not None and len(self.transcript.pads) == len(call.mask):
             self.transcript.more_padding(call.pads())
+        for name, types in call.types.items():
+            if not bool(self._is_untyped(name, types)):
+                self.beyond = may_change(name)
+                return self.beyond
         return "" if bool(call.follows(step.past, self.transcript.pads)) else _NOT_TEXT
+
+    def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
+        """Whether token type ids are zero, and zeros mean nothing to the model."""
+        assert self.identity is not None
+        return not self.setup.state.zeros_matter(self.identity, name) and (types == 0).all()
+
+    def _record(self, call: ForwardCall, step: Step) -> None:
+        """Take down the tokens of a forward that is not known by them alone."""
+        if not step.held:
+            self.transcript.start(call.pads())
+        if len(self.transcript.pads) != call.shape[0]:
+            return
+        if call.ids is None:
+            self.transcript.append_unnamed(call.new)
+        else:
+            self.transcript.append(call.ids[:, step.held - step.past :])
+        if call.positions is not None:
+            self._ends_at = call.positions[..., -1:], step.total
 
     def _empty_layers(self) -> list[Any]:
         """Ours where the model is proven, else those of a plain `DynamicCache`."""
@@ -239,18 +291,42 @@ class Sequence:
         self.check_edited()
         sound = self.has_arrived(step, report)
         prefill_ms = 1e3 * (perf_counter() - step.prefill_from)
-        if not sound:
+        if not sound or not self._agrees(step):
             report.prefill_ms += prefill_ms
             return True
+        self.opaque = self.opaque or self._distrust.get(self._digest, "")
         if step.is_prompt:
             report.prefill_ms += prefill_ms
             self.setup.gauge.note_computed(step.computed, prefill_ms)
             report.skipped = self.opaque or report.skipped
         self._fed = step.total
+        self._surplus = self.length - step.total
         close_layers(self.layers)
         if not self.opaque:
             with self.setup.store_calls(report):
                 self._store_new(step, report)
+        return False
+
+    def _agrees(self, step: Step) -> bool:
+        """Whether the model computes what the store gave, as far as one token can tell.
+
+        Until it does again, nothing is stored: that may have been a change of the model which its
+        identity does not show, or what the store has was made by a changed one.
+        """
+        witness, step.witness = step.witness, None  # which holds on to layers
+        if witness is None:
+            return True
+        difference = witness.difference()
+        if self.setup.state.ranks.all(self.edited or difference <= witness.bound):
+            self._distrust.pop(self._digest, None)
+            return True
+        self.opaque = self._distrust[self._digest] = (
+            "K/V from the store were not those that the model computes (off by "
+            f"{difference:.1e}, rounding explains {witness.bound:.0e}): it was changed in a "
+            "way that its identity does not show, or a changed one has stored them. Nothing is "
+            "stored until a prompt agrees with the store again; if none does, use another namespace"
+        )
+        close_layers(self.layers)
         return False
 
     def has_arrived(self, step: Step, report: Report) -> bool:
@@ -261,8 +337,8 @@ class Sequence:
         arrival = step.arrival
         if arrival is None:
             return True
-        step.arrival = None
         sound = arrival.finish()
+        step.arrival = None  # not before: who is interrupted here still has to stop it
         step.prefill_from += arrival.waited_ms / 1e3  # which was not computing
         report.read_ms += arrival.waited_ms
         self.setup.gauge.note_read(arrival.bytes_read, arrival.busy_ms)
@@ -318,6 +394,14 @@ class Sequence:
         return self.setup.settings.hooks == OBSERVERS
 
     @property
+    def _digest(self) -> str:
+        return self.identity.digest if self.identity else ""
+
+    @property
+    def _distrust(self) -> dict[str, str]:
+        return self.setup.state.distrust
+
+    @property
     def _held(self) -> Held:
         assert self.identity is not None
         assert self.proof.layout is not None, "a sequence without a layout is opaque"
@@ -333,18 +417,23 @@ class Sequence:
         if step.past:
             self._report_exactness(report)
         step.prefill_from = perf_counter()
-        rows = 1 if call.ids is None else call.ids.shape[0]
-        start = step.held if self.edited else step.past
-        spans = [Span(start, step.total, Kind.COMPUTED, reason=self.opaque)]
-        if start > step.past:
-            spans.insert(0, Span(step.past, start, Kind.REUSED, origin=HELD))
+        rows, begin, held = call.shape[0], step.past, step.held
+        pads = self.transcript.pads if step.past else []
+        spans = []
+        for pad in pads if len(pads) == rows else [0] * rows:
+            edges = [max(column - pad, 0) for column in (begin, held, step.total)]
+            row = [Span(edges[1], edges[2], Kind.COMPUTED, reason=self.opaque)]
+            if held > begin:
+                row.insert(0, Span(edges[0], edges[1], Kind.REUSED, origin=HELD))
+            spans.append(row)
         is_first = not report.rows
-        self._report([[*spans] for _ in range(rows)], [step.past] * rows, report)
-        for row, ids in zip(report.rows, () if call.ids is None else call.ids.cpu(), strict=False):
+        self._report(spans, [row[0].start for row in spans], report)
+        given = () if call.ids is None else call.ids.cpu()
+        for known, ids in zip(report.rows, given, strict=False):
             if is_first:
-                row.ids = ids.numpy().copy()  # callers write the next token into theirs
-            elif row.ids is not None:
-                row.ids = np.concatenate([row.ids, ids.numpy()])
+                known.ids = ids.numpy().copy()  # callers write the next token into theirs
+            elif known.ids is not None:
+                known.ids = np.concatenate([known.ids, ids.numpy()])
 
     def _report(self, spans: list[list[Span]], past: list[int], report: Report) -> None:
         """Add this forward's spans, behind those of earlier parts of the same prompt if any."""

@@ -18,6 +18,7 @@ from chunkcache.model.state import ModelState
 from chunkcache.report import Report
 from chunkcache.reuse.arrival import Arrival
 from chunkcache.reuse.index import Origin
+from chunkcache.reuse.witness import Witness
 from chunkcache.settings import OBSERVERS, Settings
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.calls import calls_of_prompt
@@ -121,7 +122,10 @@ class Step:
         is_prompt: Whether a prompt is read, rather than one token after another written.
         may_run_ahead: Whether the model may begin before all K/V are here: all ids were given, so
             that it can be done again.
+        as_plain: Whether what is held is kept as a `DynamicCache` would, though its tokens alone do
+            not name it.
         arrival: What is on its way.
+        witness: A token computed once more, which tells whether the store may be trusted.
         trimmed: Whether the model computes less than it was given.
         computed: Tokens that the model computes, over all rows.
         prefill_from: When the model began, in seconds of `perf_counter`.
@@ -136,7 +140,9 @@ class Step:
     certain: int
     is_prompt: bool
     may_run_ahead: bool = False
+    as_plain: bool = False
     arrival: Arrival | None = None
+    witness: Witness | None = None
     trimmed: bool = False
     computed: int = 0
     prefill_from: float = 0.0

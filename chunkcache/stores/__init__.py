@@ -49,6 +49,7 @@ def open_store(
     - `redis://user:password@host:6379/0`, `rediss://...` (TLS), `unix:///path/of/socket`
     - `redis+sentinel://host1:26379,host2:26379/service/0`, `rediss+sentinel://...`
     - `redis+cluster://host1:6379,host2:6379`, `rediss+cluster://...`
+    - the same with `valkey` for `redis`: `valkey://`, `valkeys://`, `valkey+cluster://`
     - `memory://?bytes=2GB`: this process only
     - `file:///path?bytes=50GB`: a folder
     - `embedded://`: a server of the user's own, started when needed; `embedded:///folder?bytes=4GB`
@@ -118,7 +119,7 @@ def _open(url: str, limits: _Limits) -> ChunkStore:
         parts = urlsplit(url)
     except ValueError:
         parts = urlsplit("")  # the URL is not quoted in messages: it may hold a password
-    opener = OPENERS.get(parts.scheme)
+    opener = OPENERS.get(re.sub("^valkey", "redis", parts.scheme))
     if opener is None:
         known = ", ".join(f"{scheme}://" for scheme in OPENERS)
         raise SettingError(
@@ -145,14 +146,12 @@ def _open_tiers(urls: list[str], limits: _Limits) -> ChunkStore:
 
 
 def _open_default(limits: _Limits) -> ChunkStore:
-    from chunkcache.stores.embedded import start_embedded
+    from chunkcache.stores.home import own_folder
 
     try:
-        return _embedded(start_embedded(), limits)
+        return _embedded(None, None, limits)
     except StoreError as error:
-        import platformdirs
-
-        folder = platformdirs.user_cache_path("chunkcache") / "chunks"
+        folder = own_folder("chunks")
         logger.warning(
             "No embedded server (%s). Chunks are kept in %s; set %s to choose another store.",
             error, folder, URL_VARIABLE,
@@ -192,15 +191,12 @@ def _open_cluster(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
 
 
 def _open_embedded(url: str, parts: SplitResult, limits: _Limits) -> ChunkStore:
-    from chunkcache.stores.embedded import start_embedded
-
     try:
-        address = start_embedded(_folder(parts), _bytes_parameter(parts))
+        return _embedded(_folder(parts), _bytes_parameter(parts), limits)
     except StoreError as error:
         raise SettingError(
             f"embedded:// store URL: {error}; use redis://... or file:///path?bytes=50GB"
         ) from error
-    return _embedded(address, limits)
 
 
 # A new kind of store is one opener and one line here.
@@ -233,12 +229,16 @@ def _redis_options(limits: _Limits) -> dict[str, Any]:
     }
 
 
-def _embedded(address: str, limits: _Limits) -> ChunkStore:
-    store = _redis_store(address, limits)
+def _embedded(folder: Path | None, max_bytes: int | None, limits: _Limits) -> ChunkStore:
+    """Raises StoreError if the server cannot run here."""
+    from chunkcache.stores.embedded_store import EmbeddedStore
+
+    store = EmbeddedStore(folder, max_bytes, **_redis_options(limits))
     # The server leaves when nobody is connected, and the first prompt may come late.
     with suppress(StoreError):
         store.connect()
-    return _behind(store, limits)
+    # Whether it is back costs next to nothing to find out.
+    return _behind(store, limits, cooldown=1.0)
 
 
 def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
@@ -254,17 +254,22 @@ def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
         ) from error
 
 
-def _behind(store: ChunkStore, limits: _Limits) -> ChunkStore:
+def _behind(store: ChunkStore, limits: _Limits, **breaker: float) -> ChunkStore:
     """What every store outside of this process gets: a breaker, and writes behind."""
     from chunkcache.stores.breaker import Guarded
     from chunkcache.stores.writer import WriteBehind
 
-    guarded = Guarded(store, max_delay=limits.max_delay)
+    guarded = Guarded(store, max_delay=limits.max_delay, **breaker)
     return WriteBehind(guarded, max_bytes=limits.write_queue_bytes)
 
 
 def _folder(parts: SplitResult) -> Path | None:
     """The absolute folder in a URL, None if it names none. Raises SettingError."""
+    if f"{parts.netloc}{parts.path}".lstrip("/").startswith("~"):
+        raise SettingError(
+            f"{parts.scheme}:// store URL: ~ does not stand for the home folder in a URL: write "
+            f"{parts.scheme}://{os.path.expanduser('~')}/..."
+        )
     if parts.netloc not in ("", "localhost") or parts.fragment:
         raise SettingError(
             f"{parts.scheme}:// store URL: the path must be absolute, with three slashes: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from chunkcache.errors import SettingError
+from chunkcache.stores.pool import SoundPool
 from chunkcache.stores.wire import CommandPacker, ReplyParser
 
 Hosts = tuple[tuple[str, int], ...]
@@ -95,7 +97,7 @@ class Address:
         where: dict[str, Any] = {}
         if self.hosts:
             where["host"], where["port"] = self.hosts[0]
-        return redis.ConnectionPool(**self.options, **where)
+        return SoundPool(**self.options, **where)
 
     def without_secrets(self, text: str) -> str:
         """A message without passwords that a server may have put into it."""
@@ -132,6 +134,7 @@ def read_url(
     )
     try:
         parts = urlsplit(url)
+        parts = parts._replace(scheme=re.sub("^valkey", "redis", parts.scheme))
         query = parse_qs(parts.query, keep_blank_values=True)
         login, at, places = parts.netloc.rpartition("@")
         hosts = tuple(_host(place) for place in places.split(",")) if places else ()

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from chunkcache.errors import PickleError, StoreError
+from chunkcache.stores.calls import note_partial
+
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
 
@@ -105,11 +108,40 @@ def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
     return True
 
 
+def tell_too_large(entries: Sequence[Entry], most: int | None, setting: str) -> None:
+    """Tell the prompt of blobs that have more than `most` bytes, so that there is no room for them.
+
+    `setting` says what bounds them, and what to change.
+    """
+    largest = max((entry.nbytes for entry in entries), default=0)
+    if most is not None and largest > most:
+        note_partial(
+            StoreError(
+                f"a chunk of {largest:,} bytes is not stored, since {setting} allows for {most:,} "
+                "bytes in all: raise that, or lower chunk_size",
+                "full",
+            )
+        )
+
+
 def end_iteration(iterator: Iterator[object]) -> None:
     """Close an iterator that may be a generator, so that it lets go of its connection now."""
     close = getattr(iterator, "close", None)
     if close is not None:
         close()
+
+
+class StaysHere:
+    """What cannot be sent to another process; a copy of it is the very same object."""
+
+    def __getstate__(self) -> object:
+        raise PickleError.of(self)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
 
 class ChunkStore(ABC):
@@ -118,7 +150,14 @@ class ChunkStore(ABC):
     Every method raises `StoreError`, and nothing else, when the place cannot be reached or
     answers with an error; an entry that is not there is never an error. A store of several parts
     goes on without one that fails, and tells the prompt (`note_partial`).
+
+    Attributes:
+        largest: Bytes that one blob may have, where the store's size is bounded.
+        closed: Whether `close` was called, of stores that keep nothing afterwards.
     """
+
+    largest: int | None = None
+    closed = False
 
     @abstractmethod
     def sizes(self, keys: Sequence[str]) -> list[int]:
@@ -168,6 +207,15 @@ class ChunkStore(ABC):
 
     def check_writable(self) -> None:  # noqa: B027  (most stores have to be asked)
         """Raise StoreError if it is known, without asking, that a write would fail now."""
+
+    def check_open(self) -> None:
+        """Raise StoreError if the store was closed."""
+        if self.closed:
+            raise StoreError(
+                f"{self!r} was closed, by store.close() or at the end of a with block, so nothing "
+                "is stored any more: make a new cache with the store's URL",
+                "closed",
+            )
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, StaysHere, end_iteration
 from chunkcache.stores.calls import current_calls
-from chunkcache.stores.locks import ForkSafeLock
+from chunkcache.stores.locks import Latch, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _END = object()
 T = TypeVar("T")
 
 
-class Guarded(ChunkStore):
+class Guarded(StaysHere, ChunkStore):
     """`store` behind a breaker: after an error, calls fail at once for `cooldown` seconds.
 
     A failed read stops everything, and so do lookups that have cost one prompt more than
@@ -44,10 +44,11 @@ class Guarded(ChunkStore):
         self, store: ChunkStore, cooldown: float = COOLDOWN, max_delay: float = MAX_DELAY
     ) -> None:
         self._store = store
+        self.largest = store.largest
         self._max_delay = max_delay
         self._reading = _Circuit(cooldown)
         self._writing = _Circuit(cooldown)
-        self._prober: threading.Thread | None = None
+        self._probe: Latch | None = None  # opened when the last probe has ended
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -155,24 +156,25 @@ class Guarded(ChunkStore):
             raise self._refusal(opened)
 
     def _probe_for(self, seconds: float) -> None:
-        prober = self._prober
-        if prober is None or not prober.is_alive():
-            prober = self._prober = threading.Thread(
-                target=self._probe, name="chunkcache-probe", daemon=True
-            )
+        probe = self._probe
+        if probe is None or probe.is_open:
+            probe = Latch()
             try:
-                prober.start()
+                start_thread(partial(self._find_out, probe), "chunkcache-probe")
             except RuntimeError:  # no more threads: the next cool-down may bring one
                 return
-        prober.join(seconds)
+            self._probe = probe
+        probe.wait(seconds)
 
-    def _probe(self) -> None:
+    def _find_out(self, probe: Latch) -> None:
         try:
             with self._watched(self._reading):
                 self._store.sizes([PROBE_KEY])
+            self._reading.close()
         except StoreError:
             return  # noted
-        self._reading.close()
+        finally:
+            probe.open()
 
     def _refusal(self, opened: _Opened) -> StoreError:
         return StoreError(
@@ -222,34 +224,26 @@ class _Circuit:
 
     def __init__(self, cooldown: float) -> None:
         self._cooldown = cooldown
-        self._lock = ForkSafeLock()
-        self._cause: str | None = None
-        self._open_until = 0.0
+        self._state: tuple[str, float] | None = None  # why it is open, and until when (monotonic)
 
     def opened(self) -> _Opened | None:
         """None if calls may pass."""
-        with self._lock:
-            return self._opened()
+        state = self._state
+        if state is None:
+            return None
+        cause, until = state
+        left = until - time.monotonic()
+        return _Opened(cause, time.time() + left, left <= 0)
 
     def enter(self) -> _Opened | None:
         """The same for the one who will find out: if the time is over, it begins again."""
-        with self._lock:
-            opened = self._opened()
-            if opened and opened.is_over:
-                self._open_until = time.monotonic() + self._cooldown
-            return opened
+        opened = self.opened()
+        if opened and opened.is_over:
+            self.open(opened.cause)
+        return opened
 
     def open(self, cause: str) -> None:
-        with self._lock:
-            self._cause = cause
-            self._open_until = time.monotonic() + self._cooldown
+        self._state = cause, time.monotonic() + self._cooldown
 
     def close(self) -> None:
-        with self._lock:
-            self._cause = None
-
-    def _opened(self) -> _Opened | None:
-        if self._cause is None:
-            return None
-        left = self._open_until - time.monotonic()
-        return _Opened(self._cause, time.time() + left, left <= 0)
+        self._state = None

@@ -6,19 +6,19 @@ braces there, `format@model@1@0@{hash}@kv_bytes`, and only what is in braces cho
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import CLUSTER, read_url
-from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, StaysHere, end_iteration
 from chunkcache.stores.breaker import MAX_DELAY
 from chunkcache.stores.calls import note_partial
+from chunkcache.stores.locks import Latch, start_thread
 from chunkcache.stores.redis import CONNECT_TIMEOUT, READ_TIMEOUT
 from chunkcache.stores.topology import Server, Topology
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 Work = Callable[[ChunkStore, list[int]], None]
 
 
-class ClusterStore(ChunkStore):
+class ClusterStore(StaysHere, ChunkStore):
     """A store on all servers of a cluster.
 
     `url` is `redis+cluster://user:password@host1:6379,host2:6379`, `rediss+cluster://` for TLS;
@@ -84,28 +84,31 @@ class ClusterStore(ChunkStore):
         Places are filled in any order, so they are the caller's again only when the iteration has
         ended, early or not.
         """
-        arrivals: list[Future[bool]] = [Future() for _ in keys]
-        ended = threading.Event()
+        here = [Latch() for _ in keys]
+        found = [False] * len(keys)
+        ended = Latch()
 
         def fill(node: ChunkStore, positions: list[int]) -> None:
             some = [keys[at] for at in positions]
             try:
                 with closing(node.read_into(some, [places[at] for at in positions])) as answers:
                     for at, arrived in zip(positions, answers, strict=True):
-                        arrivals[at].set_result(arrived)
-                        if ended.is_set():
+                        found[at] = arrived
+                        here[at].open()
+                        if ended.is_open:
                             return
             finally:
-                _give_up(arrivals, positions)
+                _give_up(here, positions)
 
         team = _Team(self._topology, keys, fill)
-        _give_up(arrivals, set(range(len(keys))).difference(*team.shares.values()))
-        team.start(list(team.shares))
+        _give_up(here, set(range(len(keys))).difference(*team.shares.values()))
         try:
-            for arrival in arrivals:
-                yield arrival.result()
+            team.start(list(team.shares))
+            for at, latch in enumerate(here):
+                latch.wait()
+                yield found[at]
         finally:
-            ended.set()
+            ended.open()
             for error in team.join():
                 note_partial(error)
 
@@ -184,7 +187,7 @@ class ClusterStore(ChunkStore):
     ) -> list[StoreError]:
         """Do `work` for each server's share of the keys, twice if some keys have moved."""
         errors = _Team(self._topology, keys, work).run()
-        if self._topology.moved.is_set():
+        if self._topology.moved:
             self._topology.refresh()
             begin_again()
             errors = _Team(self._topology, keys, work).run()
@@ -198,10 +201,9 @@ class ClusterStore(ChunkStore):
             note_partial(error)
 
 
-def _give_up(arrivals: Sequence[Future[bool]], positions: Iterable[int]) -> None:
+def _give_up(latches: Sequence[Latch], positions: Iterable[int]) -> None:
     for at in positions:
-        if not arrivals[at].done():
-            arrivals[at].set_result(False)
+        latches[at].open()
 
 
 class _Team:
@@ -212,36 +214,36 @@ class _Team:
         self._topology = topology
         self._work = work
         self._errors: dict[Server, StoreError] = {}
-        self._threads: list[threading.Thread] = []
+        self._ends: list[Latch] = []  # of each thread
 
     def run(self) -> list[StoreError]:
         """Do all of the work, and return what failed."""
         for server in list(self.shares)[:1]:  # in this thread; often there is no other
             self.start(list(self.shares)[1:])
-            self._serve(server)
+            self._serve(server, Latch())
         return self.join()
 
     def start(self, servers: Sequence[Server]) -> None:
         """Begin with the shares of these servers."""
         for server in servers:
-            thread = threading.Thread(
-                target=self._serve, args=(server,), name="chunkcache-node", daemon=True
-            )
+            end = Latch()
             try:
-                thread.start()
-                self._threads.append(thread)
+                start_thread(partial(self._serve, server, end), "chunkcache-node")
+                self._ends.append(end)
             except RuntimeError:  # no more threads, or the interpreter is ending
-                self._serve(server)
+                self._serve(server, end)
 
     def join(self) -> list[StoreError]:
         """Wait until all is done, and return what failed."""
-        for thread in self._threads:
-            thread.join()
+        for end in self._ends:
+            end.wait()
         self._topology.note(self.shares, self._errors)
         return list(self._errors.values())
 
-    def _serve(self, server: Server) -> None:
+    def _serve(self, server: Server, end: Latch) -> None:
         try:
             self._work(server.guarded, self.shares[server])
         except StoreError as error:
             self._errors[server] = error
+        finally:
+            end.open()

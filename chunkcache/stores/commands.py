@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import redis
@@ -15,7 +16,7 @@ from chunkcache.stores.stream import is_wrong_type
 
 T = TypeVar("T")
 
-# What an error means: a word for it, and the mend. The first that fits; subclasses stand before
+# What an error means: a word for it, and the remedy. The first that fits; subclasses stand before
 # their bases.
 MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
     (
@@ -46,6 +47,17 @@ MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], 
     ),
     (Exception, "server", ""),
 )
+# What some say in words alone.
+SAID = {
+    "Too many connections": "; raise max_connections in the store's URL above the number of "
+    "threads that use the store at once",
+    "max number of clients reached": "; raise the server's maxclients, or lower max_connections "
+    "in the store's URL",
+    "no permissions": "; ACL SETUSER gives the user in the store's URL that permission",
+    "EXEC without MULTI": " (this user has no permissions to run the 'multi' command); ACL SETUSER "
+    "gives the user in the store's URL that permission",
+}
+USUAL_BULK = 512 << 20  # bytes: proto-max-bulk-len unless it was set
 
 
 class Commands:
@@ -112,6 +124,41 @@ class Commands:
                 # one must not become the reply to another command.
                 self._client.connection_pool.disconnect(inuse_connections=False)
                 text = f"the reply makes no sense ({type(error).__name__}: {text})"
-            text = self._address.without_secrets(text)
-            cause, mend = next(rest for kind, *rest in MEANINGS if isinstance(error, kind))
-            raise StoreError(f"store {self._address.label}: {text}{mend}", cause) from None
+            cause, remedy = next(rest for kind, *rest in MEANINGS if isinstance(error, kind))
+            remedy = next((better for said, better in SAID.items() if said in text), remedy)
+            if cause == "connection" and "connecting to" not in text and text not in SAID:
+                remedy = why_closed(self._client.connection_pool) or remedy
+            text = self._address.without_secrets(f"{text}{remedy}")
+            raise StoreError(f"store {self._address.label}: {text}", cause) from None
+
+
+def why_closed(pool: redis.ConnectionPool) -> str:
+    """Why a server has closed a connection and what to do, if it answers on a new one, or `""`."""
+    connection = pool.connection_class(**pool.connection_kwargs)
+    limits: dict[str, str] = {}
+    try:
+        connection.connect()
+        if not connection.can_read(timeout=0.02):  # what it says before it turns a client away
+            connection.send_command("PING")
+        connection.read_response()
+        for name in ("proto-max-bulk-len", "client-output-buffer-limit"):
+            connection.send_command("CONFIG", "GET", name)
+            with suppress(redis.ResponseError):  # not every account may ask
+                limits[name] = connection.read_response()[1].decode()
+    except (redis.RedisError, OSError) as error:
+        said = str(error).rstrip(".")
+        return next((f": {said}{better}" for text, better in SAID.items() if text in said), "")
+    except (TypeError, ValueError, LookupError, AttributeError):
+        pass  # an answer that is none
+    finally:
+        connection.disconnect()
+    bounds = []
+    bulk = re.fullmatch("[0-9]+", limits.get("proto-max-bulk-len", ""))
+    if bulk and int(bulk[0]) < USUAL_BULK:
+        bounds.append(f"values above its proto-max-bulk-len of {bulk[0]} bytes")
+    answer = re.search("normal ([1-9][0-9]*)", limits.get("client-output-buffer-limit", ""))
+    if answer:
+        bounds.append(f"answers above its client-output-buffer-limit of {answer[1]} bytes")
+    if not bounds:
+        return "; it answers on a new one: its log may say why it closed this one"
+    return f"; it closes connections for {' and '.join(bounds)}: raise that with CONFIG SET"

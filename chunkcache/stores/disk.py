@@ -18,12 +18,16 @@ STALE_SECONDS = 3600.0  # a file under tmp this old was left by a process that d
 PAGE = 1000  # entries of a listing that are read before the first is handed out
 KEEP = 0.9  # share of the budget that is still full after an eviction
 
+NOT_ALLOWED = (
+    "choose a folder that this user may read and write; one for a group needs chmod g+rwxs before "
+    "anything is written, and umask 002 of all who write"
+)
 MENDS = {
     errno.ENOSPC: "free some space, or lower max_bytes",
     errno.EDQUOT: "free some of the quota, or lower max_bytes",
     errno.EROFS: "choose a folder on a writable file system",
-    errno.EACCES: "choose a folder that this user may read and write",
-    errno.EPERM: "choose a folder that this user may read and write",
+    errno.EACCES: NOT_ALLOWED,
+    errno.EPERM: NOT_ALLOWED,
 }
 
 
@@ -48,8 +52,11 @@ class DiskStore(ChunkStore):
         ttl: float = 0,
         refresh_ttl: bool = True,
     ) -> None:
-        self.path = Path(path).expanduser().absolute()
-        self.max_bytes = max_bytes
+        try:
+            self.path = Path(path).expanduser().absolute()
+        except RuntimeError as error:  # ~ without a home folder
+            raise SettingError(f"file store {path}: {error}; name the whole path") from None
+        self.max_bytes = self.largest = max_bytes
         self._folder = Folder(self.path)
         self._ttl = ttl
         self._refresh = refresh_ttl

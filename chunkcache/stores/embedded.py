@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-import platformdirs
-
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import supervisor
+from chunkcache.stores.home import own_folder
 
 SOCKET = "chunkcache.sock"
 SOCKET_PATH_BYTES = 103  # what the smallest `sun_path` of the supported systems holds (macOS)
@@ -37,7 +36,9 @@ def start_embedded(
     """Return the URL (`unix:///…`) of this user's running server, starting it if need be.
 
     `folder` holds the snapshot, the log and, where its path is short enough, the socket (default:
-    `chunkcache/embedded` in the user's cache folder); one folder is one server. `max_bytes` bounds
+    `chunkcache/embedded` in the user's cache folder); one folder is one server. A folder that
+    others may enter, or with other files in it, is left as it is: then these are in a folder
+    `chunkcache-UID` in it. `max_bytes` bounds
     the server's memory; the least recently used chunks leave first (default: 4 GiB or a quarter of
     the machine's memory, whichever is less); given for a server that runs already, it is the new
     bound. The server leaves when no client has been connected for `idle_seconds` s, as said by
@@ -51,9 +52,10 @@ def start_embedded(
     if not idle_seconds > 0:
         raise SettingError(f"idle_seconds={idle_seconds}: must be more than 0")
     binary = server_binary()
-    folder = resolved(folder)
+    folder = place_of(resolved(folder))
     try:
         supervisor.private_folder(folder)
+        os.close(os.open(folder / supervisor.LOCK, os.O_RDWR | os.O_CREAT, 0o600))  # says it's ours
         socket_path = socket_of(folder)
         supervisor.private_folder(socket_path.parent)
         if not answers(socket_path):
@@ -70,18 +72,23 @@ def start_embedded(
 def stop_embedded(folder: Path | None = None, timeout: float = 30.0) -> None:
     """Ask the server of `folder` to save its content and leave, and wait until it has.
 
-    Does nothing if there is no such server. Raises `StoreError` if it is still there after
-    `timeout` s.
+    Does nothing if there is no such server. Processes that still use it start it again. Raises
+    `StoreError` if it is still there after `timeout` s.
     """
-    folder = resolved(folder)
+    folder = place_of(resolved(folder))
     socket_path = socket_of(folder)
     deadline = time.monotonic() + timeout
+    met = ""
     try:
         while not is_free(folder):
             left = deadline - time.monotonic()
             # The answer to SHUTDOWN is that the server hangs up, once it has saved. It may also be
             # not up yet, or gone already: the lock tells.
             with contextlib.suppress(OSError):
+                running = run_id(socket_path)
+                met = met or running
+                if running != met:
+                    return  # it has left, and somebody has started the next one
                 supervisor.ask(socket_path, "SHUTDOWN SAVE FORCE", max(left, 0.01))
             if left < 0:
                 raise StoreError(f"embedded store in {folder}: did not leave within {timeout} s")
@@ -92,9 +99,28 @@ def stop_embedded(folder: Path | None = None, timeout: float = 30.0) -> None:
 
 def resolved(folder: Path | None) -> Path:
     """The folder as an absolute path, so that every process means the same server by it."""
-    if folder is None:
-        folder = platformdirs.user_cache_path("chunkcache") / "embedded"
-    return folder.expanduser().resolve()
+    try:
+        return (own_folder("embedded") if folder is None else folder.expanduser()).resolve()
+    except RuntimeError as error:  # ~ without a home, or a circle of links
+        raise SettingError(f"embedded store in {folder}: {error}; name the whole path") from error
+
+
+def place_of(folder: Path) -> Path:
+    """Where the server's files are: in `folder` if it is ours alone, else in one of our own in it.
+
+    Ours alone is what is not there yet, and what only this user can enter if it is empty or has
+    the lock file: then nobody else's files, nor their access to them, are touched.
+    """
+    try:
+        found = folder.stat()
+        is_private = found.st_uid == os.geteuid() and not found.st_mode & 0o077
+        if is_private and ((folder / supervisor.LOCK).exists() or not any(folder.iterdir())):
+            return folder
+    except FileNotFoundError:
+        return folder
+    except OSError:  # said better where it is used
+        pass
+    return folder / f"chunkcache-{os.geteuid()}"
 
 
 def socket_of(folder: Path) -> Path:
@@ -147,6 +173,12 @@ def answers(socket_path: Path) -> bool:
         return False
 
 
+def run_id(socket_path: Path) -> str:
+    """Which run of the server is there. Raises `OSError` if nobody answers."""
+    said = supervisor.ask(socket_path, "INFO server").splitlines()
+    return next((line for line in said if line.startswith("run_id:")), "")
+
+
 def is_free(folder: Path) -> bool:
     """Whether no server, and none that is just coming or going, has the lock of `folder`."""
     import fcntl
@@ -187,19 +219,21 @@ def bring_up(folder: Path, socket_path: Path, launch: list[str]) -> None:
                     f"embedded store in {folder}: the server does not start: {log_tail(folder)}; "
                     f"{MEND}"
                 )
-            tries += 1
-            run_supervisor(folder, launch)
+            tries += run_supervisor(folder, launch) != supervisor.LOCKED
         time.sleep(0.01)
 
 
-def run_supervisor(folder: Path, launch: list[str]) -> None:
-    """Run `supervisor.py` until it has put itself into the background, or has met another one."""
+def run_supervisor(folder: Path, launch: list[str]) -> int:
+    """Run `supervisor.py` until it has put itself into the background, or has met another one.
+
+    Returns its exit status; whether a server came of it is seen by asking the server.
+    """
     # -I and -S: nothing of this process's environment or site-packages; that also keeps the
     # modules beside the script from standing in for the standard library's.
     command = [sys.executable, "-I", "-S", supervisor.__file__, *launch]
     log = os.open(folder / supervisor.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        subprocess.run(
+        return subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -207,8 +241,8 @@ def run_supervisor(folder: Path, launch: list[str]) -> None:
             cwd=folder,
             start_new_session=True,
             timeout=START_SECONDS,
-            check=False,  # whether a server came of it is seen by asking the server
-        )
+            check=False,
+        ).returncode
     except subprocess.TimeoutExpired as error:
         raise StoreError(
             f"embedded store in {folder}: {sys.executable} did not run within {START_SECONDS} s; "

@@ -9,6 +9,10 @@ under `tmp` and renamed, so that a reader, and a map already open, sees the old 
 There are no locks, so a process that forks or is killed leaves none behind.
 
 A file's modification time is that of its last use. Files of pinned entries are write-protected.
+
+What is written is for this user only, unless the folder was made for a group: if the group may
+write to it, and it hands its group on (`chmod g+rwxs`), the group may read and write what the umask
+lets it. Files of any other name are left alone, whatever folder is named.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import json
 import mmap
 import os
 import re
+import secrets
 import stat
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,9 @@ BLOB = ".safetensors"
 METADATA = ".json"
 NAME_BYTES = 255  # the longest file name that common file systems take
 FOLDER = re.compile("[0-9a-f]{2}")
-STEM = re.compile("[0-9a-f]{8}-.*|[0-9a-f]{64}")  # other files are not ours to evict
+STEM = re.compile("[0-9a-f]{8}-.*|[0-9a-f]{64}")
+SCRATCH = re.compile("chunkcache-[0-9a-f]{16}")  # a file being written
+SHARED = stat.S_IWGRP | stat.S_ISGID  # the mode of a folder that was made for a group
 
 
 def stem_of(key: str) -> str:
@@ -57,6 +63,19 @@ def key_of(name: str) -> str | None:
         return raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:  # no name that `stem_of` has made
         return None
+
+
+def is_stem(folder: str, name: str) -> bool:
+    """Whether a file without its suffix has a name by `stem_of`: others are not ours to evict."""
+    if not STEM.fullmatch(name):
+        return False
+    if "-" not in name:
+        return name.startswith(folder)
+    key = key_of(name)
+    if key is None:
+        return False
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    return digest.startswith(folder + name[:8])
 
 
 @dataclass(slots=True)
@@ -126,25 +145,26 @@ class Folder:
 
     def put(self, file: Path, content: bytes | memoryview, pinned: bool) -> None:
         """Write a file whole or not at all."""
-        scratch = self.path / "tmp"
+        scratch = self.path / "tmp" / f"chunkcache-{secrets.token_hex(8)}"
         try:
-            descriptor, name = tempfile.mkstemp(dir=scratch)
+            descriptor = self._create(scratch)
         except FileNotFoundError:
-            self._make(scratch)
-            descriptor, name = tempfile.mkstemp(dir=scratch)
+            self._make(scratch.parent)
+            descriptor = self._create(scratch)
         try:
             with os.fdopen(descriptor, "wb") as temporary:
                 temporary.write(content)
+                mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
             if pinned:
-                os.chmod(name, stat.S_IRUSR)
+                os.chmod(scratch, mode & ~0o222)
             try:
-                os.replace(name, file)
+                os.replace(scratch, file)
             except FileNotFoundError:
                 self._make(file.parent)
-                os.replace(name, file)
+                os.replace(scratch, file)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                os.unlink(scratch)
             raise
 
     def remove(self, stem: Path) -> bool:
@@ -164,11 +184,14 @@ class Folder:
                 continue
             for file in _list(Path(folder)):
                 name, suffix = os.path.splitext(file.name)
-                if suffix not in (BLOB, METADATA) or not STEM.fullmatch(name):
+                stem = Path(folder, name)
+                if suffix not in (BLOB, METADATA):
+                    continue
+                if stem not in entries and not is_stem(folder.name, name):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat()
-                    found = entries.setdefault(Path(folder, name), Found())
+                    found = entries.setdefault(stem, Found())
                     found.used = max(found.used, status.st_mtime)
                     found.nbytes += status.st_size
                     found.pinned |= is_pinned(status)
@@ -181,13 +204,24 @@ class Folder:
     def sweep(self, seconds: float) -> None:
         """Remove what processes left behind that died while they wrote, `seconds` ago or more."""
         for file in _list(self.path / "tmp"):
+            if not SCRATCH.fullmatch(file.name):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > seconds:
                     os.unlink(file.path)
 
     def _make(self, folder: Path) -> None:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700 | self._for_group(), exist_ok=True)
+
+    def _create(self, file: Path) -> int:
+        """A new file, open for writing. The umask may take from the group what the folder gives."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        return os.open(file, flags, 0o600 | self._for_group() & 0o060)
+
+    def _for_group(self) -> int:
+        """What the group may do, at most, with what is written."""
+        return 0o070 if self.path.stat().st_mode & SHARED == SHARED else 0
 
 
 def is_pinned(status: os.stat_result) -> bool:

@@ -7,15 +7,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, merged
+from chunkcache.stores.base import ChunkStore, Entry, Listed, StaysHere, merged, tell_too_large
 from chunkcache.stores.locks import ForkSafeLock
 
 DEFAULT_BYTES = 2_000_000_000
 
 
-class MemoryStore(ChunkStore):
+class MemoryStore(StaysHere, ChunkStore):
     """A store of at most `max_bytes` bytes: blobs, keys and metadata together.
 
     Blobs are kept as they are, not copied. An entry that is larger than the whole budget is
@@ -30,15 +31,19 @@ class MemoryStore(ChunkStore):
     ) -> None:
         if max_bytes <= 0:
             raise SettingError(f"max_bytes of a memory store must be positive, not {max_bytes}")
-        self._max_bytes = max_bytes
+        self._max_bytes = self.largest = max_bytes
         self._ttl = ttl
         self._refresh = refresh_ttl
-        self._lock = ForkSafeLock()
+        self._locks = ForkSafeLock()
         self._free = _Shelf()
         self._pinned = _Shelf()
 
     def __repr__(self) -> str:
         return f"MemoryStore(max_bytes={self._max_bytes})"
+
+    @property
+    def _lock(self) -> Any:
+        return self._locks.own
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         with self._lock:
@@ -57,6 +62,7 @@ class MemoryStore(ChunkStore):
         return [dict(kept.entry.metadata) or None if kept else None for kept in found]
 
     def write(self, entries: Sequence[Entry]) -> int:
+        tell_too_large(entries, self.largest, f"bytes= of {self!r}")
         return sum(entry.nbytes for entry in entries if self._put(entry))
 
     def delete(self, keys: Sequence[str]) -> int:
@@ -129,17 +135,30 @@ class _Shelf(OrderedDict[str, _Kept]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.used = 0
+        self._used = 0
+        self._changing = False
+
+    @property
+    def used(self) -> int:
+        """The bytes of all entries; counted anew if a change was interrupted."""
+        if self._changing:
+            self._used = sum(kept.cost for kept in self.values())
+            self._changing = False
+        return self._used
 
     def put(self, kept: _Kept) -> None:
+        used = self.used + kept.cost
+        self._changing = True
         self[kept.entry.key] = kept
-        self.used += kept.cost
+        self._used, self._changing = used, False
 
     def drop(self, key: str) -> bool:
-        kept = self.pop(key, None)
-        if kept is None:
+        if key not in self:
             return False
-        self.used -= kept.cost
+        used = self.used - self[key].cost
+        self._changing = True
+        del self[key]
+        self._used, self._changing = used, False
         return True
 
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
-import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, merged
-from chunkcache.sums import SUMS
+from chunkcache.stores.locks import Worker
+from chunkcache.sums import SUMS, Sums
 
 EXIT_SECONDS = 5.0  # for all queues of the process together, at its end
 REMOVE_SECONDS = 5.0  # how long a removal waits for the write of that very entry
-LINGER_SECONDS = 1.0  # an idle thread ends after this, and with it its hold on the store
+EXIT_PRIORITY = 10  # of multiprocessing's finalizers: before those without one
 MAX_ENTRIES = 1 << 16  # entries without a blob have no bytes to count
 BATCH_ENTRIES = 256  # that are handed to the store at once
 BATCH_BYTES = 4 << 20  # of their blobs; a larger one goes alone
@@ -57,12 +61,18 @@ class Failure(NamedTuple):
     cause: str
 
 
-class Queue:
+class Queue(Worker):
     """At most `max_bytes` of blobs on their way to `store`. Entries of one key become one.
 
     Apart from `WriteBehind`, so that the thread keeps alive this only: entries of a forgotten
     `WriteBehind` are still written, and no thread keeps an idle one alive.
+
+    There is no lock: callers put entries in and take them out of `waiting`, each with one operation
+    on a dict, and whoever takes one out has it; all else belongs to the thread. Several threads
+    that put at the same time may exceed the bounds by what one of them brings.
     """
+
+    thread_name = "chunkcache-writer"
 
     def __init__(self, store: ChunkStore, max_bytes: int) -> None:
         self.store = store
@@ -72,175 +82,170 @@ class Queue:
         LIVE[id(self)] = self
 
     def begin(self) -> None:
-        """Start empty: at first, and in a forked child.
-
-        There the parent's thread does not exist, its entries are its own business, and the lock may
-        have been held at the moment of the fork.
-        """
-        self.changed = threading.Condition()
-        self.waiting: dict[str, Entry] = {}
-        self.current: dict[str, Entry] = {}  # being written
-        self.thread: threading.Thread | None = None
-        self.counts = WriteStats()
+        """Start empty: at first, and in a forked child, whose parent writes its own entries."""
+        super().__init__()
+        self.waiting: dict[int, Entry] = {}  # by a number, in the order in which they came
+        self.numbers = count()
+        self.current: dict[str, Entry] = {}  # being written; replaced, never changed
+        self.counts = Sums()
+        self.last_error: str | None = None
 
     def stats(self) -> WriteStats:
         """The counters as they are now."""
-        with self.changed:
-            queued_entries = len(self.waiting) + len(self.current)
-            return replace(self.counts, queued_entries=queued_entries)
+        queued = [*self.waiting.copy().values(), *self.current.values()]
+        counts = self.counts.copy()
+        return WriteStats(
+            queued_bytes=sum(entry.nbytes for entry in queued),
+            queued_entries=len(queued),
+            written_entries=counts["written", ""],
+            written_bytes=counts["written_bytes", ""],
+            dropped_entries=counts["dropped", ""],
+            failed_entries=counts["failed", ""],
+            last_error=self.last_error,
+        )
 
     def put(self, entries: Sequence[Entry]) -> int:
         """Take what fits, without waiting. Returns the bytes taken."""
-        with self.changed:
-            taken = sum(entry.nbytes for entry in entries if self.accept(entry))
-            self.work()
+        see_to_exit()
+        numbers = {entry.key: number for number, entry in self.waiting.copy().items()}
+        newest = self.find([entry.key for entry in entries])
+        queued = self.stats().queued_bytes
+        taken = dropped = 0
+        for given in entries:
+            last = newest.get(given.key)
+            if last and _summary(last) == _summary(given):
+                taken += given.nbytes
+                continue
+            number = numbers.get(given.key, -1)
+            replaced = self.waiting.get(number)
+            entry = merged(given, replaced)
+            grown = entry.nbytes - (replaced.nbytes if replaced else 0)
+            fits = queued + grown <= self.max_bytes and len(self.waiting) < MAX_ENTRIES
+            if self.closed or not fits:
+                dropped += 1
+                continue
+            if replaced is None:
+                number = numbers[entry.key] = next(self.numbers)
+            self.waiting[number] = entry  # anew, should it have been taken out meanwhile
+            newest[entry.key] = merged(entry, last)
+            queued += grown
+            taken += given.nbytes
+        if self.closed:
+            dropped += self.forget()
+        self.count("dropped", dropped)
+        try:
+            self.start()
+        except RuntimeError as error:  # no more threads, or the interpreter is ending
+            self.give_up(error)
         return taken
-
-    def accept(self, entry: Entry) -> bool:
-        """Take one entry, or count it as dropped. Called with the lock held."""
-        last = self.find([entry.key]).get(entry.key)
-        if last and _summary(last) == _summary(entry):
-            return True
-        replaced = self.waiting.get(entry.key)
-        entry = merged(entry, replaced)
-        grown = entry.nbytes - (replaced.nbytes if replaced else 0)
-        fits = self.counts.queued_bytes + grown <= self.max_bytes
-        if self.closed or not fits or len(self.waiting) >= MAX_ENTRIES:
-            self.count(dropped_entries=1)
-            return False
-        self.waiting[entry.key] = entry
-        self.count(queued_bytes=grown)
-        return True
 
     def find(self, keys: Sequence[str]) -> dict[str, Entry]:
         """Those of the keys that are queued, with their newest entries."""
-        with self.changed:
-            found = {key: self.current[key] for key in keys if key in self.current}
-            for key in keys:
-                if key in self.waiting:
-                    found[key] = merged(self.waiting[key], self.current.get(key))
-            return found
+        waiting = self.waiting.copy()  # first: entries go from there to `current`
+        found = {key: entry for key in keys if (entry := self.current.get(key))}
+        if waiting:
+            wanted = set(keys)
+            for entry in waiting.values():
+                if entry.key in wanted:
+                    found[entry.key] = merged(entry, found.get(entry.key))
+        return found
 
     def remove(self, keys: Sequence[str]) -> set[str]:
         """Take keys out of the queue; a write under way is waited for. Returns which were there."""
-        with self.changed:
-            removed = set()
-            for key in keys:
-                entry = self.waiting.pop(key, None)
-                if entry is not None:
-                    removed.add(key)
-                    self.count(queued_bytes=-entry.nbytes)
-            self.changed.wait_for(lambda: self.current.keys().isdisjoint(keys), REMOVE_SECONDS)
-            return removed
+        wanted = set(keys)
+        removed = {
+            entry.key
+            for number, entry in self.waiting.copy().items()
+            if entry.key in wanted and self.waiting.pop(number, None) is not None
+        }
+        with suppress(RuntimeError):  # no thread: then nothing is being written
+            self.wait(lambda: self.current.keys().isdisjoint(wanted), REMOVE_SECONDS)
+        return removed
 
     def drain(self, timeout: float | None) -> bool:
         """Wait until nothing is queued, at most `timeout` s; whether that came to pass."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self.changed:
-            while self.waiting or self.current:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                self.work()
-                if self.waiting or self.current:  # not if no thread could be had
-                    self.changed.wait(left)
+        try:
+            return self.wait(
+                lambda: not self.waiting and not self.current,
+                math.inf if timeout is None else timeout,
+            )
+        except RuntimeError as error:
+            self.give_up(error)
             return True
 
     def shut(self) -> None:
         """Take nothing more, and forget what still waits."""
-        with self.changed:
-            self.closed = True
-            self.count(dropped_entries=self.forget())
-            self.changed.notify_all()
+        self.closed = True
+        self.count("dropped", self.forget())
 
     def forget(self) -> int:
-        """Drop what waits. Returns how many entries that was. Called with the lock held."""
-        number = len(self.waiting)
-        self.count(queued_bytes=-sum(entry.nbytes for entry in self.waiting.values()))
-        self.waiting.clear()
-        return number
+        """Drop what waits. Returns how many entries that was."""
+        had = [self.waiting.pop(number, None) for number in self.waiting.copy()]
+        return len(had) - had.count(None)
 
-    def work(self) -> None:
-        """See to it that a thread is there if there is work. Called with the lock held."""
-        if not self.waiting:
-            return
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.run, name="chunkcache-writer", daemon=True)
-            try:
-                self.thread.start()
-            except RuntimeError as error:  # no more threads, or the interpreter is ending
-                self.thread = None
-                log.warning("cannot write behind: %s", error)
-                self.count(failed_entries=self.forget())
-        self.changed.notify_all()
+    def give_up(self, error: RuntimeError) -> None:
+        """Count as failed what nobody will write."""
+        log.warning("cannot write behind: %s", error)
+        self.count("failed", self.forget())
 
-    def run(self) -> None:
-        """The thread: write batch by batch, and end when nothing has come for a while."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closed, LINGER_SECONDS)
-                if not self.waiting:
-                    self.thread = None
-                    return
-                batch = self.current = self.next_batch()
-            outcome: tuple[int, Failure | None] | None = None
-            try:
-                outcome = self.write_out(list(batch.values()))
-            finally:
-                with self.changed:
-                    if outcome is None:  # SystemExit or the like: this thread is ending
-                        self.thread = None
-                    self.done(
-                        batch, *(outcome or (0, Failure("the writing thread was ended", "other")))
-                    )
-            del batch  # its memory is not kept while the thread idles
+    # ------------------------------------------------------------------ in the thread
 
-    def next_batch(self) -> dict[str, Entry]:
-        """Take the oldest entries, as many as are written well together.
+    def todo(self) -> bool:
+        return bool(self.waiting)
 
-        Small ones in one batch share the round trips. Called with the lock held.
+    def step(self) -> None:
+        """Write the oldest entries, and note what became of them."""
+        self.take_batch()
+        taken, failure = self.write_out(list(self.current.values()))
+        nbytes = sum(entry.nbytes for entry in self.current.values())
+        if failure is not None:
+            self.last_error = failure.text
+            self.count("failed", len(self.current))
+            SUMS.add(Counter({("write_errors", failure.cause): len(self.current)}))
+        elif taken < nbytes:
+            self.count("dropped", len(self.current))
+        else:
+            self.count("written", len(self.current))
+            self.counts.add(Counter({("written_bytes", ""): taken}))
+        self.current = {}
+
+    def take_batch(self) -> None:
+        """Make the oldest entries the current ones, as many as are written well together.
+
+        Small ones in one batch share the round trips.
         """
-        batch: dict[str, Entry] = {}
+        chosen: dict[int, Entry] = {}
         nbytes = 0
-        for key, entry in self.waiting.items():
+        for number, entry in self.waiting.copy().items():
             nbytes += entry.nbytes
-            if batch and (nbytes > BATCH_BYTES or len(batch) == BATCH_ENTRIES):
+            if chosen and (nbytes > BATCH_BYTES or len(chosen) == BATCH_ENTRIES):
                 break
-            batch[key] = entry
-        for key in batch:
-            del self.waiting[key]
-        return batch
+            chosen[number] = entry
+        # In both places for a moment, rather than in none.
+        self.current = _by_key(chosen.values())
+        had = [self.waiting.pop(number, None) for number in chosen]
+        self.current = _by_key(filter(None, had))
 
     def write_out(self, entries: Sequence[Entry]) -> tuple[int, Failure | None]:
         """The bytes that the store took, and the failure if it raised an error."""
         try:
-            return self.store.write(entries), None
-        except Exception as error:  # a fault of any kind costs these entries, not the thread
+            return self.store.write(entries) if entries else 0, None
+        except BaseException as error:  # of any kind: it costs these entries, not the thread
             cause = error.cause if isinstance(error, StoreError) else "other"
             return 0, Failure(f"{type(error).__name__}: {error}", cause)
 
-    def done(self, batch: Mapping[str, Entry], taken: int, failure: Failure | None) -> None:
-        """Note what became of a batch. Called with the lock held."""
-        self.current = {}
-        nbytes = sum(entry.nbytes for entry in batch.values())
-        self.count(queued_bytes=-nbytes)
-        if failure is not None:
-            self.count(failed_entries=len(batch))
-            self.counts = replace(self.counts, last_error=failure.text)
-            SUMS.add(Counter({("write_errors", failure.cause): len(batch)}))
-        elif taken < nbytes:
-            self.count(dropped_entries=len(batch))
-        else:
-            self.count(written_entries=len(batch), written_bytes=taken)
-        self.changed.notify_all()
+    def count(self, outcome: str, number: int) -> None:
+        """Add to the counters, and to those of the process."""
+        if number:
+            self.counts.add(Counter({(outcome, ""): number}))
+            SUMS.add(Counter({("writes", outcome): number}))
 
-    def count(self, **more: int) -> None:
-        """Add to the counters, and to those of the process. Called with the lock held."""
-        sums = {name: getattr(self.counts, name) + number for name, number in more.items()}
-        self.counts = replace(self.counts, **sums)
-        ended = {outcome: n for outcome in OUTCOMES if (n := more.get(f"{outcome}_entries"))}
-        if ended:
-            SUMS.add(Counter({("writes", outcome): n for outcome, n in ended.items()}))
+
+def _by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        found[entry.key] = merged(entry, found.get(entry.key))
+    return found
 
 
 def _summary(entry: Entry) -> tuple[int, Mapping[str, str], bool]:
@@ -251,6 +256,7 @@ def _summary(entry: Entry) -> tuple[int, Mapping[str, str], bool]:
 # Every queue that is alive, for the two moments that concern them all. A plain dict of weak
 # references underneath: listing it needs no lock, which a fork could find taken.
 LIVE: weakref.WeakValueDictionary[int, Queue] = weakref.WeakValueDictionary()
+_FINALIZERS: dict[int, Finalize] = {}  # of this process, by its number
 
 
 def flush_at_exit() -> None:
@@ -263,8 +269,19 @@ def flush_at_exit() -> None:
             log.warning("%d chunks could not be stored before the end", lost)
 
 
+def see_to_exit() -> None:
+    """Have `flush_at_exit` called at the end of this process, should it be one of multiprocessing.
+
+    Those end without atexit; and as they begin, they forget what was to be done at their end.
+    """
+    finalizer = _FINALIZERS.get(os.getpid())
+    if finalizer is None or not finalizer.still_active():
+        _FINALIZERS[os.getpid()] = Finalize(None, flush_at_exit, exitpriority=EXIT_PRIORITY)
+
+
 def begin_after_fork() -> None:
-    """In a forked child: forget the parent's entries, thread and locks."""
+    """In a forked child: forget the parent's entries, and its thread."""
+    _FINALIZERS.clear()
     for reference in LIVE.valuerefs():
         queue = reference()
         if queue is not None:

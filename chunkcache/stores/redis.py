@@ -13,7 +13,7 @@ import redis
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.address import SERVER, Address, read_url
-from chunkcache.stores.base import ChunkStore, Entry, Part
+from chunkcache.stores.base import ChunkStore, Entry, Part, StaysHere
 from chunkcache.stores.claims import Claims
 from chunkcache.stores.listing import Listing, decoded
 from chunkcache.stores.wire import BulkReader
@@ -26,7 +26,7 @@ PIPELINED = 512  # entries without a blob that are written in one round trip
 POLL_SECONDS = 0.02  # between two looks for what another process writes
 
 
-class RedisStore(Claims, Listing, ChunkStore):
+class RedisStore(StaysHere, Claims, Listing, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are

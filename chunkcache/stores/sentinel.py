@@ -10,12 +10,12 @@ from redis.retry import Retry
 from redis.sentinel import (
     MasterNotFoundError,
     Sentinel,
-    SentinelConnectionPool,
     SentinelManagedConnection,
     SentinelManagedSSLConnection,
 )
 
 from chunkcache.stores.address import QUIET, SENTINEL, Address
+from chunkcache.stores.pool import SoundSentinelPool
 from chunkcache.stores.redis import RedisStore
 
 
@@ -53,7 +53,9 @@ class SentinelStore(RedisStore):
         options["connection_class"] = (
             SentinelManagedSSLConnection if tls else SentinelManagedConnection
         )
-        return SentinelConnectionPool(address.service, sentinels, **options)
+        return SoundSentinelPool(  # type: ignore[no-untyped-call]
+            address.service, sentinels, **options
+        )
 
 
 class _Sentinels(Sentinel):

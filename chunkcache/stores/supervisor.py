@@ -23,7 +23,6 @@ from pathlib import Path
 
 LOCK = "server.lock"
 LOG = "server.log"
-CONFIG = "valkey.conf"
 SNAPSHOT = "dump.rdb"
 LOCKED = 75  # exit status: another process holds the lock (EX_TEMPFAIL)
 LOG_BYTES = 1 << 20
@@ -52,20 +51,23 @@ crash-memcheck-enabled no
 
 
 def private_folder(path: Path) -> Path:
-    """Make `path` a folder that only this user can enter, and return it.
+    """Make `path` a folder that only this user can enter, unless it is one, and return it.
 
-    Raises `PermissionError` if it belongs to somebody else, `NotADirectoryError` if it is a link or
-    a file: in a shared temp directory both may be traps.
+    Folders on the way to it that are missing are made likewise. What is there is left as it is:
+    raises `NotADirectoryError` if it is a link or a file, `PermissionError` if it belongs to
+    somebody else or is open to others. In a shared folder all of these may be traps.
     """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700, parents=True)
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"{path} is not a folder")
     if found.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user (uid {found.st_uid})")
     if found.st_mode & 0o077:
-        path.chmod(0o700)
+        raise PermissionError(f"{path} is open to other users; close it with chmod 700 {path}")
     return path
 
 
@@ -149,11 +151,14 @@ class Supervisor:
             snapshot=SNAPSHOT,
             max_bytes=max_bytes,
         )
-        (self.folder / CONFIG).write_text(config)
         for leftover in self.folder.glob("temp-*.rdb"):  # of a snapshot that was cut short
             leftover.unlink(missing_ok=True)
         self.hidden_path.unlink(missing_ok=True)
         self.status = None
+        # Through a pipe, which holds it whole: a full disk keeps no server from starting.
+        reader, writer = os.pipe()
+        os.write(writer, config.encode())
+        os.close(writer)
         parent = os.getpid()
         self.server = os.fork()
         if self.server == 0:
@@ -161,10 +166,12 @@ class Supervisor:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 end_with_parent()
                 os.set_inheritable(self.lock, True)
+                os.dup2(reader, 0)
                 if os.getppid() == parent:
-                    os.execv(binary, [binary, str(self.folder / CONFIG)])
+                    os.execv(binary, [binary, "-"])
             finally:
                 os._exit(127)  # reached only where the server could not be executed
+        os.close(reader)
 
     def running(self) -> bool:
         if self.status is None:
@@ -263,7 +270,7 @@ class Supervisor:
 
     def watch(self, idle_seconds: float) -> None:
         """Return when the server is gone: idle for too long, told to end, or dead."""
-        pause = min(max(idle_seconds / 10, 0.05), 5.0)
+        pause = min(max(idle_seconds / 10, 0.05), 2.0)
         last_use = time.monotonic()
         while self.running():
             if not self.told_to_end:

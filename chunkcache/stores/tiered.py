@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ import numpy as np
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration, nbytes_of
 from chunkcache.stores.calls import note_partial
-from chunkcache.stores.locks import ForkSafeLock
+from chunkcache.stores.locks import ForkSafeLock, Worker
 from chunkcache.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -74,12 +74,18 @@ class TieredStore(ChunkStore):
         answers = self._walk(
             keys, lambda tier, at: tier.read_into([keys[n] for n in at], [places[n] for n in at])
         )
-        with ThreadPoolExecutor(1, "chunkcache-tiers") as copier, closing(answers):
-            for key, place, (level, arrived) in zip(keys, places, answers, strict=True):
-                if arrived and level:
-                    with suppress(RuntimeError):  # no more threads, or the interpreter is ending
-                        copier.submit(self._keep, key, place, level)
-                yield bool(arrived)
+        copier = _Copier(self._keep)
+        try:
+            with closing(answers):
+                for key, place, (level, arrived) in zip(keys, places, answers, strict=True):
+                    if arrived and level:
+                        copier.waiting.append((key, place, level))
+                        with suppress(RuntimeError):  # tried again below
+                            copier.start()
+                    yield bool(arrived)
+        finally:
+            with suppress(RuntimeError):  # no more threads, or the interpreter is ending
+                copier.wait(lambda: not copier.waiting)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         found: list[dict[str, str]] = [{} for _ in keys]
@@ -109,10 +115,12 @@ class TieredStore(ChunkStore):
 
     def check_writable(self) -> None:
         """As in `ChunkStore`. The furthest tier decides, as it does about what was taken."""
+        self.check_open()
         self._tiers[-1].check_writable()
 
     def write(self, entries: Sequence[Entry]) -> int:
         """As in `ChunkStore`. The bytes are those that the furthest tier has taken."""
+        self.check_open()
         taken = 0
         errors = []
         for tier in self._tiers:
@@ -146,6 +154,7 @@ class TieredStore(ChunkStore):
         return done
 
     def close(self) -> None:
+        self.closed = True
         with ExitStack() as closing_all:
             for tier in self._tiers:
                 if not isinstance(tier, MemoryStore):
@@ -244,9 +253,29 @@ class TieredStore(ChunkStore):
             note_partial(error)
 
 
+class _Copier(Worker):
+    """Hands what waits, key, views and level of a tier, to `keep`, one after the other."""
+
+    thread_name = "chunkcache-tiers"
+
+    def __init__(self, keep: Callable[[str, Sequence[memoryview], int], None]) -> None:
+        super().__init__()
+        self.waiting: deque[tuple[str, Sequence[memoryview], int]] = deque()
+        self._keep = keep
+
+    def todo(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> None:
+        try:
+            self._keep(*self.waiting[0])
+        finally:
+            self.waiting.popleft()
+
+
 def shared_memory(name: tuple[object, ...], fresh: MemoryStore) -> MemoryStore:
     """The memory that this process keeps under a name, as long as a store holds it."""
-    with _LOCK:
+    with _LOCK.own:
         return _SHARED.setdefault(name, fresh)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.calls import note_partial
-from chunkcache.stores.locks import ForkSafeLock
 from chunkcache.stores.redis import RedisStore
 
 REFRESH_SECONDS = 1.0  # between two looks for the successor of a server that fails
@@ -70,12 +68,16 @@ def tagged(key: str) -> str:
     return f"{rest}{at}{{{chunk_hash}}}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Server:
-    """A primary: as it is, and behind a breaker of its own, so that it costs one time-out only."""
+    """A primary: as it is, and behind a breaker of its own, so that it costs one time-out only.
+
+    `failed` says whether its last call did.
+    """
 
     node: ClusterNode
     guarded: Guarded
+    failed: bool = False
 
 
 class Topology:
@@ -88,22 +90,18 @@ class Topology:
 
     Attributes:
         primaries: The servers that have slots, as far as is known.
-        moved: Set when a server says that a key's place has changed.
-        failing: Servers whose last call failed. Replaced, never changed.
+        moved: Whether a server has said that a key's place has changed.
     """
 
     def __init__(self, address: Address, max_delay: float, **options: Any) -> None:
         self.primaries: frozenset[Server] = frozenset()
-        self.moved = threading.Event()
-        self.failing: set[Server] = set()
+        self.moved = False
         self._address = address
         self._max_delay = max_delay
         self._options = options
         self._met: dict[Host, Server] = {}
         self._owners: list[Server | None] = []  # of each slot
-        self._lock = ForkSafeLock()
         self._refreshed_at = 0.0
-        self._failure: StoreError | None = None  # of the last refresh
         for host in address.hosts:
             self._server(host)
 
@@ -142,33 +140,36 @@ class Topology:
             StoreError: None has answered within two times `read_timeout`.
         """
         asked_at = time.monotonic()
-        with self._lock:
-            if self._refreshed_at > asked_at:  # another thread has just done so
-                if self._failure:
-                    raise StoreError(str(self._failure), self._failure.cause)
-                return
-            self.moved.clear()  # before asking: what moves from now on counts
-            failing = {server.node for server in self.failing}
-            nodes = sorted((met.node for met in self._met.values()), key=failing.__contains__)
-            errors: list[StoreError] = []
-            for node in nodes:
-                if errors and time.monotonic() > asked_at + self._address.read_timeout:
-                    break
-                try:
-                    found = node.primaries()
-                except StoreError as error:
-                    errors.append(error)
-                    continue
-                self._settle(found)
-                return
-            self._failure = StoreError(str(errors[0]), errors[0].cause)
-            self._refreshed_at = time.monotonic()
-            raise errors[0]
+        self.moved = False  # before asking: what moves from now on counts
+        failing = {server.node for server in self.failing}
+        met = self._met.copy().values()
+        errors: list[StoreError] = []
+        for node in sorted((server.node for server in met), key=failing.__contains__):
+            if errors and time.monotonic() > asked_at + self._address.read_timeout:
+                break
+            try:
+                found = node.primaries()
+            except StoreError as error:
+                errors.append(error)
+                continue
+            self._settle(found)
+            return
+        self._refreshed_at = time.monotonic()
+        raise errors[0]
 
-    def note(self, asked: Iterable[Server], failed: Iterable[Server]) -> None:
+    @property
+    def failing(self) -> set[Server]:
+        """The primaries whose last call failed."""
+        return {server for server in self.primaries if server.failed}
+
+    def note(self, asked: Iterable[Server], failed: Container[Server]) -> None:
         """Note which servers a call has asked, and which of them failed."""
-        with self._lock:
-            self.failing = self.failing.difference(asked).union(failed)
+        for server in asked:
+            server.failed = server in failed
+
+    def note_move(self) -> None:
+        """Note that a key's place has changed."""
+        self.moved = True
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -179,17 +180,16 @@ class Topology:
         owners: list[Server | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for (first, last), host in found.items():
             owners[first : last + 1] = [self._server(host)] * (last + 1 - first)
-        self._owners = owners
         self.primaries = frozenset(owner for owner in owners if owner)
-        self.failing = self.failing & self.primaries
         # Those named stay: after a time of trouble they may be all that can be reached.
         named = set(self._address.hosts)
         self._met = {h: s for h, s in self._met.items() if s in self.primaries or h in named}
-        self._failure = None
         self._refreshed_at = time.monotonic()
+        self._owners = owners  # last, as it says that all is known
 
     def _server(self, host: Host) -> Server:
         if host not in self._met:
-            node = ClusterNode(self._address.at(*host), self.moved.set, **self._options)
-            self._met[host] = Server(node, Guarded(node, max_delay=self._max_delay))
+            node = ClusterNode(self._address.at(*host), self.note_move, **self._options)
+            server = Server(node, Guarded(node, max_delay=self._max_delay))
+            return self._met.setdefault(host, server)
         return self._met[host]

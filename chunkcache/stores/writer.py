@@ -12,18 +12,20 @@ from chunkcache.stores.base import (
     Entry,
     Listed,
     Part,
+    StaysHere,
     copy_into,
     end_iteration,
     nbytes_of,
+    tell_too_large,
 )
 from chunkcache.stores.queue import Queue, WriteStats
 
-CLOSE_SECONDS = 5.0
+DRAIN_SECONDS = 5.0  # what a listing, or closing, waits for queued entries
 
 T = TypeVar("T")
 
 
-class WriteBehind(ChunkStore):
+class WriteBehind(StaysHere, ChunkStore):
     """Wraps `store`: writes happen later, reads see them at once (in this process).
 
     At most `max_bytes` of blobs wait; more are dropped and counted. The queue outlives this object,
@@ -47,10 +49,13 @@ class WriteBehind(ChunkStore):
 
         Raises StoreError, and takes nothing, while the store is known to fail.
         """
-        self.store.check_writable()
+        self.check_writable()
+        tell_too_large(entries, self._queue.max_bytes, "write_queue_bytes")
+        tell_too_large(entries, self.store.largest, f"bytes= of {self.store!r}")
         return self._queue.put(entries)
 
     def check_writable(self) -> None:
+        self.check_open()
         self.store.check_writable()
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
@@ -102,8 +107,8 @@ class WriteBehind(ChunkStore):
         return [found[key] for key in keys]
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
-        """As in `ChunkStore`. What is queued is written first."""
-        self._queue.drain(None)
+        """As in `ChunkStore`. What is queued is written first, within 5 s."""
+        self._queue.drain(DRAIN_SECONDS)
         yield from self.store.scan(prefix)
 
     def server_info(self) -> list[dict[str, Any]]:
@@ -133,7 +138,8 @@ class WriteBehind(ChunkStore):
 
     def close(self) -> None:
         """Write what is queued, for at most 5 s, drop the rest, close the store."""
-        self._queue.drain(CLOSE_SECONDS)
+        self.closed = True
+        self._queue.drain(DRAIN_SECONDS)
         self._queue.shut()
         self.store.close()
 

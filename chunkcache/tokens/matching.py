@@ -85,14 +85,21 @@ def cover(
 ) -> list[Piece]:
     """Cover positions `start` to `stop` with pieces of known chunks, without overlap.
 
+    As `laid`; runs shorter than `SHORTEST_RUN` are left out.
+    """
+    return long_enough(laid(tokens, candidates, start, stop))
+
+
+def laid(
+    tokens: Tokens, candidates: Iterable[tuple[StoredChunk, int]], start: int, stop: int
+) -> list[Piece]:
+    """Pieces of known chunks between positions `start` and `stop`, in order, without overlap.
+
     Args:
         tokens: The whole prompt.
         candidates: Chunks, and where in the prompt their first token would lie.
         start: Where to begin; what stands before is known exactly.
         stop: Where to end.
-
-    Returns:
-        Pieces in order. Runs shorter than `SHORTEST_RUN` are left out.
     """
     found = _linked([piece for chunk, shift in candidates for piece in grow(tokens, chunk, shift)])
     found = [piece for piece in found if piece.stop > start and piece.start < stop]
@@ -114,7 +121,7 @@ def cover(
         piece = best.part(position, min(best.stop, stop))
         chosen.append(replace(piece, continues=_continues(piece, last)))
         position = piece.stop
-    return _long_enough(chosen)
+    return chosen
 
 
 def _merit(piece: Piece, position: int, last: Piece | None) -> tuple[object, ...]:
@@ -177,10 +184,6 @@ def runs(pieces: list[Piece]) -> list[list[Piece]]:
     return grouped
 
 
-def _long_enough(pieces: list[Piece]) -> list[Piece]:
-    return [
-        piece
-        for run in runs(pieces)
-        if run[-1].stop - run[0].start >= SHORTEST_RUN
-        for piece in run
-    ]
+def long_enough(pieces: list[Piece], tokens: int = SHORTEST_RUN) -> list[Piece]:
+    """The pieces of runs of so many tokens and more."""
+    return [piece for run in runs(pieces) if run[-1].stop - run[0].start >= tokens for piece in run]

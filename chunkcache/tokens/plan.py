@@ -20,6 +20,7 @@ NOT_IN_STORE = "not in the store"
 OFF = "reuse is off"
 WANTED = "its output is wanted"
 HELD = "held"  # by this cache object, from a turn before
+TOO_SHORT = "in the store, but too few tokens in a row to be moved"
 OTHER_ROW = "another row of the batch needs these columns computed"
 
 

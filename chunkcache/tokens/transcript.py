@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+UNNAMED = -1  # in place of an id
+
 
 class Transcript:
     """Token ids of each row, left padding included, as `[batch, columns]`.
@@ -56,6 +58,15 @@ class Transcript:
         """Record `[batch, new]` ids."""
         if ids.shape[1]:
             self._pieces.append(ids.detach().clone())  # callers write the next token into theirs
+
+    def append_unnamed(self, columns: int) -> None:
+        """Record columns of which there are no ids: those of embeddings."""
+        self.append(torch.full((len(self.pads), columns), UNNAMED))
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there are ids of all columns."""
+        return not bool((self.ids() == UNNAMED).any())
 
     def ids(self) -> Tensor:
         """All ids, `[batch, columns]`, on the CPU."""

@@ -59,7 +59,7 @@ def test_the_chunk_size_in_force(monkeypatch):
 
 
 def test_a_store_that_keeps_nothing():
-    with MemoryStore(1000) as store, pytest.raises(StoreError, match="0 were found"):
+    with MemoryStore(1000) as store, pytest.raises(StoreError, match="is not stored"):
         measure_break_even(tiny(), store)
 
 

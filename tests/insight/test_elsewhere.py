@@ -54,13 +54,14 @@ def evict(store: MemoryStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "where"), [({}, ""), ({"namespace": "b"}, ", in the namespace ''")]
+    ("settings", "where", "index"),
+    [({}, "", elsewhere.NOT_INDEXED), ({"namespace": "b"}, ", in the namespace ''", "")],
 )
-def test_a_beginning_that_is_alike_is_a_part_of_a_chunk(model, settings, where) -> None:
+def test_a_beginning_that_is_alike_is_a_part_of_a_chunk(model, settings, where, index) -> None:
     ids = tokens(300, seed=1)
     with stored(model, ids) as store:
         other = torch.cat([ids[:, :40], tokens(260, seed=2)], dim=1)
-        assert reasons(model, store, other, **settings)[0] == PART.format(where)
+        assert reasons(model, store, other, **settings)[0] == PART.format(where) + index
 
 
 def test_another_place_is_named_with_the_namespace(model) -> None:
@@ -75,7 +76,7 @@ def test_other_text_before_a_chunk_is_not_blamed_on_a_secret(model) -> None:
     ids = tokens(300, seed=1)
     with stored(model, ids) as store:
         other = torch.cat([tokens(128, seed=7), ids[:, 128:]], dim=1)
-        assert reasons(model, store, other)[128] == elsewhere.OTHER_CONTEXT
+        assert reasons(model, store, other)[128] == elsewhere.OTHER_CONTEXT + elsewhere.NOT_INDEXED
         said = reasons(model, store, other, namespace="b")[128]
         assert said == "in the store, in the namespace '', perhaps behind other text"
         assert set(reasons(model, store, ids, secret="x" * 20).values()) == {elsewhere.OTHER_SECRET}
@@ -98,17 +99,35 @@ def test_a_moved_tail_is_not_blamed_on_its_size(model) -> None:
     ids = tokens(100, seed=3)
     with stored(model, ids) as store:
         moved = torch.cat([tokens(30, seed=8), ids, tokens(5, seed=9)], dim=1)
-        assert reasons(model, store, moved)[30] == "in the store, at another position"
+        said = reasons(model, store, moved)[30]
+        assert said == "in the store, at another position" + elsewhere.NOT_INDEXED
 
 
 def test_where_a_shorter_prompt_ended(model) -> None:
     ids = tokens(300, seed=3)
     with stored(model, ids[:, :190]) as store:
         said = reasons(model, store, ids)
-        assert said[128] == "in the store, cut into other chunks"
+        assert said[128] == "in the store, cut into other chunks" + elsewhere.NOT_INDEXED
     with stored(model, ids, chunk_size=96) as store:
         said = reasons(model, store, ids)
         assert said[0] == "in the store, in a chunk of 96 tokens"
+
+
+@pytest.mark.parametrize("mode", ["prefix", "anywhere"])
+def test_text_stored_in_prefix_mode_is_said_not_to_be_indexed(model, mode) -> None:
+    """And that it can be moved once it was stored in the other mode is true."""
+    ids, begin = tokens(300, seed=3), tokens(30, seed=8)
+    moved = torch.cat([begin, ids, tokens(9, seed=9)], dim=1)
+    with stored(model, ids) as store:
+        said = [why for why in reasons(model, store, moved, reuse=mode).values() if "store," in why]
+        assert said
+        assert all(why.endswith("stored with reuse='anywhere' can be moved") for why in said)
+        with RedisChunkCache(model, store, reuse="anywhere") as cache:
+            model.generate(moved, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        assert not cache.report.moved
+        other = torch.cat([tokens(50, seed=7), ids, tokens(9, seed=9)], dim=1)
+        found = RedisChunkCache(model, store, reuse="anywhere").explain(other)
+        assert found.moved > 250
 
 
 def test_the_same_model_under_another_name(model) -> None:

@@ -21,7 +21,7 @@ from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
 from chunkcache.tokens.matching import SHORTEST_RUN
-from chunkcache.tokens.plan import Span
+from chunkcache.tokens.plan import TOO_SHORT, Span
 from tests.models import tiny
 from tests.models import tokens as random_ids
 
@@ -154,6 +154,36 @@ def test_text_that_is_known_under_another_key(llama, store, mode, reason, before
     assert {str(f.kind) for f in found} == {"moved" if mode == "anywhere" else "computed"}
     assert explanation.exact == (mode == "prefix")
     assert (explanation.bytes_to_read > 0) == (mode == "anywhere")
+
+
+def test_runs_too_short_to_be_moved_are_told(llama, store) -> None:
+    document = random_ids(256, seed=2)
+    prefill(llama, store, joined(random_ids(10), document, random_ids(5)), reuse="anywhere")
+    few = document[:, 40 : 40 + SHORTEST_RUN - 1]
+    for behind in (random_ids(20, seed=3), document[:, 100:]):  # alone, and beside a longer one
+        ids = joined(random_ids(30, seed=1), few, behind, random_ids(5, seed=4))
+        expected = (30, 30 + few.shape[1], "computed", TOO_SHORT)
+        assert expected in told(RedisChunkCache(llama, store, reuse="anywhere"), ids)
+        assert TOO_SHORT not in {why for *_, why in told(RedisChunkCache(llama, store), ids)}
+    report = prefill(llama, ReadOnly(store), ids, reuse="anywhere", repair="none")
+    assert report.moved == 156
+    short = [span for span in report.rows[0].spans if span.reason == TOO_SHORT]
+    assert [(span.start, span.stop) for span in short] == [(30, 30 + few.shape[1])]
+    assert sum(span.tokens for span in report.rows[0].spans) == ids.shape[1]
+
+
+def test_new_text_that_stands_in_a_prompt_three_times_is_told(llama, store) -> None:
+    document = random_ids(100, seed=2)
+    ids = joined(random_ids(9), document, random_ids(9, seed=3), document, document)
+    found = told(RedisChunkCache(llama, store, reuse="anywhere"), ids)
+    again = [(start, stop) for start, stop, _, why in found if why == reasons.REPEATED]
+    assert again == [(118, 317)]
+    assert reasons.REPEATED not in {why for *_, why in told(RedisChunkCache(llama, store), ids)}
+    prefill(llama, store, ids, reuse="anywhere")
+    after = RedisChunkCache(llama, store, reuse="anywhere").explain(
+        joined(document, random_ids(5), document, random_ids(6))
+    )
+    assert after.moved > 190
 
 
 def test_text_computed_behind_moved_text(llama, store) -> None:
@@ -343,7 +373,7 @@ def test_what_other_caches_have_is_told(mode) -> None:
         assert asked(chunk_size=96) == {"in the store, in a chunk of 128 tokens"}
         shifted = torch.cat([random_ids(10, seed=3), ids[:, :256]], dim=1)
         assert why_not(RedisChunkCache(llama, store), shifted) == {
-            reasons.NOT_IN_STORE, "in the store, at another position",
+            reasons.NOT_IN_STORE, "in the store, at another position" + elsewhere.NOT_INDEXED,
         }  # fmt: skip
 
 

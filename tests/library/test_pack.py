@@ -277,7 +277,7 @@ def test_a_pack_that_was_cut_off_or_is_of_another_release(pack):
 
 
 def test_a_store_that_is_too_small(pack):
-    with MemoryStore(60_000) as target, pytest.raises(StoreError, match="size of the store"):
+    with MemoryStore(60_000) as target, pytest.raises(StoreError, match="lower chunk_size"):
         import_pack(target, pack)
     with MemoryStore(250_000) as target:
         done = import_pack(target, pack)

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
 from chunkcache.kv.rope import KeyMover
 from chunkcache.model import identity, moving
@@ -19,7 +22,7 @@ from chunkcache.model.proof import Proof
 from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
-from tests.models import tiny
+from tests.models import tiny, tokens
 
 
 class Counter:
@@ -92,6 +95,42 @@ def test_one_store_per_url_and_settings() -> None:
     assert state.open("memory://?bytes=1MB", read_timeout=1.0) is first
     assert state.open("memory://?bytes=2MB", read_timeout=1.0) is not first
     assert state.open("memory://?bytes=1MB", read_timeout=2.0) is not first
+
+
+@pytest.mark.parametrize("urls", ["file://{0}", ["memory://?bytes=1MB", "file://{0}"]])
+def test_a_store_that_was_closed_is_opened_again(urls: Any, tmp_path: Path) -> None:
+    """And a cache that still holds the closed one says that it keeps nothing."""
+    urls = [u.format(tmp_path) for u in urls] if isinstance(urls, list) else urls.format(tmp_path)
+    model, ids = tiny("llama"), tokens(200)
+    older = RedisChunkCache(model, urls)
+    RedisChunkCache(model, urls).store.close()
+    model.generate(ids, past_key_values=older, max_new_tokens=1)
+    assert "was closed, by store.close()" in older.report.errors[0]
+    for reused in (0, 199):
+        cache = RedisChunkCache(model, urls)
+        model.generate(ids, past_key_values=cache, max_new_tokens=1)
+        cache.flush()
+        assert cache.report.reused == reused
+        assert cache.report.errors == []
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "named"),
+    [
+        ("file://{0}?bytes=10KB", {}, "bytes= of .*DiskStore.* allows for 10,000 bytes"),
+        ("memory://?bytes=10KB", {}, "bytes= of MemoryStore"),
+        (["memory://?bytes=10KB", "file://{0}"], {}, "bytes= of MemoryStore"),
+        ("file://{0}", {"write_queue_bytes": 10_000}, "write_queue_bytes allows for 10,000"),
+    ],
+)
+def test_room_for_less_than_a_chunk_is_told(url: Any, settings: Any, named: str, tmp_path: Path):
+    url = [u.format(tmp_path) for u in url] if isinstance(url, list) else url.format(tmp_path)
+    model = tiny("llama")
+    cache = RedisChunkCache(model, url, **settings)
+    model.generate(tokens(200), past_key_values=cache, max_new_tokens=1)
+    (error,) = cache.report.errors
+    assert re.search(named, error)
+    assert "lower chunk_size" in error
 
 
 # ------------------------------------------------------------------------ identity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -354,6 +356,31 @@ def test_a_strategy_picks_among_moved_tokens_only():
     assert close(found, logits(model, ids))
     assert report.reused == 384
     assert report.charged == report.recomputed > 300
+
+
+def test_requests_in_threads_on_one_model_do_not_meet():
+    """Whichever repairs they use: plain, exact and approximate results are those of one thread."""
+    model, store = build(num_hidden_layers=2), MemoryStore()
+    meet(model, store)
+    ids = shuffled_prompt()
+    others = [random_ids(200 + n, seed=300 + n) for n in range(8)]
+    plain = [logits(model, other) for other in others]
+    repairs = ["query:0.1", "deviation:0.1", "query-deviation:0.1"]
+    once = {r: prefill(model, ReadOnly(store), ids, repair=r)[0] for r in repairs}
+
+    def request(number):
+        if number % 2:
+            repair = repairs[number % 3]
+            found, report = prefill(model, ReadOnly(store), ids, repair=repair)
+            return torch.equal(found, once[repair]) and not report.errors
+        which = number // 2 % len(others)
+        cache = RedisChunkCache(model, store) if number % 4 else None
+        return close(logits(model, others[which], cache), plain[which])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(request, range(24)))
+    for other, its in zip(others, plain, strict=True):
+        assert close(logits(model, other, RedisChunkCache(model, ReadOnly(store))), its)
 
 
 def test_a_failing_repair_falls_back(monkeypatch):

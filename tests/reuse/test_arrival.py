@@ -236,11 +236,11 @@ def test_a_forward_that_fails_ends_the_reading(
     cache = RedisChunkCache(model, store, chunk_size=16)
     with monkeypatch.context() as patch:
         patch.setattr(
-            type(model.lm_head), "forward", lambda *args: (_ for _ in ()).throw(MemoryError)
+            RedisChunkCache, "update", lambda *args, **_: (_ for _ in ()).throw(MemoryError)
         )
         with pytest.raises(MemoryError):
             generate(model, ids, cache)
-    assert not arrivals[0]._thread.is_alive()
+    assert arrivals[0]._end.is_open
     cache.reset()
     assert torch.equal(generate(model, ids, cache), generate(model, ids))
     assert cache.report.reused == PROMPT - 1
@@ -347,10 +347,6 @@ def test_a_blob_that_makes_the_forward_fail_is_gone_the_next_time(
     store: ChunkStore, redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
-    ask(model, ids, store)
-    with redis_server.client() as client:
-        name, blob = damage(client, value=0x7F)
-        client.set(name, blob[:-4] + b"\xff\xff\xff\x7f")  # not a number
     norm = type(model.model.norm)
     forward = norm.forward
 
@@ -361,6 +357,10 @@ def test_a_blob_that_makes_the_forward_fail_is_gone_the_next_time(
         return out
 
     monkeypatch.setattr(norm, "forward", guarded)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        name, blob = damage(client, value=0x7F)
+        client.set(name, blob[:-4] + b"\xff\xff\xff\x7f")  # not a number
     cache = RedisChunkCache(model, store, chunk_size=16)
     with pytest.raises(FloatingPointError):
         generate(model, ids, cache)
@@ -409,14 +409,11 @@ def test_without_a_thread_all_is_waited_for(
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
-    start = threading.Thread.start
 
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name == "chunkcache-arrival":
-            raise RuntimeError("can't start new thread")
-        start(thread)
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(arrival, "start_thread", refuse)
     assert ask(model, ids, store).report.reused == PROMPT - 1
 
 
@@ -441,7 +438,7 @@ def test_an_interrupted_prompt_is_read_no_further(
             generate(model, ids, cache)
     cache.reset()
     go.set()
-    arrivals[0]._thread.join(20)
+    assert arrivals[0]._end.wait(20)
     assert len(parts) < 5
     assert cache._step.arrival is None
     copy.deepcopy(cache)

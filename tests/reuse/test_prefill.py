@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,31 @@ def test_installed_once_and_removable() -> None:
     recorder = Recorder()
     model(tokens(3), past_key_values=recorder)
     assert recorder.begun == []
+
+
+def test_threads_install_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = nn.Module.register_forward_pre_hook
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.01)
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", slowly)
+    model, once = tiny("llama", num_hidden_layers=1), tiny("llama", num_hidden_layers=1)
+    install(once)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(install, [model] * 4))
+    assert hooks(model) == hooks(once)
+
+
+@pytest.mark.parametrize("flags", ["_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"])
+def test_half_installed_it_is_inert(flags: str) -> None:
+    """As a forward finds it that begins while another thread puts it on, or takes it off."""
+    model, ids = tiny("llama", num_hidden_layers=1), tokens(3)
+    plain = model(ids).logits
+    install(model)
+    getattr(model, flags).clear()
+    assert torch.equal(model(ids).logits, plain)
 
 
 def test_a_copied_model_has_the_hook_once(shared: PreTrainedModel) -> None:
@@ -194,7 +221,8 @@ def test_a_plain_call_is_neither_whole_nor_opaque(shared: PreTrainedModel) -> No
         ({"output_router_logits": True}, "output_router_logits"),
         ({"logits_to_keep": 0}, "logits of every token"),
         ({"logits_to_keep": None}, "logits of every token"),
-        ({"logits_to_keep": torch.tensor([5])}, "logits of every token"),
+        ({"logits_to_keep": torch.tensor([-7])}, "logits of every token"),  # the model refuses it
+        ({"logits_to_keep": torch.ones(6, dtype=torch.bool)}, "logits of every token"),
         ({"logits_to_keep": -1}, "logits of every token"),
     ],
     ids=lambda value: str(value)[:30],

@@ -9,7 +9,7 @@ import pytest
 from servers import Server
 
 from chunkcache.errors import StoreError
-from chunkcache.stores import breaker
+from chunkcache.stores import breaker, locks
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.calls import calls_of_prompt
@@ -207,15 +207,15 @@ def test_a_hanging_store_costs_a_call_a_moment_and_is_asked_by_one_thread(
             guarded.sizes(["a"])
     assert trouble.calls == 2
     trouble.gate.set()
-    assert guarded._prober is not None
-    guarded._prober.join(10)
+    assert guarded._probe is not None
+    assert guarded._probe.wait(10)
     assert guarded.sizes(["a"]) == [3]
 
 
 def test_without_a_thread_the_store_is_left_alone_for_longer(
     trouble: Trouble, guarded: Guarded, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     trouble.error = StoreError("no luck")
@@ -224,7 +224,7 @@ def test_without_a_thread_the_store_is_left_alone_for_longer(
     trouble.error = None
     clock.now += COOLDOWN
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(locks, "start_new_thread", refuse)
         with pytest.raises(StoreError, match="left alone until"):
             guarded.sizes(["a"])
     clock.now += COOLDOWN

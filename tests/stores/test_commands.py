@@ -60,6 +60,57 @@ def test_other_replies(reply: bytes, named: str) -> None:
         assert cause(lambda: RedisStore(fake.tcp_url).sizes(["a"])) == named
 
 
+BIG = memoryview(bytes(3 << 20))
+
+
+@pytest.mark.parametrize("url", ["tcp_url", "unix_url"])
+def test_bounds_of_a_server_that_closes_connections_are_named(
+    redis_server: Server, url: str
+) -> None:
+    store, there = RedisStore(getattr(redis_server, url)), entry("a", bytes(BIG))
+    store.write([there])
+    with redis_server.client() as client:
+        client.config_set("client-output-buffer-limit", "normal 65536 0 0")
+        with pytest.raises(StoreError, match="client-output-buffer-limit of 65536 bytes: raise"):
+            list(store.read(["a"] * 4))
+        client.config_set("client-output-buffer-limit", "normal 0 0 0")
+        client.config_set("proto-max-bulk-len", 1 << 20)
+        with pytest.raises(StoreError, match="proto-max-bulk-len of 1048576 bytes: raise"):
+            store.write([entry("b", bytes(BIG))])
+
+
+@pytest.mark.parametrize("url", ["tcp_url", "unix_url"])
+def test_too_many_connections_are_not_a_server_that_is_gone(redis_server: Server, url: str) -> None:
+    name = getattr(redis_server, url)
+    store = RedisStore(f"{name}{'&' if '?' in name else '?'}max_connections=1")
+    store.write([entry(key, bytes(BIG)) for key in "ab"])
+    reading = store.read(["a", "b"])
+    next(reading)
+    with pytest.raises(StoreError, match="raise max_connections in the store's URL"):
+        store.sizes(["a"])
+    with redis_server.client() as client:
+        client.config_set("maxclients", 1)
+        try:
+            with pytest.raises(StoreError, match="raise the server's maxclients"):
+                RedisStore(name).sizes(["a"])
+        finally:
+            client.config_set("maxclients", 10_000)
+
+
+@pytest.mark.parametrize("missing", ["multi", "exec", "set", "strlen"])
+def test_the_permission_that_is_missing_is_named(redis_server: Server, missing: str) -> None:
+    with redis_server.client() as client:
+        client.execute_command("ACL", "SETUSER", "u", "on", ">pw", "~*", "+@all", f"-{missing}")
+    store = RedisStore(redis_server.tcp_url.replace("//", "//u:pw@"))
+
+    def use() -> None:
+        store.write([entry("a", b"x")])
+        store.sizes(["a"])
+
+    with pytest.raises(StoreError, match=f"to run the '{missing}' command.*; ACL SETUSER gives"):
+        use()
+
+
 def test_a_store_that_is_left_alone(shelf: Shelf) -> None:
     shelf.error = StoreError("gone", "timeout")
     store = Guarded(shelf)

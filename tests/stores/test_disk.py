@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shelf import keys_of
+from users import ROOT, as_nobody
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import Entry
@@ -199,13 +200,83 @@ def test_a_killed_writer_leaves_whole_blobs_and_only_temporary_files(tmp_path: P
 
 
 def test_old_temporary_files_are_swept_and_young_ones_are_not(tmp_path: Path) -> None:
+    """And nothing else: the folder may be one where others keep temporary files too."""
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    for name, age in (("dead", 7200), ("alive", 0)):
-        (scratch / name).write_bytes(b"half")
-        os.utime(scratch / name, (time.time() - age,) * 2)
+    dead, alive = (scratch / f"chunkcache-{digit * 16}" for digit in "da")
+    others = [scratch / "thesis.txt", scratch / "tmpab1_xyz9"]
+    for path in (dead, alive, *others):
+        path.write_bytes(b"half")
+        age = 0 if path == alive else 7200
+        os.utime(path, (time.time() - age,) * 2)
     DiskStore(tmp_path).write([entry("a", b"1")])
-    assert [path.name for path in files(scratch)] == ["alive"]
+    assert set(files(scratch)) == {alive, *others}
+
+
+GROUP = 4321
+
+
+@ROOT
+@pytest.mark.parametrize(
+    ("mode", "umask", "shared"),
+    [(0o2775, 0o002, True), (0o2770, 0o007, True), (0o2775, 0o022, False), (0o775, 0o002, False)],
+)
+def test_a_group_shares_a_folder_where_setgid_and_umask_let_it(
+    tmp_path: Path, mode: int, umask: int, shared: bool
+) -> None:
+    """Both read, write, replace and evict what the other has written, pinned or not."""
+    for each in (tmp_path, *tmp_path.parents[:-2]):
+        each.chmod(each.stat().st_mode | 0o011)
+    folder = tmp_path / "s"
+    folder.mkdir()
+    os.chown(folder, 0, GROUP)
+    folder.chmod(mode)
+    before = os.umask(umask)
+    try:
+        DiskStore(folder).write([entry("a", b"root's", model="m"), pinned("p", b"pinned")])
+    finally:
+        os.umask(before)
+
+    def read_and_replace() -> None:
+        store = DiskStore(folder)
+        assert store.sizes(["a", "p"]) == [6, 6]
+        assert [bytes(view or b"") for view in store.read(["a", "p"])] == [b"root's", b"pinned"]
+        assert store.read_metadata(["a"]) == [{"model": "m"}]
+        store.write([entry("a", b"nobody's"), entry("b", b"1")])
+        assert store.delete(["p"]) == 1
+
+    def refused() -> None:
+        with pytest.raises(StoreError, match=r"chmod g.rwxs .* umask 002"):
+            read_and_replace()
+
+    as_nobody(read_and_replace if shared else refused, GROUP, umask)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    made = [path.stat() for path in folder.rglob("*")]
+    assert not any(status.st_mode & 0o007 & ~umask & 0o007 for status in made)
+    if shared:
+        assert {status.st_gid for status in made} == {GROUP}
+        store = DiskStore(folder)
+        assert [bytes(view or b"") for view in store.read(["a", "b"])] == [b"nobody's", b"1"]
+        assert store.delete(["a", "b"]) == 2
+
+
+def test_files_of_others_are_not_evicted(tmp_path: Path) -> None:
+    """Not even those whose names look like ours: a folder may be named that has other files."""
+    others = [
+        tmp_path / "ab" / "12345678-1234-4321-8888-0123456789ab.json",
+        tmp_path / "ab" / f"{'cd' * 32}.json",
+        tmp_path / "ab" / "0badcafe-weights.safetensors",
+        tmp_path / "notes.json",
+    ]
+    (tmp_path / "ab").mkdir()
+    for path in others:
+        path.write_bytes(bytes(2000))
+        os.utime(path, (0, 0))
+    store = DiskStore(tmp_path, max_bytes=5000)
+    for number in range(20):
+        store.write([entry(f"k{number}", bytes(1000))])
+    assert [listed.key for page in store.scan() for listed in page]
+    assert all(path.exists() for path in others)
 
 
 def test_only_the_user_can_read_it(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_a_server_by_its_url(server_url: str, server: Server) -> None:
         assert client.get("a@kv_bytes") == b"blob"
 
 
+def test_valkey_is_another_name_for_redis(valkey_server: Server) -> None:
+    round_trip(open_store(valkey_server.tcp_url.replace("redis://", "valkey://")))
+    hosts = "user:secret@one:1,two:2"
+    for url in (f"valkey+cluster://{hosts}", f"valkeys+sentinel://{hosts}/service/0"):
+        assert repr(open_store(url)) == repr(open_store(url.replace("valkey", "redis")))
+    with pytest.raises(SettingError, match="unknown parameter 'bytes'"):
+        open_store("valkeys://localhost?bytes=2GB")
+
+
 def test_a_folder_by_its_url(tmp_path: Path) -> None:
     folder = tmp_path / "two words"
     round_trip(open_store(f"file://{tmp_path}/two%20words?bytes=1GB"))
@@ -192,7 +201,9 @@ def test_an_unknown_scheme_lists_those_known(url: str) -> None:
         ("memory://?bytes=0", "above 0"),
         ("memory:///path", "memory://.bytes=2GB"),
         ("file://relative/path", "file:///path"),
-        ("file://~/path", "file:///path"),
+        ("file://~/path", f"file://{Path.home()}/"),
+        ("file:///~/path", f"file://{Path.home()}/"),
+        ("embedded:///~/path", f"embedded://{Path.home()}/"),
         ("file:relative", "not absolute"),
         ("file://", "names no folder"),
         ("file:///", "names no folder"),

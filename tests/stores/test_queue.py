@@ -14,7 +14,7 @@ import pytest
 from shelf import Shelf, blobs, entry, keys_of, until
 
 from chunkcache.errors import StoreError
-from chunkcache.stores import queue
+from chunkcache.stores import locks, queue
 from chunkcache.stores.base import Entry
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.writer import WriteBehind
@@ -138,14 +138,14 @@ def test_flush_comes_back_even_if_the_thread_dies(shelf: Shelf, error: BaseExcep
 def test_without_a_thread_entries_are_lost_but_nothing_hangs(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     behind = WriteBehind(shelf)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(locks, "start_new_thread", refuse)
         behind.write([entry("a", b"1")])
-        behind._queue.waiting["b"] = entry("b")  # as if its thread had just been ended
+        behind._queue.waiting[-1] = entry("b")  # as if its thread had just been ended
         assert behind.flush()
     assert behind.stats().failed_entries == 2
     behind.write([entry("c", b"1")])
@@ -153,10 +153,7 @@ def test_without_a_thread_entries_are_lost_but_nothing_hangs(
     assert list(shelf.kept) == ["c"]
 
 
-def test_a_forgotten_object_is_still_written_and_then_let_go(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue, "LINGER_SECONDS", 0.01)
+def test_a_forgotten_object_is_still_written_and_then_let_go(shelf: Shelf) -> None:
     behind = WriteBehind(shelf)
     written = weakref.ref(behind._queue)
     shelf.gate.clear()
@@ -169,8 +166,7 @@ def test_a_forgotten_object_is_still_written_and_then_let_go(
     until(lambda: written() is None)
 
 
-def test_an_idle_object_is_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "LINGER_SECONDS", 0.01)
+def test_an_idle_object_is_not_kept_alive() -> None:
     shelf = Shelf()
     behind = WriteBehind(shelf)
     behind.write([entry("a", bytes(100))])
@@ -281,7 +277,6 @@ Slow.pause = 0.05
 behind = WriteBehind(Slow(Path(sys.argv[1])))
 behind.write(entries("parent", 10))
 time.sleep(0.02)            # the thread is amid a write
-behind._queue.changed.acquire()  # and somebody holds the lock
 child = os.fork()
 if child == 0:
     behind.store._folder.path = Path(sys.argv[2])
@@ -291,7 +286,6 @@ if child == 0:
     assert behind.flush(5)
     print(behind.stats().written_entries, flush=True)
     os._exit(0)
-behind._queue.changed.release()
 assert os.waitpid(child, 0)[1] == 0
 assert behind.flush(10)
 print(behind.stats().written_entries)

@@ -19,7 +19,7 @@ from shelf import Shelf, blobs, entry, until
 
 from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores import ChunkStore, Entry, open_store
+from chunkcache.stores import ChunkStore, Entry, locks, open_store
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.disk import DiskStore
@@ -141,14 +141,14 @@ def test_a_blob_of_another_length_is_not_copied() -> None:
 def test_without_a_thread_nothing_is_copied_and_all_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     near, far = MemoryStore(), MemoryStore()
     far.write([entry("a", b"blob")])
     memory = rooms(4)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(locks, "start_new_thread", refuse)
         assert list(TieredStore([near, far]).read_into(["a"], places(memory))) == [True]
     assert memory == [b"blob"]
 

@@ -227,14 +227,15 @@ def test_close_writes_then_closes_and_takes_no_more(shelf: Shelf) -> None:
         behind.write([entry("a", b"1")])
     assert "a" in shelf.kept
     assert shelf.closed
-    assert behind.write([entry("b", b"1")]) == 0
-    assert behind.stats().dropped_entries == 1
+    with pytest.raises(StoreError, match=r"was closed, .* make a new cache"):
+        behind.write([entry("b", b"1")])
+    assert "b" not in shelf.kept
 
 
 def test_close_is_bounded_and_drops_what_is_left(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "CLOSE_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "DRAIN_SECONDS", 0.02)
     shelf.gate.clear()
     behind = WriteBehind(shelf)
     behind.write([entry("a", b"1")])

@@ -1,0 +1,104 @@
+"""How far rounding alone takes a model's numbers: measured, since it differs from model to model.
+
+Two ways to the same K/V or logits never agree to the last bit, and how much a model makes of that
+depends on its weights, its data type, and on how far its positions are: large key biases or a
+million positions turn the last bits of keys into a tenth of the logits. So a self-test compares
+what it found with plain runs at the same positions whose attention sees keys and values that are
+off by their last bits. They need nothing of the model but a forward: the layers of the cache do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.rope import ANGLE_UNIT, UNIT, LayerRule, Rotation, rounding
+
+# What is found may be so many times as far off as the runs that measure rounding: those are few,
+# and of about the same size (a third to three times, over models, data types and distances).
+MARGIN = 4.0
+# And so far off, relative to the largest number, if a model makes nothing of rounding: sums are
+# added up in another order when more or fewer tokens are computed at once.
+SUMS = {
+    torch.float64: 1e-5,  # parts of many models compute in float32 all the same
+    torch.float32: 1e-4,
+    torch.float16: 1e-4,
+    torch.bfloat16: 1e-4,
+}
+
+
+class RoundedLayer(GrowingLayer):
+    """Holds K/V as they were computed, and shows attention such as another rounding had left.
+
+    Args:
+        far: `[batch]` positions by which each row shall seem to be further on: angles are products
+            of a position and a frequency in float32, and are off by more the further on.
+        rule: How keys and values turn; without it, angles are exact.
+        seed: The same for the same numbers.
+    """
+
+    def __init__(self, far: Tensor, rule: LayerRule | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self._far = far
+        self._rotations = (rule.keys, rule.values) if rule else (None, None)
+        self._random = torch.Generator().manual_seed(seed)  # nobody else's
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the parent's, but what is returned is off by its last bits."""
+        keys, values = (
+            self._off(part, rotation)
+            for part, rotation in zip(super().update(*args, **kwargs), self._rotations, strict=True)
+        )
+        return keys, values
+
+    def _off(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * (1 + 2 * UNIT[x.dtype] * self._noise(x.shape, x.device))
+        if rotation is not None:
+            freq = rotation.inv_freq.to(x.device)
+            size = ANGLE_UNIT * self._far.to(x.device)[:, None, None, None] * freq
+            angles = size * self._noise((*x.shape[:-1], len(freq)), x.device)
+            turned = torch.empty_like(wide)
+            rotation.turn(wide, turned, torch.stack((angles.cos(), angles.sin())))
+            wide = turned
+        return wide.to(x.dtype)
+
+    def _noise(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Evenly distributed, with a standard deviation of 1."""
+        return ((torch.rand(shape, generator=self._random) * 2 - 1) * 3**0.5).to(device)
+
+
+def spread(rounded: Tensor, plain: Tensor) -> Tensor:
+    """`[rows]`: how far the rows of a rounded run are from the plain one, each or one before it."""
+    differences = (rounded.double() - plain.double()).abs().flatten(1)
+    return differences.amax(1).cummax(0).values
+
+
+def judge(
+    mine: Tensor, its: Tensor, noise: Callable[[], Tensor], slack: Tensor | None = None
+) -> str:
+    """What is wrong with `mine`, or `""`.
+
+    Args:
+        mine: Numbers of any shape.
+        its: What they should be.
+        noise: How far off rounding has left such numbers; asked for where they are off at all.
+        slack: What the last step to each number rounds by itself, if not by a few bits.
+    """
+    largest = float(its.abs().max())
+    if slack is None:
+        slack = rounding(its.abs(), its.dtype)
+    bound = slack + SUMS[its.dtype] * largest
+    error = (mine.double() - its.double()).abs()
+    if (error <= bound).all():  # never, where something is no number
+        return ""
+    bound += MARGIN * noise()
+    if (error <= bound).all():
+        return ""
+    worst = int((error - bound).nan_to_num(torch.inf).argmax())
+    off, allowed = (float(x.flatten()[worst]) / largest for x in (error, bound))
+    return f"deviate by {off:.1e} of the largest, bound {allowed:.1e}"

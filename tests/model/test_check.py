@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,3 +130,9 @@ def test_what_a_wrapper_hides_is_refused_all_the_same() -> None:
 def test_models_without_such_a_cache_are_refused(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="takes no past_key_values"):
         check_model(tiny(model_type))
+
+
+def test_an_older_transformers_is_refused_when_chunkcache_is_imported() -> None:
+    program = "import transformers; transformers.__version__ = '5.17.3'; import chunkcache"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ImportError: chunkcache needs transformers>=5.18,<5.25, and 5.17.3" in done.stderr

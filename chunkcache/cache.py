@@ -171,7 +171,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Remove the last tokens; the number is negative, as in `DynamicCache`."""
         with self._change():
             super().crop(tokens_to_remove)
-            self._sequence.transcript.crop(self._sequence.length)
+            self._sequence.crop(self._sequence.length)
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` needs to take tokens back, also in layers that come later."""
@@ -182,20 +182,20 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Reorder the rows, for beam search."""
         with self._change():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-            self._sequence.transcript.take_rows(beam_idx)
+            self._sequence.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         with self._change():
             super().batch_repeat_interleave(repeats)
-            transcript = self._sequence.transcript
-            transcript.take_rows(torch.arange(len(transcript.pads)).repeat_interleave(repeats))
+            rows = torch.arange(len(self._sequence.transcript.pads))
+            self._sequence.take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows given."""
         with self._change():
             super().batch_select_indices(indices)
-            self._sequence.transcript.take_rows(indices)
+            self._sequence.take_rows(indices)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -244,7 +244,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "use: call cache.reset() and pass the whole prompt"
                 )
             self._forget()
-        self._sequence.check_edited()
+        self._sequence.check_edited(thoroughly=starts or call.new > call.drafts + 1)
         held = past = self._sequence.length
         as_plain = False
         if starts and not self._continues(call, held):
@@ -255,7 +255,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if held and not as_plain:
                 common = self._sequence.common_columns(call)
             held, past = self._keep(common), 0
-        self._sequence.transcript.crop(held)
+        self._sequence.crop(held)
         total = past + call.new
         computed = total - held
         self._step = Step(

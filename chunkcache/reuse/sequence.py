@@ -17,6 +17,7 @@ from chunkcache.errors import StoreError, UnsupportedCallError, UnsupportedModel
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.sample import Sample
 from chunkcache.model.foreign import has_outer_hooks, hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.proof import Proof, growing_layers
@@ -58,12 +59,13 @@ class Sequence:
         self.edited = False
         self.identity: ModelIdentity | None = None
         self.proof = Proof()
-        self.layers: list[Any] = self._empty_layers()
+        self.layers: list[Any] = self._new_layers()
         self._salt = b""
         self._codec = Codec()
         self._fed = 0
         self._surplus = 0  # columns held after a forward beyond those given: odd models
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # positions, and columns with them
+        self._sample: Sample | None = None  # of the K/V held, as we left them
         self._known: set[str] = set()
         self._complete: list[int] = []
         self._checks: list[Tensor | bool] = []
@@ -106,12 +108,29 @@ class Sequence:
         """
         return self.edited and self.length != self.transcript.columns
 
-    def check_edited(self) -> None:
-        """Look whether others have changed K/V that are held, since the last forward."""
+    def check_edited(self, thoroughly: bool = False) -> None:
+        """Look whether others have changed K/V that are held, since the last forward.
+
+        `thoroughly` is at the values too, which takes a millisecond.
+        """
         growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
-        if any(layer.check_edited() for layer in growing):
+        if any(layer.check_edited() for layer in growing) or (
+            thoroughly and self._sample is not None and self._sample.differs(self.layers)
+        ):
             self.edited = True
             self.opaque = _EDITED
+            self._sample = None
+
+    def crop(self, columns: int) -> None:
+        """The layers hold the first `columns` alone."""
+        self.transcript.crop(columns)
+        if self._sample is not None:
+            self._sample.crop(columns)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """The layers hold these rows of what they held."""
+        self.transcript.take_rows(rows)
+        self._sample = None
 
     def follows_at(self, held: int) -> int:
         """Position of the token behind the `held` columns, in the first row."""
@@ -177,7 +196,7 @@ class Sequence:
                 self.opaque = self.opaque or "another process of this model stands aside"
         if self.opaque:
             if step.held > step.past and not (step.as_plain or self.edited):
-                self.layers[:] = self._empty_layers()  # the whole prompt is computed anew
+                self._empty(self._new_layers())  # the whole prompt is computed anew
                 step.held = step.past
             self._record(call, step)
             if step.is_prompt:
@@ -204,12 +223,12 @@ class Sequence:
         if module is not self.setup.model:
             if not step.held:
                 config: Any = module.config
-                self.layers[:] = DynamicCache(config=config).layers
+                self._empty(DynamicCache(config=config).layers)
             return "this cache was made for another model"
         if self.identify() and step.held:
             return "the model changed after a part of this sequence was computed"
         if not step.held:
-            self.layers[:] = self._empty_layers()
+            self._empty(self._new_layers())
         if self.proof.obstacle:
             return self.proof.obstacle
         if not step.held:
@@ -242,7 +261,12 @@ class Sequence:
         if call.positions is not None:
             self._ends_at = call.positions[..., -1:], step.total
 
-    def _empty_layers(self) -> list[Any]:
+    def _empty(self, layers: list[Any]) -> None:
+        """Hold nothing, in these new layers."""
+        self.layers[:] = layers
+        self._sample = None
+
+    def _new_layers(self) -> list[Any]:
         """Ours where the model is proven, else those of a plain `DynamicCache`."""
         ours = None if self.proof.obstacle else growing_layers(self.setup.model)
         config: Any = self.setup.model.config
@@ -305,6 +329,8 @@ class Sequence:
         if not self.opaque:
             with self.setup.store_calls(report):
                 self._store_new(step, report)
+        if step.is_prompt:
+            self._sample = None if self.opaque else Sample(self.layers)
         return False
 
     def _agrees(self, step: Step) -> bool:
@@ -367,6 +393,11 @@ class Sequence:
         if complete == self._complete and not step.is_whole_prompt:
             return  # no chunk ends here: nearly every step of decoding
         self._complete = complete
+        if not step.is_prompt:
+            self.check_edited(thoroughly=True)
+            if self.edited:
+                return
+            self._sample = Sample(self.layers)
         if not all(bool(check) for check in self._checks):
             self.opaque = _NOT_TEXT
             return

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from chunkcache.errors import SettingError
-from chunkcache.kv.coding import CODECS, ZSTD
+from chunkcache.keys import CODECS, ZSTD
 from chunkcache.kv.compress import require_zstd
 from chunkcache.kv.seal import Seal
 from chunkcache.repair import KNOWN, Repair, parse_repair

@@ -19,7 +19,6 @@ from chunkcache.cli.options import DryRun, Json, Store, Terms, changed, chosen, 
 from chunkcache.errors import SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import NONE_MEANT
-from chunkcache.inventory.inspection import inspect, read_text
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
 from chunkcache.tokens.token_text import shown
 
@@ -117,6 +116,8 @@ def show(
 
         decoder = load_tokenizer(tokenizer)
     with looked_into(store) as place:
+        from chunkcache.inventory.inspection import inspect, read_text
+
         found = _find(place, key)
         inside = inspect(place, found.key) if found else None
     if found is None or inside is None:

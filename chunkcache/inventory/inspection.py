@@ -75,7 +75,7 @@ def inspect(store: ChunkStore, key: str) -> Inspection:
     if blob is None:
         return Inspection({}, (), "the blob is not there")
     try:
-        tensors = dict(deserialize(blob))
+        tensors = dict(deserialize(blob))  # type: ignore[no-untyped-call]
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
     except (SafetensorError, ValueError, OverflowError) as error:
         return Inspection({}, (), f"the blob is damaged: {error}")

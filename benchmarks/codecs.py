@@ -33,7 +33,7 @@ from benchmarks.corpus import KINDS, documents, draw
 from benchmarks.fidelity import Full, run_full
 from benchmarks.quality import ask
 from chunkcache import RedisChunkCache
-from chunkcache.kv.coding import CODECS
+from chunkcache.keys import CODECS
 from chunkcache.samples import load_smollm2
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly

@@ -45,8 +45,7 @@ import torch
 from torch import Tensor
 
 from chunkcache import RedisChunkCache, catalog, open_store
-from chunkcache.kv.codec import FORMAT
-from chunkcache.reuse.index import ANCHOR_FORMAT
+from chunkcache.keys import ANCHOR_FORMAT, FORMAT
 from tests.interrupting import after
 from tests.models import PAD, VOCABULARY, tiny
 from tests.servers import Server, redis_binary

@@ -18,7 +18,7 @@ from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.explain import explain
 from chunkcache.insight.explanation import Explanation
 from chunkcache.insight.runs import run_both
-from chunkcache.kv.coding import INT8
+from chunkcache.keys import INT8
 from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
 from chunkcache.model.state import ModelState

@@ -14,15 +14,18 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from chunkcache.errors import SettingError
-from chunkcache.kv.coding import CODECS, ZSTD
-from chunkcache.kv.compress import require_zstd
+from chunkcache.keys import CODECS, ZSTD
 from chunkcache.kv.seal import Seal
-from chunkcache.repair import KNOWN, Repair, parse_repair
 
+if TYPE_CHECKING:
+    from chunkcache.repair import Repair
+
+_REPAIR = "head:4"
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
 OBSERVERS = "observers"
@@ -100,7 +103,7 @@ class Settings:
     """
 
     reuse: str = "prefix"
-    repair: str | Repair = "head:4"
+    repair: str | Repair = _REPAIR
     chunk_size: int = 128
     chunk_overlap: int = 0
     store_tail: bool = True
@@ -128,7 +131,7 @@ class Settings:
         _one_of("hooks", self.hooks, HOOK_MODES)
         _one_of("codec", self.codec, CODECS)
         if self.codec.endswith(ZSTD):
-            require_zstd()
+            _require_zstd()
         _hidden_text("secret", self.secret)
         if 0 < len(self.secret) < SHORTEST_SECRET:
             raise SettingError(
@@ -156,10 +159,8 @@ class Settings:
             _text(name, getattr(self, name))
         _fields(self.metadata)
         object.__setattr__(self, "metadata", dict(self.metadata))
-        if isinstance(self.repair, str):
-            parse_repair(self.repair)
-        elif not isinstance(self.repair, Repair):
-            raise SettingError(f"repair={self.repair!r} must be a name or a Repair: {KNOWN}")
+        if self.repair is not _REPAIR:
+            _strategy(self.repair)
         for name in ("store_tail", "refresh_ttl", "pin", "write"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SettingError(f"{name}={value!r} must be True or False")
@@ -167,7 +168,7 @@ class Settings:
     @property
     def strategy(self) -> Repair:
         """The repair to apply."""
-        return parse_repair(self.repair) if isinstance(self.repair, str) else self.repair
+        return _strategy(self.repair)
 
     @property
     def sealing(self) -> Seal | None:
@@ -196,6 +197,24 @@ class Settings:
             if (text := os.environ.get(f"CHUNKCACHE_{name.upper()}")) is not None:
                 values[name] = _parse(f"CHUNKCACHE_{name.upper()}", text, kind)
         return cls(**(values | given))
+
+
+def _strategy(repair: object) -> Repair:
+    # Not above: it brings numpy, which takes long to import, and to look into a store needs none.
+    from chunkcache.repair import KNOWN, Repair, parse_repair
+
+    if isinstance(repair, str):
+        return parse_repair(repair)
+    if isinstance(repair, Repair):
+        return repair
+    raise SettingError(f"repair={repair!r} must be a name or a Repair: {KNOWN}")
+
+
+def _require_zstd() -> None:
+    if find_spec("zstandard") is None:
+        raise SettingError(
+            "codec='…+zstd' needs the package zstandard: pip install 'chunkcache[zstd]'"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -26,11 +26,11 @@ import torch
 from redis.connection import AbstractConnection
 
 from chunkcache.errors import BlobError, SettingError, StoreError
+from chunkcache.keys import CODECS, ChunkKey
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
-from chunkcache.kv.coding import CODECS, Codec
+from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, peek_all, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.model.identity import ChunkKey
 from chunkcache.reuse.index import Origin, Passage, index_entries, search
 from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.settings import Settings

@@ -11,7 +11,7 @@ from servers import Server
 
 from chunkcache import RedisChunkCache, SettingError, Settings, open_store
 from chunkcache.errors import SealedBlobError
-from chunkcache.kv.coding import CODECS
+from chunkcache.keys import CODECS
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly

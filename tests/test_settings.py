@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chunkcache import settings as module
 from chunkcache.errors import ChunkCacheError, SettingError
 from chunkcache.settings import Settings
 from chunkcache.stores import open_store
@@ -303,3 +304,9 @@ def test_metadata_in_the_environment_is_pairs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CHUNKCACHE_METADATA", "temperature")
     with pytest.raises(SettingError, match="CHUNKCACHE_METADATA='temperature' must be name=value"):
         Settings.load()
+
+
+def test_a_missing_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"zstd.*pip install 'chunkcache\[zstd\]'"):
+        Settings(codec="safetensors+zstd")

@@ -1,1 +1,1 @@
-"""The command line. Each module holds a few commands; what they need is imported when they run."""
+"""The command line. Each module holds a few commands, and imports torch only when one runs."""

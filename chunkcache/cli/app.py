@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs."""
+"""The command line."""
 
 from __future__ import annotations
 

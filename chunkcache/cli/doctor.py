@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from chunkcache.cli.options import ERR, Json, Store, loaded
+from chunkcache.doctor import sizing
+from chunkcache.doctor.sizing import Load, Node, Plan
+from chunkcache.errors import SettingError
+from chunkcache.settings import Settings
+from chunkcache.stores import parse_bytes
 from chunkcache.tokens.token_text import visible
-
-if TYPE_CHECKING:
-    from chunkcache.doctor.sizing import Load, Node, Plan
 
 app = typer.Typer()
 _PLAN = "Sizing (--plan)"
@@ -70,18 +72,12 @@ def doctor(
     """
     if not plan:
         if any(each is not None for each in (corpus_tokens, prefill_rate, dtype)):
-            from chunkcache.errors import SettingError
-
             raise SettingError(
                 "--corpus-tokens, --prefill-rate and --dtype are about a load: add --plan, or "
                 "leave them out"
             )
         _examine(store, model, as_json)
         return
-    from chunkcache.doctor.sizing import Load, Node
-    from chunkcache.errors import SettingError
-    from chunkcache.stores import parse_bytes
-
     if model is None or corpus_tokens is None:
         raise SettingError("--plan needs --model and --corpus-tokens: name both")
     load = Load(corpus_tokens, prompts_per_second, prompt_tokens, reused)
@@ -98,7 +94,7 @@ def doctor(
 
 
 def _examine(url: str | None, model: str | None, as_json: bool) -> None:
-    from chunkcache.doctor.checks import Health, examine_model, examine_stores, open_for_measuring
+    from chunkcache.doctor.checks import Health, examine_stores, open_for_measuring
 
     # Opened first, since a model may take minutes to load.
     with open_for_measuring(url) as store:
@@ -107,6 +103,8 @@ def _examine(url: str | None, model: str | None, as_json: bool) -> None:
                 health = Health(examine_stores(url, status.update))
         else:
             with loaded(model) as (network, _), ERR.status("starting") as status:
+                from chunkcache.doctor.trial import examine_model
+
                 health = Health(
                     examine_stores(url, status.update),
                     examine_model(model, network, store, status.update),
@@ -120,11 +118,8 @@ def _plan(model: str, dtype: str | None, load: Load, node: Node, rate: float | N
     import torch
 
     from chunkcache.doctor.footprint import chunk_bytes, layout_of
-    from chunkcache.doctor.sizing import plan
-    from chunkcache.errors import SettingError
     from chunkcache.model.loading import load_config
     from chunkcache.samples import quiet_transformers
-    from chunkcache.settings import Settings
 
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and (not isinstance(kind, torch.dtype) or not kind.is_floating_point):
@@ -133,7 +128,7 @@ def _plan(model: str, dtype: str | None, load: Load, node: Node, rate: float | N
     with quiet_transformers():
         layout = layout_of(load_config(model), kind)
     nbytes = chunk_bytes(layout, settings.chunk_size, settings.codec)
-    return plan(
+    return sizing.plan(
         nbytes,
         settings.chunk_size,
         load,

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from chunkcache.cli.options import ERR, Json, Model, Namespace, Store, given, loaded, opened
+from chunkcache.errors import SettingError
+from chunkcache.library.corpora import Files, read_dataset
 from chunkcache.tokens.token_text import shown
 
 app = typer.Typer()
@@ -110,9 +112,6 @@ def warm(
 
 
 def _documents(files: list[Path] | None, dataset: str | None, split: str, field: str) -> Any:
-    from chunkcache.errors import SettingError
-    from chunkcache.library.corpora import Files, read_dataset
-
     if bool(files) == (dataset is not None):
         raise SettingError("warm needs files or --dataset, one of them: name what to compute")
     if dataset is not None:
@@ -121,8 +120,6 @@ def _documents(files: list[Path] | None, dataset: str | None, split: str, field:
 
 
 def _read(prompt: str) -> str:
-    from chunkcache.errors import SettingError
-
     try:
         raw = sys.stdin.buffer.read() if prompt == "-" else Path(prompt).read_bytes()
         text = raw.decode()
@@ -136,7 +133,6 @@ def _read(prompt: str) -> str:
 
 
 def _tokenize(tokenizer: Any, text: str, chat: bool) -> Any:
-    from chunkcache.errors import SettingError
     from chunkcache.tokens.texts import chat_inputs
 
     if not chat:

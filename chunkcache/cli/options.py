@@ -6,14 +6,14 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from chunkcache.inventory.filters import Filter
-    from chunkcache.stores.base import ChunkStore
+from chunkcache.inventory.filters import Filter
+from chunkcache.settings import Settings
+from chunkcache.stores import ChunkStore, open_store
 
 ERR = Console(file=sys.stderr)
 
@@ -38,9 +38,6 @@ Namespace = Annotated[
 
 def opened(url: str | None, **settings: Any) -> ChunkStore:
     """The store, with the settings in force but these. Before any work, for these may be wrong."""
-    from chunkcache.settings import Settings
-    from chunkcache.stores import open_store
-
     return open_store(url, **Settings.load(**settings).of_store)
 
 
@@ -73,8 +70,6 @@ def loaded(model: str) -> Iterator[tuple[Any, Any]]:
 
 def chosen(terms: list[str] | None) -> Filter:
     """The filter that these terms make; without terms, all chunks."""
-    from chunkcache.inventory.filters import Filter
-
     return Filter.parse(shlex.join(terms)) if terms else Filter()
 
 

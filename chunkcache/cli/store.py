@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from textwrap import indent
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from chunkcache.cli.options import DryRun, Json, Store, Terms, changed, chosen, looked_into, opened
+from chunkcache.errors import SettingError
+from chunkcache.inventory import catalog
+from chunkcache.inventory.filters import NONE_MEANT
+from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
 from chunkcache.tokens.token_text import shown
-
-if TYPE_CHECKING:
-    from chunkcache.stores.base import ChunkStore, Listed
 
 app = typer.Typer()
 _COLUMNS = ("model", "namespace", "tags", "positions", "codec", "created")
@@ -34,8 +35,6 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List chunks, in no order: the hash's beginning, which `show` takes, and what they are."""
-    from chunkcache.inventory import catalog
-
     if as_json:
         # Without a sign of life: one after the other is printed, however many there are.
         with opened(store, ttl=0.0) as place:
@@ -68,8 +67,6 @@ def ls(
 def _tell_if_none(terms: Sequence[str] | None, count: int) -> None:
     """A mistyped term looks like an empty store."""
     if terms and not count:
-        from chunkcache.inventory.filters import NONE_MEANT
-
         typer.echo(NONE_MEANT, err=True)
 
 
@@ -86,8 +83,6 @@ def _print_list(entries: Iterable[Listed]) -> None:
 def stats(terms: Terms = None, store: Store = None, as_json: Json = False) -> None:
     """Count chunks, tokens and bytes, by model, namespace and tag."""
     with looked_into(store) as place:
-        from chunkcache.inventory import catalog
-
         counted = catalog.stats(place, chosen(terms))
     if as_json:
         typer.echo(json.dumps(counted.to_dict(), indent=2))
@@ -158,10 +153,6 @@ def _find(store: ChunkStore, key: str) -> Listed | None:
     Raises:
         SettingError: Several chunks are meant.
     """
-    from chunkcache.errors import SettingError
-    from chunkcache.inventory import catalog
-    from chunkcache.stores.base import KV_BYTES, METADATA, Listed
-
     key = key.removesuffix(METADATA).removesuffix(KV_BYTES)
     if not key:
         raise SettingError("show needs a key or the beginning of a hash: ls lists them")
@@ -188,12 +179,8 @@ def purge(
 ) -> None:
     """Delete chunks: blobs, metadata, and their mentions in the index. Needs terms."""
     if not terms:
-        from chunkcache.errors import SettingError
-
         raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
     with changed(store) as place:
-        from chunkcache.inventory import catalog
-
         done = catalog.delete(place, chosen(terms), dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
     _tell_if_none(terms, done.chunks)
@@ -203,7 +190,5 @@ def purge(
 def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Delete what is of no use: halves of chunks, and index entries that name what is gone."""
     with changed(store) as place:
-        from chunkcache.inventory import catalog
-
         done = catalog.sweep(place, dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)

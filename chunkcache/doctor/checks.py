@@ -1,23 +1,20 @@
-"""Doctor: is the store well, can the model's K/V be reused, and does it pay here?"""
+"""Doctor: is the store well? And what is told of it, and of a model that `trial` has tried."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from chunkcache.doctor.break_even import BreakEven, measure_break_even
-from chunkcache.doctor.footprint import chunk_bytes
-from chunkcache.errors import StoreError, UnsupportedCallError, UnsupportedModelError
-from chunkcache.model.check import check_model
-from chunkcache.model.state import ModelState
+from chunkcache.errors import StoreError
 from chunkcache.settings import Settings
 from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.address import without_password
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.health import Server, Speed, measure_speed, read_info
+
+if TYPE_CHECKING:
+    from chunkcache.doctor.break_even import BreakEven
 
 Step = Callable[[str], object]
 
@@ -169,37 +166,3 @@ def _examine_store(shown: str, store: ChunkStore, ttl: float) -> StoreHealth:
         return StoreHealth(shown, (), speed, (why,))
     advice = dict.fromkeys(said for server in servers for said in server.advice)
     return StoreHealth(shown, servers, speed, tuple(advice))
-
-
-def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) -> ModelHealth:
-    """Test what can be done with a model, and measure whether it pays.
-
-    Args:
-        name: Its name.
-        model: The model, in evaluation mode.
-        store: An open store.
-        step: Told what is being done.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    settings = Settings.load()
-    step("testing the model")
-    try:
-        inner = check_model(model)
-    except (UnsupportedModelError, UnsupportedCallError) as error:
-        return ModelHealth(name, obstacle=str(error))
-    state = ModelState.of(inner)
-    identity = state.identity()
-    proof = state.proof(identity, store)
-    if proof.obstacle or proof.layout is None:
-        return ModelHealth(name, obstacle=proof.obstacle)
-    mover = state.mover(identity, proof.layout, store)
-    nbytes = chunk_bytes(proof.layout, settings.chunk_size, settings.codec)
-    return ModelHealth(
-        name,
-        str(proof.layout.dtype).removeprefix("torch."),
-        moving=mover if isinstance(mover, str) else "",
-        token_bytes=nbytes / settings.chunk_size,
-        break_even=measure_break_even(model, store, step),
-    )

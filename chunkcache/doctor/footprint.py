@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from chunkcache.errors import UnsupportedModelError
+from chunkcache.keys import ZSTD
 from chunkcache.kv.codec import KVLayout, LayerShape
-from chunkcache.kv.coding import ZSTD, Codec
+from chunkcache.kv.coding import Codec
 from chunkcache.model.check import CACHE, check_model
 from chunkcache.model.proof import known_obstacle
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chunkcache.errors import BlobError
-from chunkcache.model.identity import ChunkKey
+from chunkcache.keys import ChunkKey
 from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin
 from chunkcache.stores.base import Listed

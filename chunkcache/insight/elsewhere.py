@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from chunkcache.errors import SettingError
 from chunkcache.insight.alike import Match, matches, text_of, windows
 from chunkcache.inventory import catalog
-from chunkcache.model.identity import ChunkKey, ModelIdentity
+from chunkcache.keys import ChunkKey
+from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import PROOF_FORMAT
 from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin

@@ -23,9 +23,7 @@ from typing import Any
 
 from chunkcache.errors import SettingError
 from chunkcache.inventory.filters import Filter, split_tags
-from chunkcache.kv.codec import FORMAT
-from chunkcache.model.identity import ChunkKey
-from chunkcache.reuse.index import ANCHOR_FORMAT
+from chunkcache.keys import ANCHOR_FORMAT, FORMAT, ChunkKey
 from chunkcache.stores.base import ChunkStore, Entry, Listed
 from chunkcache.tokens.token_text import shown
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from chunkcache.errors import SettingError
-from chunkcache.model.identity import ChunkKey
+from chunkcache.keys import ChunkKey
 
 NONE_MEANT = "no chunk in this store is meant: check the terms and --store"
 _TERM = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)([=<>])(.*)", re.DOTALL)

@@ -26,7 +26,6 @@ from torch import Tensor
 from chunkcache.errors import BlobError
 from chunkcache.kv.spare import SpareMemory
 
-FORMAT = "safetensors"
 LAYOUT = "[kv_heads, tokens, head_dim]"
 # Tensor data begins on a cache line, whatever the header's length.
 _ALIGNMENT = 64

@@ -14,16 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from chunkcache.kv.codec import FORMAT, BlobForm, KVLayout, LayerKV, encode
+from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
+from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
 from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
 from chunkcache.kv.rope import KeyMover
 from chunkcache.kv.seal import OVERHEAD, Seal
 
-PLAIN, BF16, INT8 = FORMAT, f"{FORMAT}-bf16", f"{FORMAT}-int8"
-ZSTD = "+zstd"
-CODECS = (PLAIN, BF16, INT8, PLAIN + ZSTD, BF16 + ZSTD, INT8 + ZSTD)
-SEALED = "+sealed"
 _TEXT = "@token_ids"  # no sealed text may stand for a blob
 
 

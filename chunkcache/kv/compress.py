@@ -6,21 +6,11 @@ first: K/V shrink by a fifth to a third then, instead of by a tenth to a fifth.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numpy as np
 
-from chunkcache.errors import BlobError, SettingError
+from chunkcache.errors import BlobError
 
 _LEVEL = 1  # higher ones gain little on K/V and cost much
-
-
-def require_zstd() -> None:
-    """Raise SettingError if the library is not installed."""
-    if find_spec("zstandard") is None:
-        raise SettingError(
-            "codec='…+zstd' needs the package zstandard: pip install 'chunkcache[zstd]'"
-        )
 
 
 def most_bytes(size: int) -> int:

@@ -24,6 +24,7 @@ import xxhash
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import NONE_MEANT, Filter
+from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.library.pack_entry import (
     FORMAT,
     MAX_METADATA,
@@ -32,8 +33,6 @@ from chunkcache.library.pack_entry import (
     is_mention,
     most_mentions,
 )
-from chunkcache.model.identity import ChunkKey
-from chunkcache.reuse.index import ANCHOR_FORMAT
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
 
 MAX_HEADER = 100_000_000  # what the safetensors library reads

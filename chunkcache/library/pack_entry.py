@@ -12,9 +12,8 @@ from typing import Any
 import xxhash
 
 from chunkcache.errors import BlobError, SettingError
-from chunkcache.kv.coding import CODECS, SEALED, ZSTD
-from chunkcache.model.identity import ChunkKey
-from chunkcache.reuse.index import REACH
+from chunkcache.keys import CODECS, SEALED, ZSTD, ChunkKey
+from chunkcache.tokens.anchors import REACH
 from chunkcache.tokens.listed import from_text
 
 FORMAT = "chunkcache-pack/1"

@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory.filters import Filter
+from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.library.pack_entry import FORMAT, MAX_METADATA, PackEntry, check, check_metadata
-from chunkcache.model.identity import ChunkKey
-from chunkcache.reuse.index import ANCHOR_FORMAT
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
 from chunkcache.stores.patient import PatientStore
 from chunkcache.stores.redis import MAX_BLOB_BYTES

@@ -1,4 +1,4 @@
-"""ModelIdentity: what the K/V of a token depend on besides the tokens; ChunkKey: a chunk's name.
+"""ModelIdentity: what the K/V of a token depend on besides the tokens.
 
 Two models that differ in anything that shapes their K/V must never share a chunk, and the same
 checkpoint in two processes must. So the identity is a digest of content, never of names alone.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import torch
 import transformers
 from torch import nn
 
-from chunkcache.errors import SettingError
+from chunkcache.keys import ChunkKey
 from chunkcache.model.attributes import why_random
 from chunkcache.model.makeup import Lines, Makeup, configurations, digest
 from chunkcache.model.ranks import Ranks
@@ -145,47 +143,3 @@ def numerics(model: nn.Module) -> str:
     experts = getattr(config, "_experts_implementation", None)
     precision = torch.get_float32_matmul_precision()
     return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"
-
-
-_KEY = re.compile(r"([a-z0-9+.-]+)@([^@]*)@(\d{1,9})@(\d{1,9})@([0-9a-f]{64})", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkKey:
-    """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
-
-    `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
-    a store adds `@metadata` and `@kv_bytes`, and in a cluster the hash stands in braces.
-    """
-
-    format: str
-    model: str
-    world_size: int
-    worker: int
-    chunk_hash: str
-
-    def __str__(self) -> str:
-        name = quote(self.model, safe="/:+=,", errors="surrogatepass")
-        return f"{self.format}@{name}@{self.world_size}@{self.worker}@{self.chunk_hash}"
-
-    @classmethod
-    def parse(cls, text: str) -> ChunkKey:
-        """Read a key back, also as a cluster writes it, with or without its half behind it.
-
-        Raises:
-            SettingError: The text is not a key of ours.
-        """
-        name = text.removesuffix("@metadata").removesuffix("@kv_bytes")
-        name = re.sub(r"@\{([0-9a-f]{64})\}\Z", r"@\1", name)
-        if match := _KEY.fullmatch(name):
-            format, model, world_size, worker, chunk_hash = match.groups()
-            try:
-                model = unquote(model, errors="surrogatepass")
-                key = cls(format, model, int(world_size), int(worker), chunk_hash)
-            except UnicodeDecodeError:
-                key = None
-            if key is not None and str(key) == name:  # written as we write it, no other way
-                return key
-        raise SettingError(
-            f"{text[:200]!r} is not a chunk key: expected format@model@world_size@worker@chunk_hash"
-        )

@@ -16,21 +16,20 @@ from datetime import UTC, datetime
 import numpy as np
 
 from chunkcache.errors import BlobError, SealedBlobError
+from chunkcache.keys import ANCHOR_FORMAT
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec, Form
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.tokens.anchors import WINDOW, anchors
+from chunkcache.tokens.anchors import REACH, WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.listed import from_text
 from chunkcache.tokens.matching import Piece, StoredChunk, laid, long_enough
 
-ANCHOR_FORMAT = "anchor"
 # Texts that every prompt has (a system prompt) collect variants; the newest are enough.
 MOST_VARIANTS = 8
 # And some texts are one window over and over again.
 MOST_PLACES = 32
-REACH = 2 * WINDOW - 1  # tokens beside a chunk that lead to it
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkcache.keys import BF16, INT8
 from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import BF16, INT8, Codec
+from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer
 
 # How far the K/V of one token at one layer may be from what is stored, relative to their size (the

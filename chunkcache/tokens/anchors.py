@@ -17,6 +17,7 @@ from chunkcache.tokens.chunking import Tokens
 
 WINDOW = 16
 ONE_IN = 4
+REACH = 2 * WINDOW - 1  # tokens beside a chunk that lead to it
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, bits well mixed: 2^64 over the golden ratio
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from chunkcache.errors import SettingError
-from chunkcache.tokens.chunking import Tokens
-from chunkcache.tokens.plan import Span
+
+if TYPE_CHECKING:
+    from chunkcache.tokens.chunking import Tokens
+    from chunkcache.tokens.plan import Span
 
 _BEFORE = (
     8  # tokens that are decoded along, so that a span's first one reads as it does in the text

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
+from servers import Server
 from typer.testing import CliRunner
 
+from chunkcache import open_store
 from chunkcache.cli import app as cli
 from chunkcache.cli import demo
 from chunkcache.doctor.measure import Run
+from chunkcache.stores.base import Entry
 
 runner = CliRunner()
 
@@ -116,3 +123,37 @@ def test_a_changed_answer_ends_with_1(fake_runs: Callable[[list[int]], None]) ->
     result = runner.invoke(cli.app, ["demo"])
     assert result.exit_code == 1
     assert result.stdout.count("DIFFERENT") == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "redis"])
+def test_commands_that_only_need_a_store_import_no_torch(
+    kind: str, redis_server: Server, tmp_path: Path
+) -> None:
+    url = redis_server.unix_url if kind == "redis" else tmp_path.joinpath("store").as_uri()
+    key = f"safetensors@m@1@0@{1:064x}"
+    blob = save({f"layers.0.{part}": torch.ones(2, 3, 4) for part in ("keys", "values")})
+    with open_store(url) as store:
+        store.write([Entry(key, {"tokens": "3", "namespace": "a"}, memoryview(blob))])
+        store.flush()
+    pack = str(tmp_path / "pack")
+    commands = [
+        ["--version"], ["--help"],
+        ["ls"], ["ls", "--json"], ["stats"], ["sweep"], ["purge", "namespace=b"],
+        ["show", key], ["export", pack], ["import", pack], ["doctor"],
+    ]  # fmt: skip
+    program = """
+import contextlib, json, sys
+from chunkcache.cli.app import app
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):
+        app(arguments)
+    print(arguments[0], *sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    told = [[*each, "--store", url] if not each[0].startswith("--") else each for each in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(told)], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [each[0] for each in commands], done.stderr
+    assert "layer 0: a token's key is 2.00 long" in done.stderr  # so they did their work
+    assert "1 chunks, 3 tokens" in done.stderr
+    assert "a lookup takes" in done.stderr

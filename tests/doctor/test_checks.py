@@ -1,4 +1,4 @@
-"""Doctor: what it finds of real stores and models."""
+"""Doctor: what it finds of real stores, and what it tells."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import pytest
 
 from chunkcache import StoreError
 from chunkcache.doctor.break_even import BreakEven, Point
-from chunkcache.doctor.checks import Health, ModelHealth, examine_model, examine_stores
-from chunkcache.stores.memory import MemoryStore
-from tests.models import tiny
+from chunkcache.doctor.checks import Health, ModelHealth, examine_stores
 
 
 def quiet(_: str) -> None:
@@ -45,31 +43,6 @@ def test_a_password_is_not_shown(redis_server):
 def test_a_server_that_is_not_there():
     with pytest.raises(StoreError, match="check that the server runs"):
         examine_stores("redis://localhost:1/0", quiet)
-
-
-def test_a_model(monkeypatch):
-    monkeypatch.setenv("CHUNKCACHE_CODEC", "safetensors-bf16")
-    with MemoryStore() as store:
-        found = examine_model("a model", tiny(), store, quiet)
-    assert (found.obstacle, found.moving, found.dtype) == ("", "", "float32")
-    assert 512 < found.token_bytes < 600  # of 2 bytes, and a header
-    assert found.break_even is not None
-    assert "K/V can be moved, too" in str(found)
-
-
-def test_a_model_that_cannot_be_moved():
-    with MemoryStore() as store:
-        found = examine_model("a model", tiny("gpt2"), store, quiet)
-    assert found.obstacle == ""
-    assert "cannot be moved: " in str(found)
-
-
-@pytest.mark.parametrize("kind", ["lfm2", "mamba"])
-def test_models_that_are_computed_as_usual(kind):
-    with MemoryStore() as store:
-        found = examine_model("a model", tiny(kind), store, quiet)
-    assert "! is computed as usual: " in str(found)
-    assert not Health((), found).good
 
 
 @pytest.mark.parametrize(

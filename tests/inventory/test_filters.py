@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chunkcache.errors import SettingError
 from chunkcache.inventory.filters import Filter, split_tags
-from chunkcache.model.identity import ChunkKey
+from chunkcache.keys import ChunkKey
 
 KEY = ChunkKey("safetensors-int8", "org/m", 1, 0, "a" * 64)
 METADATA = {"namespace": "team-a", "tags": "project=docs, user=7", "temperature": "0.7"}

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.errors import BlobError, SealedBlobError
+from chunkcache.keys import BF16, CODECS, INT8, PLAIN, ZSTD
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
-from chunkcache.kv.coding import BF16, CODECS, INT8, PLAIN, ZSTD, Codec, Form
+from chunkcache.kv.coding import Codec, Form
 from chunkcache.kv.seal import Seal
 from tests.kv.test_codec import DTYPES, HASH, TOKENS, layouts, random_kv, token_ids
 from tests.kv.test_quantise import LAYOUT, MOVER

@@ -10,9 +10,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.errors import BlobError, SettingError
-from chunkcache.kv import compress as module
-from chunkcache.kv.compress import compress, decompress, most_bytes, require_zstd
+from chunkcache.errors import BlobError
+from chunkcache.kv.compress import compress, decompress, most_bytes
 
 
 @given(st.binary(max_size=40), st.binary(max_size=400), st.sampled_from([1, 2, 4, 8]))
@@ -80,9 +79,3 @@ def test_a_bomb_is_refused_before_memory_is_taken() -> None:
         decompress(memoryview(bytes(small)), 256, 0, 1)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-
-
-def test_a_missing_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"zstd.*pip install 'chunkcache\[zstd\]'"):
-        require_zstd()

@@ -132,7 +132,18 @@ def test_models_without_such_a_cache_are_refused(model_type: str) -> None:
         check_model(tiny(model_type))
 
 
-def test_an_older_transformers_is_refused_when_chunkcache_is_imported() -> None:
-    program = "import transformers; transformers.__version__ = '5.17.3'; import chunkcache"
+def test_an_older_transformers_is_refused_when_the_cache_is_imported() -> None:
+    program = """
+import transformers
+transformers.__version__ = "5.17.3"
+import chunkcache
+try:
+    chunkcache.RedisChunkCache
+except ImportError as error:
+    print(error)
+from chunkcache import RedisChunkCache
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ImportError: chunkcache needs transformers>=5.18,<5.25, and 5.17.3" in done.stderr
+    why = "chunkcache needs transformers>=5.18,<5.25, and 5.17.3 is installed"
+    assert done.stdout.startswith(why)
+    assert f"\nImportError: {why}" in done.stderr

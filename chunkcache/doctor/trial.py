@@ -1,0 +1,48 @@
+"""Trial: can a model's K/V be reused, and does it pay here?"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from chunkcache.doctor.break_even import measure_break_even
+from chunkcache.doctor.checks import ModelHealth, Step
+from chunkcache.doctor.footprint import chunk_bytes
+from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
+from chunkcache.model.check import check_model
+from chunkcache.model.state import ModelState
+from chunkcache.settings import Settings
+from chunkcache.stores.base import ChunkStore
+
+
+def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) -> ModelHealth:
+    """Test what can be done with a model, and measure whether it pays.
+
+    Args:
+        name: Its name.
+        model: The model, in evaluation mode.
+        store: An open store.
+        step: Told what is being done.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    settings = Settings.load()
+    step("testing the model")
+    try:
+        inner = check_model(model)
+    except (UnsupportedModelError, UnsupportedCallError) as error:
+        return ModelHealth(name, obstacle=str(error))
+    state = ModelState.of(inner)
+    identity = state.identity()
+    proof = state.proof(identity, store)
+    if proof.obstacle or proof.layout is None:
+        return ModelHealth(name, obstacle=proof.obstacle)
+    mover = state.mover(identity, proof.layout, store)
+    nbytes = chunk_bytes(proof.layout, settings.chunk_size, settings.codec)
+    return ModelHealth(
+        name,
+        str(proof.layout.dtype).removeprefix("torch."),
+        moving=mover if isinstance(mover, str) else "",
+        token_bytes=nbytes / settings.chunk_size,
+        break_even=measure_break_even(model, store, step),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
 from chunkcache.stores.base import ChunkStore, Entry, Part, StaysHere
 from chunkcache.stores.listing import Listing, decoded
+from chunkcache.stores.room import Room
 from chunkcache.stores.wire import BulkReader
 
 CONNECT_TIMEOUT = 0.25
@@ -22,7 +23,7 @@ MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
 PIPELINED = 512  # entries without a blob that are written in one round trip
 
 
-class RedisStore(StaysHere, Listing, ChunkStore):
+class RedisStore(StaysHere, Room, Listing, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -125,13 +126,19 @@ class RedisStore(StaysHere, Listing, ChunkStore):
 
         A blob that is there already is not sent again: its key says what it is.
         """
-        there = self._there([entry for entry in entries if entry.nbytes and not entry.merge])
+        blobs = [entry for entry in entries if entry.nbytes]
+        there = self._there([entry for entry in blobs if not entry.merge])
+        self._use({key for entry in blobs for key in entry.before})
+        refused = self._without_room([entry for entry in blobs if entry.key not in there])
+        self._reader.window = self._window
         taken = 0
         for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
             if not has_blob:
                 self._write_small(list(group))
                 continue
             for entry in group:  # a pipeline of many would hold all of their blobs at the server
+                if entry.key in refused:
+                    continue
                 if entry.key in there or self._write_blob(entry):
                     taken += entry.nbytes
         return taken
@@ -164,6 +171,11 @@ class RedisStore(StaysHere, Listing, ChunkStore):
         if self._renew_ms:
             for name in names:
                 pipe.pexpire(name, self._renew_ms, xx=True)  # not those that are pinned
+
+    def _use(self, keys: Collection[str]) -> None:
+        """Note that these are used now."""
+        if keys:
+            self._ask([("TOUCH", *(name for key in keys for name in self._names(key)))])
 
     def _there(self, entries: Sequence[Entry]) -> set[str]:
         """Keys of the blobs that need not be written. Those to be pinned are pinned."""

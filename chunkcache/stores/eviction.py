@@ -31,3 +31,12 @@ def leaving(ranked: Iterable[tuple[T, int]], nbytes: int) -> tuple[list[T], bool
         if nbytes <= 0:
             break
     return found, nbytes <= 0
+
+
+def roughly(age: int) -> int:
+    """An age, for stores whose clocks count seconds, while a prompt may take some to be read.
+
+    Ages that differ by less than about a tenth are the same.
+    """
+    dropped = max(age.bit_length() - 4, 0)
+    return age >> dropped << dropped

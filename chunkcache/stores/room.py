@@ -20,7 +20,7 @@ import redis
 from chunkcache.stores.address import Address
 from chunkcache.stores.base import KV_BYTES, METADATA, Entry
 from chunkcache.stores.commands import Commands
-from chunkcache.stores.eviction import leaving
+from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.stream import WINDOW_BYTES
 
 LOOKED_AT = 64  # random keys; each chunk has two
@@ -59,47 +59,47 @@ class Room(Commands):
         """
         left = list(entries)
         refused: set[str] = set()
-        for _ in range(ROUNDS):
-            if sum(map(self._cost, left)) > self._free or time.monotonic() > self._known_until:
-                self._look(max(map(self._cost, left), default=0))
-            if not left or sum(map(self._cost, left)) <= self._free:
+        for _ in range(ROUNDS if left else 0):
+            costs = [self._cost(entry) for entry in left]
+            if sum(costs) > self._free or time.monotonic() > self._known_until:
+                self._look(max(costs))
+            if sum(costs) <= self._free:
                 break
-            leave, left, more = self._choose(left, self._seen())
-            refused |= more
-            if not leave:
+            leave, without = self._choose(left)
+            refused |= without
+            left = [entry for entry in left if entry.key not in without]
+            if not leave or not left:
                 break  # the rest is for the server to choose
             self._ask([("UNLINK", *_halves(each.name)) for each in leave])
             self._known_until = -math.inf
-        self._free -= sum(map(self._cost, left))
+        self._free -= sum(self._cost(entry) for entry in left)
         return refused
 
-    def _choose(
-        self, entries: Sequence[Entry], seen: list[Stored]
-    ) -> tuple[list[Stored], list[Entry], set[str]]:
-        """Which chunks leave for which entries, and the keys of those that have no place."""
+    def _choose(self, entries: Sequence[Entry]) -> tuple[list[Stored], set[str]]:
+        """Which chunks leave for the entries, and the keys of those that have no place."""
+        seen, server_chooses = self._seen()
+        own = {self._names(key)[1] for entry in entries for key in (*entry.before, entry.key)}
+        own = {each.name for each in seen if _halves(each.name)[1] in own}
         free = self._free
         leave: list[Stored] = []
-        kept: list[Entry] = []
         refused: set[str] = set()
         for entry in entries:
-            own = {self._names(key)[1] for key in entry.before}
-            follows = not {each.key for each in kept}.isdisjoint(entry.before)
+            cost = self._cost(entry)
             rank = (math.inf if entry.pinned or self._counts_uses else 0.0, -_depth(entry))
             may_leave = (
                 (each, each.nbytes)
                 for each in seen
-                if each.name + KV_BYTES.encode() not in own and each.rank < rank
+                if each.rank < rank and (each.name not in own or each.rank[1] < rank[1])
             )
-            found, is_enough = leaving(may_leave, math.ceil(self._cost(entry) - free))
-            stays = follows or len(found) < len(seen)
-            if not is_enough and stays and not entry.pinned:
+            found, is_enough = leaving(may_leave, math.ceil(cost - free))
+            is_first = len(found) < len(seen) or not seen  # to leave
+            if is_first and not (is_enough or entry.pinned or server_chooses):
                 refused.add(entry.key)
                 continue
-            kept.append(entry)
             leave += found
             seen = [each for each in seen if each not in found]
-            free += sum(each.nbytes for each in found) - self._cost(entry)
-        return leave, kept, refused
+            free += sum(each.nbytes for each in found) - cost
+        return leave, refused
 
     @property
     def _counts_uses(self) -> bool:
@@ -129,14 +129,21 @@ class Room(Commands):
                 raise redis.OutOfMemoryError("used memory > 'maxmemory'")
             if most and self._policy != "noeviction":
                 self._window = min(WINDOW_BYTES, max(most // SMALL, 1))
-                # The server evicts for what connections take, too: a blob that comes, replies.
-                spare = largest + self._window - int(info.get("mem_clients_normal", 0))
+                # The server evicts for what connections take, too: a blob that comes, the memory
+                # for the next one, and replies.
+                spare = 2 * largest + self._window - int(info.get("mem_clients_normal", 0))
                 self._free = most - used - max(spare, 0)
 
-    def _seen(self) -> list[Stored]:
-        """Some chunks that may leave, in that order."""
+    def _seen(self) -> tuple[list[Stored], bool]:
+        """Some chunks that may leave, in that order, and whether it is for the server to choose.
+
+        So it is where most keys are not ours, where all our chunks are to stay or the server is
+        full without them, and if we may not look.
+        """
         replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
-        found = {found[1] for name in replies if (found := _named(name))}
+        names = [NAME.fullmatch(name) for name in replies if isinstance(name, bytes)]
+        found = {name[1] for name in names if name}
+        may_look = not isinstance(replies[0], Exception)
         clock = "FREQ" if self._counts_uses else "IDLETIME"
         looks: list[tuple[str | bytes, ...]] = []
         for name in found:
@@ -148,7 +155,11 @@ class Room(Commands):
                 ("HMGET", metadata, "positions", "pinned"),
             ]
         replies = self._ask(looks)
-        return sorted(self._stored(found, replies))
+        seen = sorted(self._stored(found, replies))
+        is_shared = names.count(None) > len(names) / 2
+        all_stay = not seen and any(isinstance(used, int) for used in replies[::4])
+        is_full = not seen and self._free <= 0
+        return seen, not may_look or is_shared or all_stay or is_full
 
     def _stored(self, names: set[bytes], replies: list[Any]) -> Iterator[Stored]:
         for name, used, nbytes, expires, fields in zip(
@@ -158,12 +169,8 @@ class Room(Commands):
                 place, pinned = fields
                 lasts = self._policy.startswith("volatile") and expires == -1
                 if pinned != b"yes" and not lasts:
-                    rank = used if self._counts_uses else -used
+                    rank = used if self._counts_uses else -roughly(used)
                     yield Stored((rank, -_start(place or b"")), name, nbytes)
-
-
-def _named(name: object) -> re.Match[bytes] | None:
-    return NAME.fullmatch(name) if isinstance(name, bytes) else None
 
 
 def _halves(name: bytes) -> tuple[bytes, bytes]:

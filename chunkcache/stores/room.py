@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -29,7 +29,8 @@ KNOWN_SECONDS = 1.0  # how long the room that was there is relied on
 REFUSED_SECONDS = 60.0  # until an account that may not look tries again
 SMALL = 64  # the share of a server's memory that replies may take
 OVERHEAD = 2048  # bytes of metadata, and of two keys
-# What is ours to delete: chunks by their names, whose metadata are a hash with positions.
+# What is ours to delete: chunks by their names, whose metadata say where they stand in a prompt,
+# or that they were copied from another tier.
 NAME = re.compile(rb"([^@]+@[^@]+@[0-9]+@[0-9]+@\{?[0-9a-f]{64}\}?)@(?:metadata|kv_bytes)")
 
 
@@ -48,6 +49,7 @@ class Room(Commands):
         super().__init__(address)
         self._free = math.inf  # bytes that may be written until `_known_until`
         self._known_until = -math.inf
+        self._sent = -math.inf  # when a blob was sent last
         self._policy = ""
         self._rounds_up = True
         self._window = WINDOW_BYTES  # bytes of replies that may be under way
@@ -72,7 +74,9 @@ class Room(Commands):
                 break  # the rest is for the server to choose
             self._ask([("UNLINK", *_halves(each.name)) for each in leave])
             self._known_until = -math.inf
-        self._free -= sum(self._cost(entry) for entry in left)
+        if left:
+            self._free -= sum(self._cost(entry) for entry in left)
+            self._sent = time.monotonic()
         return refused
 
     def _choose(self, entries: Sequence[Entry]) -> tuple[list[Stored], set[str]]:
@@ -89,7 +93,7 @@ class Room(Commands):
             may_leave = (
                 (each, each.nbytes)
                 for each in seen
-                if each.rank < rank and (each.name not in own or each.rank[1] < rank[1])
+                if each.rank <= rank and (each.name not in own or each.rank[1] < rank[1])
             )
             found, is_enough = leaving(may_leave, math.ceil(cost - free))
             is_first = len(found) < len(seen) or not seen  # to leave
@@ -129,52 +133,56 @@ class Room(Commands):
                 raise redis.OutOfMemoryError("used memory > 'maxmemory'")
             if most and self._policy != "noeviction":
                 self._window = min(WINDOW_BYTES, max(most // SMALL, 1))
-                # The server evicts for what connections take, too: a blob that comes, the memory
-                # for the next one, and replies.
-                spare = 2 * largest + self._window - int(info.get("mem_clients_normal", 0))
-                self._free = most - used - max(spare, 0)
+                # The server evicts for what connections take, too: replies, a blob that comes, and
+                # for two seconds as much again, in case that another one follows.
+                is_counted = time.monotonic() - self._sent < 1
+                spare = (1.5 if is_counted else 3) * largest + self._window
+                self._free = most - used - spare
 
     def _seen(self) -> tuple[list[Stored], bool]:
         """Some chunks that may leave, in that order, and whether it is for the server to choose.
 
-        So it is where most keys are not ours, where all our chunks are to stay or the server is
+        So it is where most bytes are not ours, where all our chunks are to stay or the server is
         full without them, and if we may not look.
         """
         replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
-        names = [NAME.fullmatch(name) for name in replies if isinstance(name, bytes)]
-        found = {name[1] for name in names if name}
         may_look = not isinstance(replies[0], Exception)
-        clock = "FREQ" if self._counts_uses else "IDLETIME"
+        names = {name: NAME.fullmatch(name) for name in replies if isinstance(name, bytes)}
+        found = {ours[1] for ours in names.values() if ours}
         looks: list[tuple[str | bytes, ...]] = []
         for name in found:
             metadata, blob = _halves(name)
             looks += [
-                ("OBJECT", clock, blob),
+                ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob),
                 ("MEMORY", "USAGE", blob),
                 ("PTTL", blob),
-                ("HMGET", metadata, "positions", "pinned"),
+                ("HMGET", metadata, "positions", "copied", "pinned"),
             ]
-        replies = self._ask(looks)
-        seen = sorted(self._stored(found, replies))
-        is_shared = names.count(None) > len(names) / 2
-        all_stay = not seen and any(isinstance(used, int) for used in replies[::4])
+        others = [name for name, ours in names.items() if not ours]
+        replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
+        used, nbytes, expires, fields = (replies[n : len(looks) : 4] for n in range(4))
+        seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, strict=True)))
+        is_shared = _sum(replies[len(looks) :]) > _sum(nbytes)
+        all_stay = not seen and any(isinstance(use, int) for use in used)
         is_full = not seen and self._free <= 0
         return seen, not may_look or is_shared or all_stay or is_full
 
-    def _stored(self, names: set[bytes], replies: list[Any]) -> Iterator[Stored]:
-        for name, used, nbytes, expires, fields in zip(
-            names, *(replies[n::4] for n in range(4)), strict=True
-        ):
+    def _stored(self, looked_at: Iterable[tuple[bytes, Any, Any, Any, Any]]) -> Iterator[Stored]:
+        for name, used, nbytes, expires, fields in looked_at:
             if isinstance(used, int) and isinstance(nbytes, int) and isinstance(fields, list):
-                place, pinned = fields
+                place, copied, pinned = fields
                 lasts = self._policy.startswith("volatile") and expires == -1
-                if pinned != b"yes" and not lasts:
+                if (place or copied) and pinned != b"yes" and not lasts:
                     rank = used if self._counts_uses else -roughly(used)
                     yield Stored((rank, -_start(place or b"")), name, nbytes)
 
 
 def _halves(name: bytes) -> tuple[bytes, bytes]:
     return name + METADATA.encode(), name + KV_BYTES.encode()
+
+
+def _sum(replies: Iterable[Any]) -> int:
+    return sum(reply for reply in replies if isinstance(reply, int))
 
 
 def _depth(entry: Entry) -> int:

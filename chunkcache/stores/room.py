@@ -27,7 +27,7 @@ LOOKED_AT = 64  # random keys; each chunk has two
 ROUNDS = 3  # of looking, while all that was seen has to leave
 KNOWN_SECONDS = 1.0  # how long the room that was there is relied on
 REFUSED_SECONDS = 60.0  # until an account that may not look tries again
-SMALL = 64  # the share of a server's memory that replies may take
+SMALL = 256  # the share of a server's memory that replies may take
 OVERHEAD = 2048  # bytes of metadata, and of two keys
 # What is ours to delete: chunks by their names, whose metadata say where they stand in a prompt,
 # or that they were copied from another tier.

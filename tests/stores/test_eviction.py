@@ -237,7 +237,7 @@ def test_nothing_is_deleted_that_is_not_ours(server: Server, policy: str) -> Non
         stats = client.info("stats")
         assert there <= {*client.keys()}
         assert stats["evicted_keys"] == 0  # it was we who deleted
-        assert client.info("commandstats")["cmdstat_unlink"]["calls"] > 10
+        assert client.info("commandstats")["cmdstat_unlink"]["calls"] >= 5
     store.close()
 
 

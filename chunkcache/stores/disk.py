@@ -15,6 +15,7 @@ from chunkcache.stores.eviction import leaving
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
 TOUCH_SECONDS = 60.0  # how exactly times of use are kept that nothing is evicted by
+TOGETHER_SECONDS = 1.0  # from a use to the next one that is noted of what stands before a chunk
 DEEPER = 1000  # nanoseconds by which a chunk was used before the one before it
 LOOK_SECONDS = 1.0  # a look at the folder that is older than this is no reason to refuse anything
 STALE_SECONDS = 3600.0  # a file under tmp this old was left by a process that died
@@ -208,7 +209,7 @@ class DiskStore(ChunkStore):
         now = time.time_ns()
         if before and self.max_bytes is not None:
             first = self._folder.status(before[0], BLOB)
-            if first and now - first.st_mtime_ns < 1e9 * TOUCH_SECONDS:
+            if first and now - first.st_mtime_ns < 1e9 * TOGETHER_SECONDS:
                 now = first.st_mtime_ns
             else:
                 self._use(before)

@@ -146,7 +146,7 @@ class Room(Commands):
         full without them, and if we may not look.
         """
         replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
-        may_look = not isinstance(replies[0], Exception)
+        refused = isinstance(replies[0], Exception)
         names = {name: NAME.fullmatch(name) for name in replies if isinstance(name, bytes)}
         found = {ours[1] for ours in names.values() if ours}
         looks: list[tuple[str | bytes, ...]] = []
@@ -162,10 +162,11 @@ class Room(Commands):
         replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
         used, nbytes, expires, fields = (replies[n : len(looks) : 4] for n in range(4))
         seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, strict=True)))
+        refused |= any(isinstance(use, Exception) for use in used)
         is_shared = _sum(replies[len(looks) :]) > _sum(nbytes)
         all_stay = not seen and any(isinstance(use, int) for use in used)
         is_full = not seen and self._free <= 0
-        return seen, not may_look or is_shared or all_stay or is_full
+        return seen, refused or is_shared or all_stay or is_full
 
     def _stored(self, looked_at: Iterable[tuple[bytes, Any, Any, Any, Any]]) -> Iterator[Stored]:
         for name, used, nbytes, expires, fields in looked_at:

@@ -402,6 +402,50 @@ def test_tls(tmp_path: Path) -> None:
             RedisStore(url).sizes(["k0"])
 
 
+# ---------------------------------------------------------------------- several writers
+
+
+def test_a_blob_that_is_there_is_not_sent_again(server: Server) -> None:
+    store, other = RedisStore(server.tcp_url), RedisStore(server.tcp_url)
+    assert store.write([entry("a", b"x" * 1_000_000, by="one")]) == 1_000_000
+    with server.client() as client:
+        before = client.info("stats")["total_net_input_bytes"]
+        assert other.write([entry("a", b"x" * 1_000_000, by="two")]) == 1_000_000
+        assert client.info("stats")["total_net_input_bytes"] - before < 10_000
+        assert store.read_metadata(["a"]) == [{"by": "one"}]
+        client.delete("a@metadata")  # evicted
+    other.write([entry("a", b"x" * 1_000_000, by="two")])
+    assert store.read_metadata(["a"]) == [{"by": "two"}]
+    assert store.write([entry("a", b"shorter", by="three")]) == 7
+    assert store.read_metadata(["a"]) == [{"by": "three"}]
+
+
+def write_many(store: RedisStore) -> None:
+    """What a process does."""
+    for number in range(10**6):
+        assert store.write([entry(f"k{number}", bytes(1_000_000), by="victim")]) == 1_000_000
+
+
+def test_what_a_process_killed_amid_a_write_leaves_is_whole_and_the_next_goes_on(
+    redis_server: Server,
+) -> None:
+    store = RedisStore(redis_server.unix_url, read_timeout=20.0)
+    writer = FORK.Process(target=write_many, args=(store,))
+    writer.start()
+    keys = [f"k{number}" for number in range(100)]
+    wait_until(lambda: store.sizes(["k20"]) == [1_000_000])
+    with redis_server.client() as client:
+        before = len(client.client_list())
+        writer.kill()
+        writer.join()
+        wait_until(lambda: len(client.client_list()) < before)
+    described = [fields is not None for fields in store.read_metadata(keys)]
+    assert described == [size > 0 for size in store.sizes(keys)]
+    store.write([entry(key, bytes(1_000_000), by="next") for key in keys])
+    assert store.flush(0)
+    assert store.sizes(keys) == [1_000_000] * 100
+
+
 # ---------------------------------------------------------------------- expiry and pins
 
 

@@ -641,10 +641,10 @@ def test_the_users_of_the_documentation_may_do_what_they_must(server: Server) ->
         writer.write([entry("large", large)])
         key = f"f@m@1@0@{0:064x}"
         writer.write([entry(key, large, positions="0-1")])
+        wait_until(lambda: client.object("IDLETIME", f"{key}@kv_bytes") > 0)
         used = client.info("memory")["used_memory"]
         client.config_set("maxmemory-policy", "allkeys-lru")
-        client.config_set("maxmemory", used + len(large))
-        wait_until(lambda: client.object("IDLETIME", f"{key}@kv_bytes") > 0)
+        client.config_set("maxmemory", used + len(large) // 2)
         writer._known_until = 0.0
         writer.write([entry(f"f@m@1@0@{1:064x}", large, positions="0-1")])
         assert client.info("commandstats")["cmdstat_randomkey"]["calls"] > 0

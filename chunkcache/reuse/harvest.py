@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,16 @@ def harvest(setup: Setup, held: Held, step: Step) -> list[Entry]:
     for row, pad in enumerate(held.transcript.pads):
         tokens = ids[row, pad:].numpy()
         before: Chunk | None = None
-        for chunk, context in _chunks(setup, held, step, row, tokens):
+        found = _chunks(setup, held, step, row, tokens)
+        keys = [held.origin.key(chunk.hash) for chunk, _ in found]
+        for number, (chunk, context) in enumerate(found):
             parent = before.hash if before and before.stop == chunk.start else ""
             before = chunk
             if chunk.hash in held.known:
                 continue
             held.known.add(chunk.hash)
             entry = _entry(setup, held, row, chunk, context, parent)
-            chunks.append(entry)
+            chunks.append(replace(entry, before=keys[:number]))
             if setup.settings.reuse == "anywhere":
                 created = entry.metadata["created"]
                 index += index_entries(held.origin, chunk, tokens, created, setup.settings.pin)

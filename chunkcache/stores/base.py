@@ -27,6 +27,8 @@ class Entry:
     blob as one contiguous view of bytes that nobody changes any more; it is empty for entries that
     are metadata only. With `merge` the fields are added to those that are there, and a blob that is
     there stays if the entry brings none. A `pinned` entry does not expire, and is evicted last.
+    `before` has the keys of the chunks that stand before it in its prompt, in order: writing it is
+    a use of them, too, and a full store keeps them rather than it.
     """
 
     key: str
@@ -34,6 +36,7 @@ class Entry:
     blob: memoryview
     merge: bool = False
     pinned: bool = False
+    before: Sequence[str] = ()
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +65,7 @@ def merged(newer: Entry, older: Entry | None) -> Entry:
         metadata={**older.metadata, **newer.metadata},
         blob=newer.blob if newer.nbytes else older.blob,
         pinned=newer.pinned or older.pinned,
+        before=newer.before or older.before,
     )
 
 
@@ -180,7 +184,8 @@ class ChunkStore(ABC):
         may be a `Place`, to which stores that can tell what has come.
         False means that the blob is missing or not exactly as long as its place, which then holds
         anything. Places are the caller's own again when the iteration has ended, early or not.
-        Stores that can let the kernel do the only copy.
+        Stores that can let the kernel do the only copy. Keys that are read in one call, here and in
+        `read`, count as used together; those of a prompt come in its order.
         """
         for place, blob in zip(places, self.read(keys), strict=True):
             yield copy_into(blob, place)
@@ -203,7 +208,10 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def write(self, entries: Sequence[Entry]) -> int:
-        """Keep the entries, replacing what was there. Returns the bytes of blobs taken."""
+        """Keep the entries, replacing what was there. Returns the bytes of blobs taken.
+
+        A full store makes room as `eviction.py` says.
+        """
 
     def check_writable(self) -> None:  # noqa: B027  (most stores have to be asked)
         """Raise StoreError if it is known, without asking, that a write would fail now."""

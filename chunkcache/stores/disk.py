@@ -11,12 +11,15 @@ from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import ChunkStore, Entry, Listed, merged
+from chunkcache.stores.eviction import leaving
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
-TOUCH_SECONDS = 60.0  # how exactly the order of use is kept
+TOUCH_SECONDS = 60.0  # how exactly times of use are kept that nothing is evicted by
+TOGETHER_SECONDS = 1.0  # from a use to the next one that is noted of what stands before a chunk
+DEEPER = 1000  # nanoseconds by which a chunk was used before the one before it
+LOOK_SECONDS = 1.0  # a look at the folder that is older than this is no reason to refuse anything
 STALE_SECONDS = 3600.0  # a file under tmp this old was left by a process that died
 PAGE = 1000  # entries of a listing that are read before the first is handed out
-KEEP = 0.9  # share of the budget that is still full after an eviction
 
 NOT_ALLOWED = (
     "choose a folder that this user may read and write; one for a group needs chmod g+rwxs before "
@@ -34,7 +37,7 @@ MENDS = {
 class DiskStore(ChunkStore):
     """Keeps chunks in files under `path`, which is made when first written to.
 
-    With `max_bytes`, the files' bytes stay below it: the entries least recently used leave first,
+    With `max_bytes`, the files' bytes stay below it: entries leave in the order of `eviction.py`,
     and pinned ones only for other pinned ones. Processes that share the folder may each exceed it
     by a tenth for a while. Entries that are not pinned are gone `ttl` seconds (0: never) after
     they were written or, with `refresh_ttl`, last read; each process applies its own `ttl`.
@@ -61,9 +64,12 @@ class DiskStore(ChunkStore):
         self._ttl = ttl
         self._refresh = refresh_ttl
         self._touch_seconds = min(TOUCH_SECONDS, ttl / 10) if ttl else TOUCH_SECONDS
-        # How many bytes may be written before the folder is looked at again. Unlocked: what a race
-        # between threads makes of it is mended by the next look.
-        self._room = 0
+        self._blob_seconds = TOUCH_SECONDS if max_bytes is None else 0.0
+        # What the last look at the folder has shown, and how many bytes may be written before the
+        # next. Unlocked: what a race between threads makes of it is put right by that one.
+        self._ranked: list[tuple[Path, Found]] = []  # who leaves first is last
+        self._room = self._until_look = 0
+        self._looked = -LOOK_SECONDS
         self._swept: float | None = None
         if max_bytes is not None and max_bytes < 1:
             raise SettingError(f"max_bytes={max_bytes}: must be at least 1, or None for no limit")
@@ -82,13 +88,13 @@ class DiskStore(ChunkStore):
             return [self._size(key) for key in keys]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        self._use(keys)
         for key in keys:
             with self._errors("read"):
                 mapped = self._folder.map(key) if self._is_young(key) else None
             if mapped is None:
                 yield None
                 continue
-            self._folder.touch(key, BLOB, self._touch_seconds)
             if self._ttl and self._refresh:
                 self._folder.touch(key, METADATA, self._touch_seconds)
             view = memoryview(mapped)
@@ -175,10 +181,11 @@ class DiskStore(ChunkStore):
     def _put(self, given: Entry) -> bool:
         entry = merged(given, self._there(given.key)) if given.merge else given
         text = json.dumps({"key": entry.key, "metadata": dict(entry.metadata)}, indent=1)
-        if not self._make_room(entry.nbytes + len(text), entry.pinned):
+        used = self._time_of_use(entry.before)
+        if not self._make_room(entry.nbytes + len(text), entry.pinned, used):
             return False
         if entry.nbytes:
-            self._folder.put(self._folder.file(entry.key, BLOB), entry.blob, entry.pinned)
+            self._folder.put(self._folder.file(entry.key, BLOB), entry.blob, entry.pinned, used)
         elif not given.merge:
             self._folder.file(entry.key, BLOB).unlink(missing_ok=True)
         self._folder.put(self._folder.file(entry.key, METADATA), text.encode(), entry.pinned)
@@ -191,27 +198,72 @@ class DiskStore(ChunkStore):
             return None
         return Entry(key, self._metadata(key) or {}, memoryview(b""), pinned=is_pinned(status))
 
-    def _make_room(self, nbytes: int, pinned: bool) -> bool:
-        """Evict what must leave for `nbytes` more; False if they cannot have a place."""
+    def _use(self, keys: Sequence[str]) -> None:
+        """Note that these are used together, each as if a little before the one before it."""
+        now = time.time_ns()
+        for number in reversed(range(len(keys))):  # files of other users get the time as it is
+            self._folder.touch(keys[number], BLOB, self._blob_seconds, now - number * DEEPER)
+
+    def _time_of_use(self, before: Sequence[str]) -> int:
+        """When a new chunk is used: together with those before it."""
+        now = time.time_ns()
+        if before and self.max_bytes is not None:
+            first = self._folder.status(before[0], BLOB)
+            if first and now - first.st_mtime_ns < 1e9 * TOGETHER_SECONDS:
+                now = first.st_mtime_ns
+            else:
+                self._use(before)
+        return now - len(before) * DEEPER
+
+    def _make_room(self, nbytes: int, pinned: bool, used: int) -> bool:
+        """Evict what must leave for `nbytes` used at a time; False if they would leave first."""
         if self.max_bytes is None:
             return True
         if nbytes > self.max_bytes:
             return False
-        self._room -= nbytes
-        if self._room >= 0:
-            return True
+        if nbytes > self._until_look:
+            self._look()
+        done = self._evict(nbytes - self._room, pinned, used)
+        is_old = time.monotonic() - self._looked > LOOK_SECONDS
+        if not done and (is_old or self._until_look < self.max_bytes // 10):
+            self._look()
+            done = self._evict(nbytes - self._room, pinned, used)
+        if done:
+            self._room -= nbytes
+            self._until_look -= nbytes
+        return done
+
+    def _look(self) -> None:
+        """Take stock of the folder: others may have filled it."""
+        assert self.max_bytes is not None
         found = self._folder.scan()
-        used = sum(entry.nbytes for entry in found.values()) + nbytes
-        if used > self.max_bytes:
-            for stem in sorted(found, key=lambda stem: (found[stem].pinned, found[stem].used)):
-                enough = self.max_bytes * (1 if found[stem].pinned else KEEP)
-                if used <= enough or (found[stem].pinned and not pinned):
-                    break
-                self._folder.remove(stem)
-                used -= found[stem].nbytes
-        # Others may fill the folder meanwhile: look again after a tenth of the budget at most.
-        self._room = min(self.max_bytes - used, self.max_bytes // 10)
-        return self._room >= 0
+        self._ranked = sorted(
+            found.items(), key=lambda item: (item[1].pinned, item[1].used), reverse=True
+        )
+        self._room = self.max_bytes - sum(each.nbytes for each in found.values())
+        self._until_look = self.max_bytes // 10
+        self._looked = time.monotonic()
+
+    def _evict(self, nbytes: int, pinned: bool, used: int) -> bool:
+        """Remove what leaves for an entry that lacks so many bytes; False if that is too little."""
+        leave, is_enough = leaving(self._may_leave(pinned, used), nbytes)
+        if not is_enough:
+            self._ranked += leave[::-1]
+            return False
+        for stem, found in leave:
+            self._folder.remove(stem)
+            self._room += found.nbytes
+        return True
+
+    def _may_leave(self, pinned: bool, used: int) -> Iterator[tuple[tuple[Path, Found], int]]:
+        """Take out of the ranking what leaves before an entry that is used at a time."""
+        while self._ranked:
+            stem, found = self._ranked.pop()
+            if not pinned and (found.pinned or found.used >= used):
+                self._ranked.append((stem, found))
+                return
+            if self._folder.is_as(stem, found):  # it was not used since the look
+                yield (stem, found), found.nbytes
 
     def _sweep(self) -> None:
         """Now and then, remove what has expired and what dead processes have left behind."""

@@ -8,7 +8,7 @@ Several processes may share the folder, and nothing is ever changed in place: a 
 under `tmp` and renamed, so that a reader, and a map already open, sees the old file or the new one.
 There are no locks, so a process that forks or is killed leaves none behind.
 
-A file's modification time is that of its last use. Files of pinned entries are write-protected.
+A blob's modification time is that of its last use. Files of pinned entries are write-protected.
 
 What is written is for this user only, unless the folder was made for a group: if the group may
 write to it, and it hands its group on (`chmod g+rwxs`), the group may read and write what the umask
@@ -83,14 +83,14 @@ class Found:
     """What a folder's listing tells of an entry.
 
     Attributes:
-        used: When it was last used, in seconds since the epoch.
+        used: When it was last used, in nanoseconds since the epoch.
         renewed: When its JSON was written or touched; 0 if it has none.
         nbytes: Bytes of both files.
         blob: Bytes of the blob alone.
         pinned: Whether it is to be kept.
     """
 
-    used: float = 0.0
+    used: int = 0
     renewed: float = 0.0
     nbytes: int = 0
     blob: int = 0
@@ -136,15 +136,24 @@ class Folder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def touch(self, key: str, suffix: str, seconds: float) -> None:
-        """Note that a file is used, if its last use was noted more than `seconds` ago."""
+    def touch(self, key: str, suffix: str, seconds: float, used: int | None = None) -> None:
+        """Note that a file is used, if its last use was noted more than `seconds` before that.
+
+        `used` is the time, in nanoseconds since the epoch (default: now).
+        """
         with contextlib.suppress(OSError):  # a folder that may only be read serves too
             file = self.file(key, suffix)
-            if time.time() - file.stat().st_mtime > seconds:
-                os.utime(file)
+            time_used = time.time_ns() if used is None else used
+            if time_used - file.stat().st_mtime_ns > 1e9 * seconds:
+                try:
+                    os.utime(file, ns=(time_used, time_used))
+                except PermissionError:  # of another user in the group: all we may set is now
+                    os.utime(file)
 
-    def put(self, file: Path, content: bytes | memoryview, pinned: bool) -> None:
-        """Write a file whole or not at all."""
+    def put(
+        self, file: Path, content: bytes | memoryview, pinned: bool, used: int | None = None
+    ) -> None:
+        """Write a file whole or not at all. `used` is as in `touch`."""
         scratch = self.path / "tmp" / f"chunkcache-{secrets.token_hex(8)}"
         try:
             descriptor = self._create(scratch)
@@ -155,6 +164,8 @@ class Folder:
             with os.fdopen(descriptor, "wb") as temporary:
                 temporary.write(content)
                 mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            if used is not None:
+                os.utime(scratch, ns=(used, used))
             if pinned:
                 os.chmod(scratch, mode & ~0o222)
             try:
@@ -192,7 +203,8 @@ class Folder:
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat()
                     found = entries.setdefault(stem, Found())
-                    found.used = max(found.used, status.st_mtime)
+                    if suffix == BLOB or not found.blob:
+                        found.used = status.st_mtime_ns
                     found.nbytes += status.st_size
                     found.pinned |= is_pinned(status)
                     if suffix == METADATA:
@@ -200,6 +212,13 @@ class Folder:
                     else:
                         found.blob = status.st_size
         return entries
+
+    def is_as(self, stem: Path, found: Found) -> bool:
+        """Whether an entry is there and was not used since it was found."""
+        try:
+            return os.stat(f"{stem}{BLOB if found.blob else METADATA}").st_mtime_ns == found.used
+        except FileNotFoundError:
+            return False
 
     def sweep(self, seconds: float) -> None:
         """Remove what processes left behind that died while they wrote, `seconds` ago or more."""

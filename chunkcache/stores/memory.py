@@ -1,4 +1,4 @@
-"""Chunks in this process's memory: the least recently used go when the budget is reached."""
+"""Chunks in this process's memory, within a budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.base import ChunkStore, Entry, Listed, StaysHere, merged, tell_too_large
+from chunkcache.stores.eviction import leaving
 from chunkcache.stores.locks import ForkSafeLock
 
 DEFAULT_BYTES = 2_000_000_000
@@ -51,14 +52,17 @@ class MemoryStore(StaysHere, ChunkStore):
         return [kept.entry.nbytes if kept else 0 for kept in found]
 
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+        with self._lock:
+            self._use(keys)
         for key in keys:
             with self._lock:
-                kept = self._use(key)
+                kept = self._get(key)
             yield kept.entry.blob if kept and kept.entry.nbytes else None
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         with self._lock:
-            found = [self._use(key) for key in keys]
+            self._use(keys)
+            found = [self._get(key) for key in keys]
         return [dict(kept.entry.metadata) or None if kept else None for kept in found]
 
     def write(self, entries: Sequence[Entry]) -> int:
@@ -91,13 +95,27 @@ class MemoryStore(StaysHere, ChunkStore):
             )
             kept = _Kept(entry, _cost(entry), self._deadline(entry))
             self._remove(entry.key)
-            if kept.cost > self._max_bytes - (0 if entry.pinned else self._pinned.used):
+            self._use(entry.before)
+            used = self._free.used + self._pinned.used
+            lacking = used + kept.cost - self._max_bytes
+            leave, is_enough = leaving(self._ranked(entry), lacking)
+            if not is_enough:
                 return False
-            while self._free.used + self._pinned.used + kept.cost > self._max_bytes:
-                shelf = self._free or self._pinned
-                shelf.drop(next(iter(shelf)))
+            for key in leave:
+                self._remove(key)
             (self._pinned if entry.pinned else self._free).put(kept)
+            self._use(entry.before)
             return True
+
+    def _ranked(self, entry: Entry) -> Iterator[tuple[str, int]]:
+        """What may leave for an entry, with its bytes: what it is used together with stays."""
+        stays = set(entry.before)
+        for key, kept in self._free.items():
+            if key in stays and not entry.pinned:
+                return
+            yield key, kept.cost
+        if entry.pinned:
+            yield from ((key, kept.cost) for key, kept in self._pinned.items())
 
     def _get(self, key: str) -> _Kept | None:
         kept = self._free.get(key) or self._pinned.get(key)
@@ -106,13 +124,14 @@ class MemoryStore(StaysHere, ChunkStore):
             return None
         return kept
 
-    def _use(self, key: str) -> _Kept | None:
-        kept = self._get(key)
-        if kept is not None:
-            (self._pinned if kept.entry.pinned else self._free).move_to_end(key)
-            if self._refresh:
-                kept.expires = self._deadline(kept.entry)
-        return kept
+    def _use(self, keys: Sequence[str]) -> None:
+        """Note that these are used together; the last of them will leave first."""
+        for key in reversed(keys):
+            kept = self._get(key)
+            if kept is not None:
+                (self._pinned if kept.entry.pinned else self._free).move_to_end(key)
+                if self._refresh:
+                    kept.expires = self._deadline(kept.entry)
 
     def _deadline(self, entry: Entry) -> float:
         return time.monotonic() + self._ttl if self._ttl and not entry.pinned else math.inf
@@ -131,7 +150,7 @@ class _Kept:
 
 
 class _Shelf(OrderedDict[str, _Kept]):
-    """Entries, the least recently used first, and the bytes of them all."""
+    """Entries in the order in which they leave, and the bytes of them all."""
 
     def __init__(self) -> None:
         super().__init__()

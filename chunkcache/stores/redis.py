@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
 
 import redis
 
-from chunkcache.errors import SettingError, StoreError
+from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
 from chunkcache.stores.base import ChunkStore, Entry, Part, StaysHere
-from chunkcache.stores.claims import Claims
 from chunkcache.stores.listing import Listing, decoded
+from chunkcache.stores.room import Room
 from chunkcache.stores.wire import BulkReader
 
 CONNECT_TIMEOUT = 0.25
@@ -23,10 +21,9 @@ READ_TIMEOUT = 0.5
 MAX_BLOB_BYTES = 1 << 30
 MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
 PIPELINED = 512  # entries without a blob that are written in one round trip
-POLL_SECONDS = 0.02  # between two looks for what another process writes
 
 
-class RedisStore(StaysHere, Claims, Listing, ChunkStore):
+class RedisStore(StaysHere, Room, Listing, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -125,30 +122,25 @@ class RedisStore(StaysHere, Claims, Listing, ChunkStore):
             ]
 
     def write(self, entries: Sequence[Entry]) -> int:
-        """Keep the entries. Returns the bytes of blobs that are there now or soon.
+        """Keep the entries. Returns the bytes of blobs that are there now.
 
-        A blob that is there already, or is being written by another process, is not sent again:
-        its key says what it is.
+        A blob that is there already is not sent again: its key says what it is.
         """
-        blobs = [entry for entry in entries if entry.nbytes and not entry.merge]
-        settled = self._claim(blobs)
-        left = [entry.key for entry in blobs if entry.key not in settled]
+        blobs = [entry for entry in entries if entry.nbytes]
+        there = self._there([entry for entry in blobs if not entry.merge])
+        self._use({key for entry in blobs for key in entry.before})
+        refused = self._without_room([entry for entry in blobs if entry.key not in there])
+        self._reader.window = self._window
         taken = 0
-        try:
-            for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
-                if not has_blob:
-                    self._write_small(list(group))
+        for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
+            if not has_blob:
+                self._write_small(list(group))
+                continue
+            for entry in group:  # a pipeline of many would hold all of their blobs at the server
+                if entry.key in refused:
                     continue
-                for (
-                    entry
-                ) in group:  # a pipeline of many would hold all of their blobs at the server
-                    if entry.key in settled or self._write_blob(entry):
-                        taken += entry.nbytes
-        except StoreError as error:
-            if error.cause not in ("connection", "timeout"):  # it answers
-                with suppress(StoreError):
-                    self._give_up_claims(left)
-            raise
+                if entry.key in there or self._write_blob(entry):
+                    taken += entry.nbytes
         return taken
 
     def delete(self, keys: Sequence[str]) -> int:
@@ -157,16 +149,6 @@ class RedisStore(StaysHere, Claims, Listing, ChunkStore):
             for (reply,) in replies:
                 self._check(reply)
         return sum(1 for (reply,) in replies if reply and not isinstance(reply, Exception))
-
-    def flush(self, timeout: float | None = None) -> bool:
-        """As in `ChunkStore`. Waits also for what other processes have said that they write."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while self._claimed_by_others():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(POLL_SECONDS, left))
-        return True
 
     def close(self) -> None:
         self._client.close()
@@ -189,6 +171,30 @@ class RedisStore(StaysHere, Claims, Listing, ChunkStore):
         if self._renew_ms:
             for name in names:
                 pipe.pexpire(name, self._renew_ms, xx=True)  # not those that are pinned
+
+    def _use(self, keys: Collection[str]) -> None:
+        """Note that these are used now."""
+        if keys:
+            self._ask([("TOUCH", *(name for key in keys for name in self._names(key)))])
+
+    def _there(self, entries: Sequence[Entry]) -> set[str]:
+        """Keys of the blobs that need not be written. Those to be pinned are pinned."""
+
+        def look(pipe: Any, entry: Entry) -> None:
+            metadata, blob = self._names(entry.key)
+            pipe.strlen(blob)
+            pipe.touch(metadata)
+
+        there = [
+            entry
+            for entry, (size, described) in zip(
+                entries, self._pipelined(entries, look), strict=True
+            )
+            if size == entry.nbytes and (described == 1 or not entry.metadata)
+        ]
+        pinned = [entry.key for entry in there if entry.pinned]
+        self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
+        return {entry.key for entry in there}
 
     def _write_small(self, entries: Sequence[Entry]) -> None:
         """Write entries without a blob, in two round trips for many."""
@@ -229,16 +235,12 @@ class RedisStore(StaysHere, Claims, Listing, ChunkStore):
         if self._expire_ms:
             return {}
 
-        def look(pipe: Any, key: str) -> None:
-            metadata = self._names(key)[0]
-            pipe.pttl(metadata)
-            pipe.type(metadata)  # a claim expires too, but is not what we replace
-
         keys = [entry.key for entry in entries]
+        replies = self._pipelined(keys, lambda pipe, key: pipe.pttl(self._names(key)[0]))
         return {
             key: left
-            for key, (left, kind) in zip(keys, self._pipelined(keys, look), strict=True)
-            if kind == b"hash" and isinstance(left, int) and left > 0
+            for key, (left,) in zip(keys, replies, strict=True)
+            if isinstance(left, int) and left > 0
         }
 
     def _write_blob(self, entry: Entry) -> bool:

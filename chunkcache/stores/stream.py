@@ -54,7 +54,8 @@ class GetStream:
     """Requests sent and replies read on one connection, with the window in between.
 
     `sock` is the connection's socket. `timeout` (seconds) is how long the server may be silent. A
-    reply that claims more than `max_bytes` is an error. Methods raise redis.RedisError.
+    reply that claims more than `max_bytes` is an error. `window` is how many bytes of replies may
+    be under way, if more than one is. Methods raise redis.RedisError.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class GetStream:
         requests: Sequence[Request],
         timeout: float,
         max_bytes: int,
+        window: int = WINDOW_BYTES,
     ) -> None:
         self._connection = connection
         self._sock = sock
@@ -73,7 +75,7 @@ class GetStream:
         self._sent = 0
         self._done = 0  # replies read to their end
         self._in_parts = any(request.stop is not None for request in requests)
-        self._window = PARTS_WINDOW_BYTES if self._in_parts else WINDOW_BYTES
+        self._window = min(window, PARTS_WINDOW_BYTES) if self._in_parts else window
         # Of the replies so far: our guess of those to come.
         self._largest = PART_BYTES if self._in_parts else WINDOW_BYTES
         self._guessed = not self._in_parts

@@ -57,9 +57,9 @@ class TieredStore(ChunkStore):
     def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
         answers = self._walk(keys, lambda tier, at: tier.read([keys[n] for n in at]))
         with closing(answers):
-            for key, (level, view) in zip(keys, answers, strict=True):
+            for n, (level, view) in enumerate(answers):
                 if view is not None and level:
-                    self._keep(key, [view], level)
+                    self._keep(keys[: n + 1], [view], level)
                 yield view
 
     def read_into(
@@ -77,9 +77,9 @@ class TieredStore(ChunkStore):
         copier = _Copier(self._keep)
         try:
             with closing(answers):
-                for key, place, (level, arrived) in zip(keys, places, answers, strict=True):
+                for n, (place, (level, arrived)) in enumerate(zip(places, answers, strict=True)):
                     if arrived and level:
-                        copier.waiting.append((key, place, level))
+                        copier.waiting.append((keys[: n + 1], place, level))
                         with suppress(RuntimeError):  # tried again below
                             copier.start()
                     yield bool(arrived)
@@ -230,8 +230,8 @@ class TieredStore(ChunkStore):
             note_partial(error)
             return None
 
-    def _keep(self, key: str, views: Sequence[memoryview], level: int) -> None:
-        """Copy a blob to the tiers nearer than `level`, which all take the same copy."""
+    def _keep(self, keys: Sequence[str], views: Sequence[memoryview], level: int) -> None:
+        """Copy the blob of the last key to the tiers nearer than `level`: all the same copy."""
         try:
             blob = np.empty(nbytes_of(views), dtype=np.uint8)
             at = 0
@@ -241,9 +241,11 @@ class TieredStore(ChunkStore):
                 at += part.size
         except MemoryError:
             return
+        *before, key = keys
+        copy = Entry(key, {"copied": "yes"}, blob.data, merge=True, before=before)
         for tier in self._tiers[:level]:
             with suppress(StoreError):  # it was noted when the tier was asked
-                tier.write([Entry(key, {"copied": "yes"}, blob.data, merge=True)])
+                tier.write([copy])
 
     def _note(self, errors: Sequence[StoreError]) -> None:
         """Note the errors of some tiers; those of all are the store's own."""
@@ -254,13 +256,13 @@ class TieredStore(ChunkStore):
 
 
 class _Copier(Worker):
-    """Hands what waits, key, views and level of a tier, to `keep`, one after the other."""
+    """Hands what waits, keys, views and level of a tier, to `keep`, one after the other."""
 
     thread_name = "chunkcache-tiers"
 
-    def __init__(self, keep: Callable[[str, Sequence[memoryview], int], None]) -> None:
+    def __init__(self, keep: Callable[[Sequence[str], Sequence[memoryview], int], None]) -> None:
         super().__init__()
-        self.waiting: deque[tuple[str, Sequence[memoryview], int]] = deque()
+        self.waiting: deque[tuple[Sequence[str], Sequence[memoryview], int]] = deque()
         self._keep = keep
 
     def todo(self) -> bool:

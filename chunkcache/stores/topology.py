@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,9 @@ class ClusterNode(RedisStore):
 
     def _names(self, key: str) -> tuple[bytes, bytes]:
         return super()._names(tagged(key))
+
+    def _use(self, keys: Collection[str]) -> None:
+        """Nothing: they are on all servers, which whoever knows all of them tells."""
 
     def _key(self, name: bytes, half: str) -> str | None:
         key = super()._key(name, half)

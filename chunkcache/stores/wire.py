@@ -17,7 +17,15 @@ import redis
 from redis.connection import DefaultParser
 
 from chunkcache.stores.base import Place, copy_into, nbytes_of
-from chunkcache.stores.stream import PART_BYTES, GetStream, Request, Seen, check_length, is_miss
+from chunkcache.stores.stream import (
+    PART_BYTES,
+    WINDOW_BYTES,
+    GetStream,
+    Request,
+    Seen,
+    check_length,
+    is_miss,
+)
 
 SEND_BYTES = 1 << 20  # the time-out of a send holds for each piece of this size
 HUGE_PAGE = 2 << 20
@@ -73,6 +81,9 @@ class BulkReader:
     `max_bytes` is an error before any memory is taken. `in_parts` says whether the server is faster
     when large values are asked for in parts; it is called before the first of them is read. Safe to
     use from several threads.
+
+    Attributes:
+        window: Bytes of replies that may be under way together: a server may have to hold them.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class BulkReader:
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._in_parts = in_parts
+        self.window = WINDOW_BYTES
         self._spare: deque[memoryview] = deque(maxlen=SPARE_BUFFERS)  # its methods are atomic
 
     def read(self, names: Sequence[bytes]) -> Iterator[memoryview | None]:
@@ -197,7 +209,9 @@ class BulkReader:
                 sock = socket_of(connection)
                 if sock is None:
                     return connection, None
-                stream = GetStream(connection, sock, requests, self._timeout, self._max_bytes)
+                stream = GetStream(
+                    connection, sock, requests, self._timeout, self._max_bytes, self.window
+                )
                 stream.start()
                 return connection, stream
             except BaseException as error:

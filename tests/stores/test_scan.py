@@ -14,7 +14,7 @@ from servers import Cluster, FakeServer, Server, wait_until
 from shelf import Shelf, entry, keys_of
 
 from chunkcache.errors import StoreError
-from chunkcache.stores import listing as listing_file
+from chunkcache.stores import commands
 from chunkcache.stores.base import ChunkStore, Entry, Listed
 from chunkcache.stores.breaker import Guarded
 from chunkcache.stores.cluster import ClusterStore
@@ -278,7 +278,7 @@ def test_an_interrupted_look_leaves_no_replies_behind(monkeypatch: pytest.Monkey
 
     with FakeServer(answer, pause=0.05) as fake, RedisStore(fake.tcp_url) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(listing_file, "_reply", interrupt)
+            patch.setattr(commands, "_reply", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 keys_of(store)
         assert store.sizes(["b"]) == [7]

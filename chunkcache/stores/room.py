@@ -1,0 +1,196 @@
+"""Room on a server that is full, made by whoever writes, in the order of `eviction.py`.
+
+A server's own eviction looks at a few keys, one by one, and its clock counts seconds: of a prompt
+that was just written or read any chunk may leave, and without the first one the others are of no
+use. So who is about to write looks how much room there is, and where it is too little, deletes
+those chunks that leave first among some that it has looked at. Of anything else on the server, and
+for whoever may not look, the server's own policy decides.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import redis
+
+from chunkcache.stores.address import Address
+from chunkcache.stores.base import KV_BYTES, METADATA, Entry
+from chunkcache.stores.commands import Commands
+from chunkcache.stores.eviction import leaving, roughly
+from chunkcache.stores.stream import WINDOW_BYTES
+
+LOOKED_AT = 64  # random keys; each chunk has two
+ROUNDS = 3  # of looking, while all that was seen has to leave
+KNOWN_SECONDS = 1.0  # how long the room that was there is relied on
+REFUSED_SECONDS = 60.0  # until an account that may not look tries again
+SMALL = 256  # the share of a server's memory that replies may take
+OVERHEAD = 2048  # bytes of metadata, and of two keys
+# What is ours to delete: chunks by their names, whose metadata say where they stand in a prompt,
+# or that they were copied from another tier.
+NAME = re.compile(rb"([^@]+@[^@]+@[0-9]+@[0-9]+@\{?[0-9a-f]{64}\}?)@(?:metadata|kv_bytes)")
+
+
+class Stored(NamedTuple):
+    """A chunk on the server: how early it leaves (the least first), its name, its memory."""
+
+    rank: tuple[float, int]
+    name: bytes
+    nbytes: int
+
+
+class Room(Commands):
+    """Commands that make room."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(address)
+        self._free = math.inf  # bytes that may be written until `_known_until`
+        self._known_until = -math.inf
+        self._sent = -math.inf  # when a blob was sent last
+        self._policy = ""
+        self._rounds_up = True
+        self._window = WINDOW_BYTES  # bytes of replies that may be under way
+
+    def _without_room(self, entries: Sequence[Entry]) -> set[str]:
+        """Make room for new blobs. Returns the keys of those that would be the first to leave.
+
+        Raises StoreError if the server is full and evicts nothing, so that no blob is sent in vain.
+        """
+        left = list(entries)
+        refused: set[str] = set()
+        for _ in range(ROUNDS if left else 0):
+            costs = [self._cost(entry) for entry in left]
+            if sum(costs) > self._free or time.monotonic() > self._known_until:
+                self._look(max(costs))
+            if sum(costs) <= self._free:
+                break
+            leave, without = self._choose(left)
+            refused |= without
+            left = [entry for entry in left if entry.key not in without]
+            if not leave or not left:
+                break  # the rest is for the server to choose
+            self._ask([("UNLINK", *_halves(each.name)) for each in leave])
+            self._known_until = -math.inf
+        if left:
+            self._free -= sum(self._cost(entry) for entry in left)
+            self._sent = time.monotonic()
+        return refused
+
+    def _choose(self, entries: Sequence[Entry]) -> tuple[list[Stored], set[str]]:
+        """Which chunks leave for the entries, and the keys of those that have no place."""
+        seen, server_chooses = self._seen()
+        own = {self._names(key)[1] for entry in entries for key in (*entry.before, entry.key)}
+        own = {each.name for each in seen if _halves(each.name)[1] in own}
+        free = self._free
+        leave: list[Stored] = []
+        refused: set[str] = set()
+        for entry in entries:
+            cost = self._cost(entry)
+            rank = (math.inf if entry.pinned or self._counts_uses else 0.0, -_depth(entry))
+            may_leave = (
+                (each, each.nbytes)
+                for each in seen
+                if each.rank <= rank and (each.name not in own or each.rank[1] < rank[1])
+            )
+            found, is_enough = leaving(may_leave, math.ceil(cost - free))
+            is_first = len(found) < len(seen) or not seen  # to leave
+            if is_first and not (is_enough or entry.pinned or server_chooses):
+                refused.add(entry.key)
+                continue
+            leave += found
+            seen = [each for each in seen if each not in found]
+            free += sum(each.nbytes for each in found) - cost
+        return leave, refused
+
+    @property
+    def _counts_uses(self) -> bool:
+        return self._policy.endswith("lfu")
+
+    def _cost(self, entry: Entry) -> int:
+        """Bytes that a blob takes: jemalloc has four sizes from a power of 2 to the next."""
+        step = 1 << max(entry.nbytes.bit_length() - 3, 4) if self._rounds_up else 1
+        return -(-entry.nbytes // step) * step + OVERHEAD
+
+    def _look(self, largest: int) -> None:
+        """Ask the server how much may be written, if no blob takes more than `largest` bytes."""
+        self._free = math.inf
+        self._known_until = time.monotonic() + KNOWN_SECONDS
+        with self._store_errors():
+            try:
+                info: Any = self._client.info("memory")
+            except redis.ResponseError:  # some may not ask
+                self._known_until += REFUSED_SECONDS
+                return
+            most, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
+            used -= int(info.get("mem_not_counted_for_evict", 0))
+            self._policy = str(info.get("maxmemory_policy", ""))
+            self._rounds_up = "jemalloc" in str(info.get("mem_allocator", "jemalloc"))
+            if most and self._policy == "noeviction" and used > most:
+                self._known_until = -math.inf
+                raise redis.OutOfMemoryError("used memory > 'maxmemory'")
+            if most and self._policy != "noeviction":
+                self._window = min(WINDOW_BYTES, max(most // SMALL, 1))
+                # The server evicts for what connections take, too: replies, a blob that comes, and
+                # for two seconds as much again, in case that another one follows.
+                is_counted = time.monotonic() - self._sent < 1
+                spare = (1.5 if is_counted else 3) * largest + self._window
+                self._free = most - used - spare
+
+    def _seen(self) -> tuple[list[Stored], bool]:
+        """Some chunks that may leave, in that order, and whether it is for the server to choose.
+
+        So it is where most bytes are not ours, where all our chunks are to stay or the server is
+        full without them, and if we may not look.
+        """
+        replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
+        refused = isinstance(replies[0], Exception)
+        names = {name: NAME.fullmatch(name) for name in replies if isinstance(name, bytes)}
+        found = {ours[1] for ours in names.values() if ours}
+        looks: list[tuple[str | bytes, ...]] = []
+        for name in found:
+            metadata, blob = _halves(name)
+            looks += [
+                ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob),
+                ("MEMORY", "USAGE", blob),
+                ("PTTL", blob),
+                ("HMGET", metadata, "positions", "copied", "pinned"),
+            ]
+        others = [name for name, ours in names.items() if not ours]
+        replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
+        used, nbytes, expires, fields = (replies[n : len(looks) : 4] for n in range(4))
+        seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, strict=True)))
+        refused |= any(isinstance(use, Exception) for use in used)
+        is_shared = _sum(replies[len(looks) :]) > _sum(nbytes)
+        all_stay = not seen and any(isinstance(use, int) for use in used)
+        is_full = not seen and self._free <= 0
+        return seen, refused or is_shared or all_stay or is_full
+
+    def _stored(self, looked_at: Iterable[tuple[bytes, Any, Any, Any, Any]]) -> Iterator[Stored]:
+        for name, used, nbytes, expires, fields in looked_at:
+            if isinstance(used, int) and isinstance(nbytes, int) and isinstance(fields, list):
+                place, copied, pinned = fields
+                lasts = self._policy.startswith("volatile") and expires == -1
+                if (place or copied) and pinned != b"yes" and not lasts:
+                    rank = used if self._counts_uses else -roughly(used)
+                    yield Stored((rank, -_start(place or b"")), name, nbytes)
+
+
+def _halves(name: bytes) -> tuple[bytes, bytes]:
+    return name + METADATA.encode(), name + KV_BYTES.encode()
+
+
+def _sum(replies: Iterable[Any]) -> int:
+    return sum(reply for reply in replies if isinstance(reply, int))
+
+
+def _depth(entry: Entry) -> int:
+    return _start(entry.metadata.get("positions", "").encode())
+
+
+def _start(positions: bytes) -> int:
+    """Tokens before a chunk, by what its metadata say."""
+    start = positions.partition(b"-")[0]
+    return int(start) if start.isdigit() else 0

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from chunkcache.kv.codec import KVLayout, LayerKV
 from chunkcache.kv.layers import GrowingLayer, settle_all
-from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_rules
+from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_misfit, find_rules
 from chunkcache.model.check import CACHE
+from chunkcache.model.compiled import uncompiled
 from chunkcache.model.proof import (
     cache_of,
     forward,
@@ -28,14 +29,15 @@ from chunkcache.model.proof import (
     rounded_layers,
     takes,
 )
+from chunkcache.model.queries import Queries
 from chunkcache.model.ranks import Ranks
-from chunkcache.model.rounding import MARGIN, judge, spread
+from chunkcache.model.rounding import MARGIN, PARTS, judge, spread
 from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
 _LONE_POSITIONS = (1, 17, 480)
 _SHIFTED_TOKENS = 12
 _NEAR_SHIFT = 37
-_PARTS = ("keys", "values")
+_LoneRun = tuple[Sequence[LayerKV | None], dict[int, Tensor], Tensor]  # K/V, queries, logits
 _SCATTERED = (2, 3, 7, 11, 12, 18, 21, 23)
 _SCATTER_TOKENS = 24
 
@@ -48,7 +50,7 @@ def find_rotation(model: nn.Module) -> KeyMover | None:
     """
     try:
         with torch.no_grad():
-            found = _lone_token_test(model) if takes(model, "position_ids") else ""
+            found = _Lone(model).rules() if takes(model, "position_ids") else ""
     except Exception:  # a model may fail in any way on positions that are not its own
         return None
     return None if isinstance(found, str) else found
@@ -63,7 +65,8 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
         return obstacle
     try:
         with torch.no_grad():
-            found = _lone_token_test(model)
+            lone = _Lone(model)
+            found = lone.rules()
             if proven or isinstance(found, str):
                 return found
             far = _longest(model) - _SHIFTED_TOKENS - 1
@@ -72,7 +75,8 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
             shifts = (0, min(_NEAR_SHIFT, far), far)
             noise = _Noise(model, found, shifts)
             return (
-                _far_shift_test(model, found, noise, shifts)
+                lone.misfit(found)
+                or _far_shift_test(model, found, noise, shifts)
                 or _scatter_test(model, layout, noise)
                 or found
             )
@@ -99,32 +103,70 @@ def _known_obstacle(model: nn.Module) -> str:
     return ""
 
 
-def _lone_token_test(model: nn.Module) -> KeyMover | str:
-    longest = _longest(model)
-    ids = probe_ids(model)[0, :3, None]
+class _Lone:
+    """A few tokens, each alone in its cache, computed at some positions.
 
-    def at(position: int, layers: list[Any] | None = None) -> Sequence[LayerKV | None]:
-        return _run(model, ids, torch.tensor([[position]]), layers)[0]
+    Attention to one token gives its values, whatever its score. So all of them are computed alike
+    and differ by their positions only, to the last bit, but for what turns with them.
+    """
 
-    positions = [p for p in _LONE_POSITIONS if p < longest]
-    positions += sorted({longest // 8, longest - 1} - {*positions, 0})
-    # Each on its own: so all are computed alike, and differ by their positions only.
-    at_zero, moved = at(0), {p: at(p) for p in positions}
-    found = find_rules(model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
-    if isinstance(found, str):
-        # Attention to one token gives its values, whatever its score; but there are sinks.
-        rounded = at(0, rounded_layers(model, torch.zeros(1)))
-        noises = [
-            (_sink_noise(off[0], kv[0]), _sink_noise(off[1], kv[1])) if kv and off else (0.0, 0.0)
-            for kv, off in zip(at_zero, rounded, strict=True)
-        ]
-        found = find_rules(model, at_zero, moved, noises)
-    return found
+    def __init__(self, model: nn.Module) -> None:
+        longest = _longest(model)
+        positions = {p for p in _LONE_POSITIONS if p < longest} | {longest // 8, longest - 1}
+        self._model = uncompiled(model)  # to see its queries
+        self._ids = probe_ids(model)[0, :3, None]
+        self._runs = {p: self._run(p) for p in (0, *sorted(positions - {0}))}
+
+    def _run(self, position: int, rounded: bool = False) -> _LoneRun:
+        make = partial(rounded_layers, far=torch.zeros(1)) if rounded else growing_layers
+        layers = make(self._model) or []
+        with (queries := Queries(layers)):
+            kv, logits = _run(self._model, self._ids, torch.tensor([[position]]), layers)
+        return kv, queries.seen, logits
+
+    @cached_property
+    def _noise(self) -> _LoneRun:
+        """As at position 0, with attention to keys that are off by their last bits."""
+        return self._run(0, rounded=True)
+
+    def rules(self) -> KeyMover | str:
+        """How keys and values turn, or why that is not known."""
+        at_zero, moved = self._runs[0][0], {p: run[0] for p, run in self._runs.items() if p}
+        found = find_rules(self._model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
+        if isinstance(found, str):  # there are sinks, maybe
+            noises = [
+                tuple(_sink_noise(*pair, pair[1].dtype) for pair in zip(off, kv, strict=True))
+                if kv and off
+                else (0.0, 0.0)
+                for kv, off in zip(at_zero, self._noise[0], strict=True)
+            ]
+            found = find_rules(self._model, at_zero, moved, noises)
+        return found
+
+    def misfit(self, mover: KeyMover) -> str:
+        """What besides keys and values knows its position, or `""`."""
+        kv, queries, logits = self._runs[0]
+        for index, query in queries.items():
+            rule, part = mover.layers[index], kv[index]
+            samples = {p: run[1][index] for p, run in self._runs.items() if p}
+            if rule is None or part is None:
+                continue
+            dtype = part[0].dtype
+            fit = partial(find_misfit, rule, query, samples, dtype)
+            if fit(0.0) and (wrong := fit(_sink_noise(self._noise[1][index], query, dtype))):
+                return f"layer {index}: its queries do not turn as its keys do ({wrong})"
+        for position, run in self._runs.items():
+            if wrong := judge(run[2], logits, lambda: spread(self._noise[2], logits)[-1]):
+                return (
+                    "the model's output depends on absolute positions, not on its keys alone: "
+                    f"{position} positions further on, logits of single tokens {wrong}"
+                )
+        return ""
 
 
-def _sink_noise(rounded: Tensor, plain: Tensor) -> float:
+def _sink_noise(rounded: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
     """What one token makes of rounding, or less: some models give other numbers each time."""
-    most = 4 * ROUNDINGS * UNIT[plain.dtype] * float(plain.abs().max())
+    most = 4 * ROUNDINGS * UNIT[dtype] * float(plain.abs().max())
     return min(MARGIN * spread(rounded, plain)[-1].item(), most)
 
 
@@ -171,10 +213,10 @@ def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Se
                     turned[part],
                     kv[part][row : row + 1],
                     partial(noise.of_kv, index, part, start[part], row),
-                    rotation.slack(turned[part], new) if rotation else None,
+                    rotation.slack(turned[part], new, turned[part].dtype) if rotation else None,
                 ):
                     return (
-                        f"layer {index}: {_PARTS[part]} of several tokens do not turn like those "
+                        f"layer {index}: {PARTS[part]} of several tokens do not turn like those "
                         f"of one: {shift} positions further on, they {wrong}"
                     )
         mine, its = logits[:1], logits[row : row + 1]
@@ -212,7 +254,7 @@ def _scatter_test(model: nn.Module, layout: KVLayout, noise: _Noise) -> str:
         for part, mine in enumerate((layer.keys, layer.values)):
             if wrong := judge(mine, kv[part], partial(noise.of_kv, index, part, kv[part], 0)):
                 return (
-                    f"layer {index}: {_PARTS[part]} computed into the middle of a prompt {wrong}, "
+                    f"layer {index}: {PARTS[part]} computed into the middle of a prompt {wrong}, "
                     "against one pass"
                 )
     if wrong := judge(out.logits, logits[:, _SCATTERED], partial(noise.of_logits, logits, 0)):

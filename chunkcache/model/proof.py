@@ -9,6 +9,7 @@ the store under the model's identity, so that the next process does not repeat t
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from chunkcache.kv.layers import GrowingLayer, row_slice, settle_all
 from chunkcache.kv.rope import KeyMover
 from chunkcache.model.check import CACHE
 from chunkcache.model.ranks import Ranks
-from chunkcache.model.rounding import MARGIN, RoundedLayer, spread
+from chunkcache.model.rounding import MARGIN, RoundedLayer, Steps, compare_steps, spread
 
 # Logits may be off by so much of the largest, however little a model makes of rounding, and never
 # by more, however much it makes: wrong K/V are off by 10 % and more.
@@ -35,7 +36,6 @@ _BOUNDS = {
     torch.float16: (4e-3, 1e-1),
     torch.bfloat16: (3e-2, 3e-1),
 }
-_ROUNDED_RUNS = 3
 _TOKENS = 32
 # A layer that uses another layer's K/V. Transformers before 5.23 leaves such layers out.
 _SHARING_LAYER = getattr(cache_utils, "DummyLayer", None)
@@ -110,8 +110,6 @@ def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
         return Proof(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
         return Proof(f"the self-test could not run: {type(error).__name__}: {error}"[:300])
-    if proof.layout and proof.layout.dtype not in _BOUNDS:
-        return Proof(f"K/V of type {proof.layout.dtype} are not supported")
     return proof
 
 
@@ -148,25 +146,46 @@ def _split_test(model: nn.Module) -> Proof:
     config: Any = model.config
     whole = forward(model, ids, DynamicCache(config=config))
     largest = float(whole.abs().max())
+    if not math.isfinite(largest):
+        return Proof("this model's logits are not all numbers")
+    half, most = ids.shape[1] // 2 - 1, ids.shape[1] - 1
+    # What is stored must not depend on what comes behind it. Of two prompts of one length, all that
+    # is computed for their common beginning is computed alike.
+    long = torch.cat((ids[:, :most], *[ids[:, :half]] * 3), 1)[:, : 2 * _TOKENS]
+    other = torch.cat((ids[:, :half], ids.flip(1), ids[:, half:].flip(1)), 1)
+    stored, logits = _prefill(model, long)
+    layout = _layout_of(stored)
+    reference = _steps(stored, logits)
+
+    @cache
+    def rounded() -> Steps:
+        layers = rounded_layers(model, torch.zeros(1))
+        return _steps(layers, forward(model, long, cache_of(layers)))
+
+    def compare(mine: Steps, start: int, stop: int, is_alike: bool = False) -> str:
+        return compare_steps(
+            mine,
+            _part(reference, start, stop),
+            layout.dtype,
+            lambda: _part(rounded(), start, stop),
+            is_alike,
+        )
 
     @cache
     def noise() -> float:
-        layers = rounded_layers(model, torch.zeros(1))
-        rounded = forward(model, ids.expand(_ROUNDED_RUNS, -1), cache_of(layers))
-        return MARGIN * float(spread(rounded, whole)[-1]) / largest
+        return MARGIN * float(spread(rounded()[-1][0], logits)[-1]) / largest
 
-    half, most = ids.shape[1] // 2 - 1, ids.shape[1] - 1
-    # What is stored must not depend on what came behind it: from a prompt that goes on otherwise,
-    # and for longer. Nor on rounding, which is another in a short prompt: there are models that
-    # make much of it.
-    for cut, behind in ((half, True), (most, True), (half, False)):
-        other = [ids[:, :cut], ids.flip(1), ids[:, cut:]] if behind else [ids[:, :cut]]
-        stored, _ = _prefill(model, torch.cat(other, dim=1))
-        layout = _layout_of(stored)
+    if wrong := compare(_part(_steps(*_prefill(model, other)), 0, half), 0, half, is_alike=True):
+        return Proof(f"K/V of this model depend on tokens that come later: {wrong}")
+    # Nor on how long the prompt was, nor on where it was taken up again.
+    short = _prefill(model, ids[:, :half])
+    if wrong := compare(_steps(*short), 0, half):
+        return Proof(f"K/V of this model depend on how long the prompt is: {wrong}")
+    for cut, source in ((most, stored), (half, short[0])):
         # As a hit would: through a blob, into fresh layers.
         tokens = ids[0, :cut].tolist()
         form = BlobForm.of(layout, tokens, 0, "")
-        parts = form.views(encode(form, row_slice(stored, 0, 0, cut)))
+        parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
         layers = _test_layers(model)
         settle_all(layers, layout, 1, ids.shape[1], whole.device)
         for layer, kv in zip(layers, parts, strict=True):
@@ -175,13 +194,32 @@ def _split_test(model: nn.Module) -> Proof:
                 layer.hold(cut)
         rest = forward(model, ids[:, cut:], cache_of(layers))
         error = float((rest - whole[:, cut:]).abs().max()) / largest
-        least, ceiling = _BOUNDS.get(layout.dtype, (0.0, 0.0))
+        least, ceiling = _BOUNDS[layout.dtype]
         if not error <= least and not error <= (bound := min(max(least, noise()), ceiling)):
             return Proof(
                 "continuing from stored K/V changes this model's logits by "
                 f"{error:.1e} of the largest, bound {bound:.1e}"
             )
+        if cut < most:
+            steps = _part(_steps(layers, rest, cut), 0, most - cut)
+            if wrong := compare(steps, cut, most):
+                return Proof(f"continuing from stored K/V gives other K/V: {wrong}")
     return Proof("", layout)
+
+
+def _steps(layers: Sequence[Any], logits: Tensor, start: int = 0) -> Steps:
+    """What a forward computed for all tokens from `start` on."""
+    steps = [
+        (layer.keys[:, :, start:], layer.values[:, :, start:])
+        for layer in layers
+        if isinstance(layer, GrowingLayer)
+    ]
+    return [*steps, (logits,)]
+
+
+def _part(steps: Steps, start: int, stop: int) -> Steps:
+    """Of some of its tokens only."""
+    return [tuple(x[..., start:stop, :] for x in step) for step in steps]
 
 
 def zeros_matter(model: nn.Module, name: str) -> bool:
@@ -263,6 +301,8 @@ def _layout_of(layers: Sequence[Any]) -> KVLayout:
         dtypes |= {k.dtype, v.dtype}
     if len(dtypes) != 1:
         raise ChunkCacheError(f"layers cache K/V of several types: {sorted(map(str, dtypes))}")
+    if not dtypes <= set(_BOUNDS):
+        raise ChunkCacheError(f"K/V of type {dtypes.pop()} are not supported")
     return KVLayout(dtypes.pop(), tuple(shapes))
 
 

@@ -12,7 +12,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
     What is compiled passes a recorder by. The model itself is not changed.
     """
-    if not any(map(_is_compiled, model.modules())):
+    if not is_compiled(model):
         return model
     twins: dict[int, Any] = {}
 
@@ -33,7 +33,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return unwrapped
 
 
-def _is_compiled(part: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether some part of the model is."""
+    return any(map(_is_compiled_part, model.modules()))
+
+
+def _is_compiled_part(part: nn.Module) -> bool:
     return (
         part._compiled_call_impl is not None
         or hasattr(part, "_orig_mod")

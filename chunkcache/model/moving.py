@@ -1,6 +1,6 @@
 """May this model's K/V be moved? Its rotation is derived, and proven down to the logits.
 
-Three tests, on at most 24 tokens each. *Lone token*: alone in the cache, a token's keys depend on
+Three tests, on at most 18 tokens each. *Lone token*: alone in the cache, a token's keys depend on
 itself and its position only, which shows the rule. That is not enough (some models scale queries
 with the position): a *far shift* of a dozen tokens must turn all keys by the rule and leave the
 logits as they are. *Scatter*: some tokens computed last, into the middle, must give what one
@@ -22,6 +22,7 @@ from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_misfit, find_rule
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
 from chunkcache.model.proof import (
+    NoVerdict,
     cache_of,
     forward,
     growing_layers,
@@ -31,29 +32,33 @@ from chunkcache.model.proof import (
 )
 from chunkcache.model.queries import Queries
 from chunkcache.model.ranks import Ranks
-from chunkcache.model.rounding import MARGIN, PARTS, judge, spread
+from chunkcache.model.rounding import MARGIN, PARTS, SUMS, judge, spread
 from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
-_LONE_POSITIONS = (1, 17, 480)
+_TEST = "the self-test for moving"
+_NO_POSITIONS = "the model takes no position_ids, so its positions cannot be set"
+_LONE_POSITIONS = (17, 480)
 _SHIFTED_TOKENS = 12
 _NEAR_SHIFT = 37
+_ROUNDED_COPIES = 4
 _LoneRun = tuple[Sequence[LayerKV | None], dict[int, Tensor], Tensor]  # K/V, queries, logits
-_SCATTERED = (2, 3, 7, 11, 12, 18, 21, 23)
-_SCATTER_TOKENS = 24
+_SCATTERED = (2, 3, 7, 11, 12, 16, 17)
+_SCATTER_TOKENS = 18
 
 
-def find_rotation(model: nn.Module) -> KeyMover | None:
-    """The rule by which a model's keys turn with their position; `None` if it is not known.
+def find_rotation(model: nn.Module) -> KeyMover | str:
+    """The rule by which a model's keys turn with their position, or why it is not known.
 
     Good for turning keys and turning them back, which needs no proof. For models that passed
     `proof.prove`.
     """
+    if not takes(model, "position_ids"):
+        return _NO_POSITIONS
     try:
         with torch.no_grad():
-            found = _Lone(model).rules() if takes(model, "position_ids") else ""
-    except Exception:  # a model may fail in any way on positions that are not its own
-        return None
-    return None if isinstance(found, str) else found
+            return _Lone(model).rules()
+    except Exception as error:  # a model may fail in any way on positions that are not its own
+        return NoVerdict(error, _TEST)
 
 
 def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyMover | str:
@@ -73,7 +78,7 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
             if far <= 0:
                 return "the model has too few positions to move anything"
             shifts = (0, min(_NEAR_SHIFT, far), far)
-            noise = _Noise(model, found, shifts)
+            noise = _Noise(model, found, far)
             return (
                 lone.misfit(found)
                 or _far_shift_test(model, found, noise, shifts)
@@ -81,7 +86,7 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
                 or found
             )
     except Exception as error:  # a model may fail in any way on positions that are not its own
-        return f"the self-test for moving could not run: {type(error).__name__}: {error}"[:300]
+        return NoVerdict(error, _TEST)
 
 
 def _known_obstacle(model: nn.Module) -> str:
@@ -90,7 +95,7 @@ def _known_obstacle(model: nn.Module) -> str:
     if Ranks.of(model).size > 1:
         return "the model is shared by several processes (tensor parallel)"
     if not takes(model, "position_ids"):
-        return "the model takes no position_ids, so its positions cannot be set"
+        return _NO_POSITIONS
     if text_config._attn_implementation not in MASKED_ATTENTION:
         return (
             f"attention {text_config._attn_implementation!r} takes no mask: load the model with "
@@ -114,20 +119,19 @@ class _Lone:
         longest = _longest(model)
         positions = {p for p in _LONE_POSITIONS if p < longest} | {longest // 8, longest - 1}
         self._model = uncompiled(model)  # to see its queries
-        self._ids = probe_ids(model)[0, :3, None]
+        self._ids = probe_ids(model)[0, :2, None]
         self._runs = {p: self._run(p) for p in (0, *sorted(positions - {0}))}
 
-    def _run(self, position: int, rounded: bool = False) -> _LoneRun:
-        make = partial(rounded_layers, far=torch.zeros(1)) if rounded else growing_layers
-        layers = make(self._model) or []
+    def _run(self, position: int, layers: list[Any] | None = None, copies: int = 1) -> _LoneRun:
+        layers, ids = layers or growing_layers(self._model) or [], self._ids.repeat(copies, 1)
         with (queries := Queries(layers)):
-            kv, logits = _run(self._model, self._ids, torch.tensor([[position]]), layers)
+            kv, logits = _run(self._model, ids, torch.tensor([[position]]), layers)
         return kv, queries.seen, logits
 
     @cached_property
     def _noise(self) -> _LoneRun:
-        """As at position 0, with attention to keys that are off by their last bits."""
-        return self._run(0, rounded=True)
+        """Often as at position 0, with attention to keys that are off by their last bits."""
+        return self._run(0, rounded_layers(self._model, torch.zeros(1)), _ROUNDED_COPIES)
 
     def rules(self) -> KeyMover | str:
         """How keys and values turn, or why that is not known."""
@@ -135,7 +139,7 @@ class _Lone:
         found = find_rules(self._model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
         if isinstance(found, str):  # there are sinks, maybe
             noises = [
-                tuple(_sink_noise(*pair, pair[1].dtype) for pair in zip(off, kv, strict=True))
+                (_sink_noise(off[0], kv[0], kv[0].dtype), _sink_noise(off[1], kv[1], kv[1].dtype))
                 if kv and off
                 else (0.0, 0.0)
                 for kv, off in zip(at_zero, self._noise[0], strict=True)
@@ -156,7 +160,7 @@ class _Lone:
             if fit(0.0) and (wrong := fit(_sink_noise(self._noise[1][index], query, dtype))):
                 return f"layer {index}: its queries do not turn as its keys do ({wrong})"
         for position, run in self._runs.items():
-            if wrong := judge(run[2], logits, lambda: spread(self._noise[2], logits)[-1]):
+            if wrong := judge(run[2], logits, lambda: _lone_spread(self._noise[2], logits)):
                 return (
                     "the model's output depends on absolute positions, not on its keys alone: "
                     f"{position} positions further on, logits of single tokens {wrong}"
@@ -166,35 +170,42 @@ class _Lone:
 
 def _sink_noise(rounded: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
     """What one token makes of rounding, or less: some models give other numbers each time."""
-    most = 4 * ROUNDINGS * UNIT[dtype] * float(plain.abs().max())
-    return min(MARGIN * spread(rounded, plain)[-1].item(), most)
+    most = max(8 * ROUNDINGS * UNIT[dtype], SUMS[dtype]) * float(plain.abs().max())
+    return min(MARGIN * float(_lone_spread(rounded, plain)), most)
+
+
+def _lone_spread(rounded: Tensor, plain: Tensor) -> Tensor:
+    """How far at most the rows of several copies are from the plain ones."""
+    return spread(rounded, plain.repeat(_ROUNDED_COPIES, *[1] * (plain.dim() - 1)))[-1]
 
 
 class _Noise:
     """How far rounding alone takes keys, values and logits. Measured once, if at all.
 
-    Rows are as many positions further on as `shifts` tell; of each, and those before it.
+    Of tokens where they are, and `far` positions further on, or not so far.
     """
 
-    def __init__(self, model: nn.Module, mover: KeyMover, shifts: Sequence[int]) -> None:
-        self._model, self._mover, self._shifts = model, mover, shifts
+    def __init__(self, model: nn.Module, mover: KeyMover, far: int) -> None:
+        self._model, self._mover, self._far = model, mover, far
 
     @cached_property
     def _rounded(self) -> tuple[Sequence[LayerKV | None], Tensor]:
         ids, positions = _probe(self._model, _SCATTER_TOKENS)
-        far = torch.tensor(self._shifts).float()
-        layers = rounded_layers(self._model, far, self._mover)
-        return _run(self._model, ids, positions.expand(len(far), -1), layers)
+        layers = rounded_layers(self._model, torch.tensor([0.0, self._far]), self._mover)
+        return _run(self._model, ids, positions.expand(2, -1), layers)
 
-    def of_kv(self, layer: int, part: int, plain: Tensor, row: int) -> Tensor:
+    def of_kv(self, layer: int, part: int, plain: Tensor, shift: int) -> Tensor:
         """In keys (part 0) or values (part 1), `[1, heads, tokens, dim]` of the first tokens."""
         kv = self._rounded[0][layer]
         assert kv is not None
-        return spread(kv[part][:, :, : plain.shape[2]], plain)[row]
+        return self._at(spread(kv[part][:, :, : plain.shape[2]], plain), shift)
 
-    def of_logits(self, plain: Tensor, row: int) -> Tensor:
+    def of_logits(self, plain: Tensor, shift: int) -> Tensor:
         """In logits, `[1, tokens, vocabulary]` of the first tokens."""
-        return spread(self._rounded[1][:, : plain.shape[1]], plain)[row]
+        return self._at(spread(self._rounded[1][:, : plain.shape[1]], plain), shift)
+
+    def _at(self, spreads: Tensor, shift: int) -> Tensor:
+        return spreads[int(shift > _NEAR_SHIFT)]
 
 
 def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Sequence[int]) -> str:
@@ -212,7 +223,7 @@ def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Se
                 if wrong := judge(
                     turned[part],
                     kv[part][row : row + 1],
-                    partial(noise.of_kv, index, part, start[part], row),
+                    partial(noise.of_kv, index, part, start[part], shift),
                     rotation.slack(turned[part], new, turned[part].dtype) if rotation else None,
                 ):
                     return (
@@ -220,7 +231,7 @@ def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Se
                         f"of one: {shift} positions further on, they {wrong}"
                     )
         mine, its = logits[:1], logits[row : row + 1]
-        if wrong := judge(mine, its, partial(noise.of_logits, mine, row)):
+        if wrong := judge(mine, its, partial(noise.of_logits, mine, shift)):
             return (
                 "the model's output depends on absolute positions, not on its keys alone: "
                 f"{shift} positions further on, logits {wrong}"

@@ -13,7 +13,7 @@ Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 
 import torch
@@ -87,8 +87,8 @@ class Rotation:
         if wide is not target:
             target.copy_(wide)
 
-    def slack(self, x: Tensor, positions: Tensor) -> Tensor:
-        """How far off rounding may leave `[..., tokens, head_dim]`, turned to `positions`.
+    def slack(self, x: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """How far off rounding to `dtype` may leave `[..., tokens, head_dim]` at `positions`.
 
         In proportion to each pair, not to the largest key: biases make some keys a hundred times as
         large as others, and a wrong rule for those others must show. In float64.
@@ -101,7 +101,7 @@ class Rotation:
             half.copy_(length)
         for half in self._pairs(angles[..., self.first : end]):
             half.copy_(length * angle * (2 * ANGLE_UNIT))
-        return rounding(lengths, x.dtype) + angles
+        return rounding(lengths, dtype) + angles
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second of each pair."""
@@ -223,12 +223,35 @@ def find_rules(
         found = []
         for part, what in enumerate(("keys", "values")):
             samples = {p: layers[index][part] for p, layers in moved.items()}  # type: ignore[index]
-            rule = _fit(start[part], samples, known, noises[index][part])
+            rule = _fit(start[part], samples, known, start[part].dtype, noises[index][part])
             if isinstance(rule, str):
                 return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
             found.append(rule)
         rules.append(LayerRule(found[0], found[1]))
     return KeyMover(tuple(rules))
+
+
+def find_misfit(
+    rule: LayerRule, start: Tensor, samples: dict[int, Tensor], dtype: torch.dtype, noise: float
+) -> str:
+    """Why a layer's queries do not turn as its keys do, or `""`. They may have other dimensions.
+
+    Args:
+        rule: How its keys and values turn.
+        start: Queries of a few lone tokens at position 0, `[batch, heads, 1, query_dim]`.
+        samples: Of the same tokens at other positions.
+        dtype: What they were rounded to.
+        noise: As `find_rules` has it.
+    """
+    rotation, width = rule.keys or rule.values, start.shape[-1]
+    known = []
+    if rotation is not None:
+        firsts = sorted({0, rotation.first, width - 2 * len(rotation.inv_freq)})
+        known = [replace(rotation, first=first) for first in firsts if first >= 0]
+    found = _fit(start, samples, known, dtype, noise)
+    if isinstance(found, str):
+        return found
+    return "they stay as they are" if found is None and rotation is not None else ""
 
 
 _Fit = Rotation | str | None
@@ -258,13 +281,19 @@ def _frequencies(model: nn.Module) -> list[Tensor]:
     return tables
 
 
-def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation], noise: float) -> _Fit:
+def _fit(
+    start: Tensor,
+    samples: dict[int, Tensor],
+    known: list[Rotation],
+    dtype: torch.dtype,
+    noise: float,
+) -> _Fit:
     """The rotation that turns `start` into every sample, `None` for no turn, or what is wrong."""
     best: Rotation | None = None
     smallest, why = float("inf"), ""
     for rotation in (None, *known):
         if rotation is None or rotation.first + 2 * len(rotation.inv_freq) <= start.shape[-1]:
-            ratio, figures = _error(rotation, start, samples, noise)
+            ratio, figures = _error(rotation, start, samples, dtype, noise)
             if ratio <= 1 and rotation is None:
                 return None
             if ratio < smallest:
@@ -273,16 +302,20 @@ def _fit(start: Tensor, samples: dict[int, Tensor], known: list[Rotation], noise
 
 
 def _error(
-    rotation: Rotation | None, start: Tensor, samples: dict[int, Tensor], noise: float
+    rotation: Rotation | None,
+    start: Tensor,
+    samples: dict[int, Tensor],
+    dtype: torch.dtype,
+    noise: float,
 ) -> tuple[float, str]:
     """How far off a rule is at worst, as a multiple of what rounding explains, and in figures."""
     worst, figures = 0.0, ""
     for position, sample in samples.items():
-        expected, allowed = start, rounding(start.abs(), start.dtype)
+        expected, allowed = start, rounding(start.abs(), dtype)
         if rotation is not None:
             new = torch.tensor([position], device=start.device)
             expected = rotation.move(start, torch.zeros_like(new), new)
-            allowed = rotation.slack(start, new)
+            allowed = rotation.slack(start, new, dtype)
         allowed = allowed + noise
         error = (sample.double() - expected.double()).abs()
         ratios = (error / allowed).nan_to_num(torch.inf)

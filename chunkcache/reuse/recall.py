@@ -28,7 +28,7 @@ from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.tokens.chunking import Chunk, cut
-from chunkcache.tokens.plan import NOT_IN_STORE, OFF, WANTED, RowPlan, Span, computed_too, plan_row
+from chunkcache.tokens.plan import GAPS, NOT_IN_STORE, OFF, WANTED, RowPlan, Span, computed_too, plan_row
 
 
 @dataclass
@@ -127,6 +127,10 @@ class Recall:
             plan_row(chunks, length, start, known, why)
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
+        text_until = self.held.transcript.text_until
+        if text_until is not None:
+            pairs = zip(plans, self.held.transcript.pads, strict=True)
+            plans = [plan.cut_at(max(text_until - pad, plan.held), GAPS) for plan, pad in pairs]
         if not self.mover and not self._pays(plans, known):
             plans = [plan.cut_at(plan.held, NO_GAIN) for plan in plans]
         return plans, known

@@ -100,13 +100,10 @@ def same_answer(mine: Any, its: Any, tolerance: float = 1e-3) -> bool:
     Logits may differ by rounding. So may tokens, in half precision, where the likeliest two are
     that close.
     """
-    half = its.logits[0].dtype != torch.float32
-    tolerance = 6e-2 if half else tolerance
+    half = any(layer.keys.dtype != torch.float32 for layer in its.past_key_values.layers)
+    tolerance = 4e-2 if half else tolerance
     begin = its.sequences.shape[1] - len(its.logits)
-    if mine.sequences.shape != its.sequences.shape:
-        return False
-    for step, (one, other) in enumerate(zip(mine.logits, its.logits, strict=True)):
-        one, other = one.float(), other.float()
+    for step, (one, other) in enumerate(zip(mine.logits, its.logits, strict=not half)):
         seen = one.isfinite() & other.isfinite()
         scale = other[seen].abs().max()
         if ((one - other)[seen].abs() > tolerance * scale).any():
@@ -114,6 +111,6 @@ def same_answer(mine: Any, its: Any, tolerance: float = 1e-3) -> bool:
         differ = mine.sequences[:, begin + step] != its.sequences[:, begin + step]
         if differ.any():
             top = other.topk(2).values[differ]
-            close_calls = (top[:, 0] - top[:, 1]) <= tolerance * scale
-            return half and bool(close_calls.all())
-    return True
+            close_calls = (top[:, 0] - top[:, 1]) <= 2 * tolerance * scale
+            return half and bool(close_calls.all())  # behind it the texts are others
+    return bool(mine.sequences.shape == its.sequences.shape)

@@ -250,7 +250,7 @@ def batch() -> dict[str, Tensor]:
 def endings(model: Any) -> list[int]:
     """Ids of which some end the first answers early, each row's at another place."""
     ids, mask = batch().values()
-    said = ask(model, ids, attention_mask=mask).sequences[:, 90:]
+    said = ask(model, ids, attention_mask=mask).sequences[:, ids.shape[1] :]
     return [int(said[0, 1]), int(said[2, 5])]
 
 
@@ -259,7 +259,7 @@ def turns(
 ) -> list[Any]:
     """A conversation of a batch; where wanted, padding behind an answer is masked."""
     (ids, mask), answers = batch().values(), []
-    how = {"eos_token_id": endings(model), "max_new_tokens": 20}
+    how = {"eos_token_id": endings(model), "max_new_tokens": 12}
     for turn in range(3):
         answers.append(ask(model, ids, cache, attention_mask=mask, **how))
         if reports is not None:
@@ -273,9 +273,12 @@ def turns(
     return answers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masks_pads", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.float32) for kind in ("llama", "gemma3_text", "gpt2", "bloom")]
+    + [("llama", torch.bfloat16)],
+)
 def test_turns_of_a_padded_batch(kind: str, masks_pads: bool, dtype: torch.dtype) -> None:
     model = tiny(kind, dtype=dtype)
     store = MemoryStore()
@@ -298,7 +301,7 @@ def test_turns_of_a_padded_batch(kind: str, masks_pads: bool, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("mode", ["prefix", "anywhere"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_masks_with_gaps(llama: Any, seed: int, mode: str) -> None:
     """Wherever they are, nothing behind the first is reused or stored, on one object or anew."""
     draw = torch.Generator().manual_seed(seed)
@@ -306,6 +309,7 @@ def test_masks_with_gaps(llama: Any, seed: int, mode: str) -> None:
     store = MemoryStore()
     settings = {"reuse": mode, "repair": "full"} if mode == "anywhere" else {}
     held = new(llama, store, **settings)
+    how = {"max_new_tokens": 2}
     for _ in range(4):
         mask = torch.ones_like(ids)
         mask[0, : int(torch.randint(0, 30, (1,), generator=draw))] = 0
@@ -313,9 +317,9 @@ def test_masks_with_gaps(llama: Any, seed: int, mode: str) -> None:
             begin, size = torch.randint(20, 140, (2,), generator=draw).tolist()
             mask[row, begin : begin + size // 4] = 0
         given = mask if torch.rand(1, generator=draw) < 0.7 else torch.ones_like(ids)
-        want = ask(llama, ids, attention_mask=given)
+        want = ask(llama, ids, attention_mask=given, **how)
         for cache in (held, new(llama, store, **settings)):
-            assert same_answer(ask(llama, ids, cache, attention_mask=given), want)
+            assert same_answer(ask(llama, ids, cache, attention_mask=given, **how), want)
             assert cache.flush(5)
     check_warm(llama, ids, store)
 

@@ -41,6 +41,16 @@ def answer(model: Any, ids: Tensor, cache: Any = None, **inputs: Any) -> Any:
     )
 
 
+def attempt(ask: Callable[[], Any]) -> Any:
+    """What it returns, or `None` if an error says to reset the cache."""
+    try:
+        return ask()
+    except UnsupportedCallError as error:
+        refused = str(error)
+    assert "call cache.reset() before a new prompt" in refused
+    return None
+
+
 def images_of(kind: str, ids: Tensor, seed: int = 1) -> dict[str, Any]:
     """All images that the ids name."""
     count = int((ids == IMAGE).sum()) // 4
@@ -48,34 +58,35 @@ def images_of(kind: str, ids: Tensor, seed: int = 1) -> dict[str, Any]:
 
 
 Turn = tuple[Tensor, bool, bool]
-"""New ids, whether they continue what was said, and whether the images are given (again)."""
+"""New ids, whether they continue what was said, and whether all images are given (again)."""
 PICTURE, OTHER = with_image(text(60, 1)), with_image(text(50, 2), at=20)
+REUSED, ANEW, PERHAPS = "reused", "computed anew", "refused where positions have several axes"
 SCENES: dict[str, tuple[str, list[Turn]]] = {
-    # By what has to come out: the answer of a run without a cache that is given all images
-    # ("same": in any case, and reused), or else an error.
-    "image, then text": ("same", [(PICTURE, False, True), (text(20, 3), True, False)]),
+    # With what must become of the last turn. Its answer is that of a run without a cache which is
+    # given all images.
+    "image, then text": (REUSED, [(PICTURE, False, True), (text(20, 3), True, False)]),
     "three turns": (
-        "same", [(PICTURE, False, True), (text(9, 3), True, False), (text(20, 4), True, False)],
+        REUSED, [(PICTURE, False, True), (text(9, 3), True, False), (text(20, 4), True, False)],
     ),
-    "text, then text": ("same", [(text(60, 1), False, False), (text(20, 3), True, False)]),
-    "image, given again": ("", [(PICTURE, False, True), (text(20, 3), True, True)]),
-    "two images": ("", [(PICTURE, False, True), (OTHER, True, True)]),
+    "text, then text": (REUSED, [(text(60, 1), False, False), (text(20, 3), True, False)]),
+    "image, given again": (PERHAPS, [(PICTURE, False, True), (text(20, 3), True, True)]),
+    "two images": (ANEW, [(PICTURE, False, True), (OTHER, True, True)]),
     "image, text, two images": (
-        "", [(PICTURE, False, True), (text(9, 3), True, False), (OTHER, True, True)],
+        ANEW, [(PICTURE, False, True), (text(9, 3), True, False), (OTHER, True, True)],
     ),
-    "text, then image": ("", [(text(60, 4), False, False), (OTHER, True, True)]),
-    "image, then other text": ("", [(PICTURE, False, True), (text(80, 5), False, False)]),
-    "text, then another image": ("", [(text(60, 4), False, False), (PICTURE, False, True)]),
-    "image, then another prompt": ("", [(PICTURE, False, True), (OTHER, False, True)]),
-    "image, then shorter text": ("", [(PICTURE, False, True), (text(20, 5), False, False)]),
-    "image, then the same": ("", [(PICTURE, False, True), (PICTURE, False, True)]),
+    "text, then image": (ANEW, [(text(60, 4), False, False), (OTHER, True, True)]),
+    "image, then other text": (PERHAPS, [(PICTURE, False, True), (text(80, 5), False, False)]),
+    "text, then another image": (PERHAPS, [(text(60, 4), False, False), (PICTURE, False, True)]),
+    "image, then another prompt": (PERHAPS, [(PICTURE, False, True), (OTHER, False, True)]),
+    "image, then shorter text": (PERHAPS, [(PICTURE, False, True), (text(20, 5), False, False)]),
+    "image, then the same": (PERHAPS, [(PICTURE, False, True), (PICTURE, False, True)]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_images_among_what_is_held(seeing: tuple[str, Any], scene: str) -> None:
     kind, model = seeing
-    must, turns = SCENES[scene]
+    fate, turns = SCENES[scene]
     store = MemoryStore()
     cache = RedisChunkCache(model, store, chunk_size=8)
     said = text(0)
@@ -83,16 +94,15 @@ def test_images_among_what_is_held(seeing: tuple[str, Any], scene: str) -> None:
         ids = torch.cat([said, new], dim=1) if goes_on else new
         want = answer(model, ids, **images_of(kind, ids))
         images = images_of(kind, ids) if given else {}
-        try:
-            got = answer(model, ids, cache, **images)
-        except UnsupportedCallError as error:
-            assert must != "same", error
-            assert "reset()" in str(error)
+        got = attempt(lambda i=ids, m=images: answer(model, i, cache, **m))
+        if got is None:
             assert number, "a new object takes every prompt"
+            assert fate == PERHAPS, scene
+            assert kind in SEVERAL_AXES, scene
             cache.reset()
             got = answer(model, ids, cache, **images_of(kind, ids))
         assert same_answer(got, want), scene
-        if must and number:
+        if fate == REUSED and number:
             assert cache.report.reused >= said.shape[1] - 1
         said = want.sequences
     # Of what an image has shaped nothing is in the store.
@@ -108,10 +118,8 @@ def test_the_same_ids_with_another_image(seeing: tuple[str, Any], seed: int) -> 
     answer(model, PICTURE, cache, **images_of(kind, PICTURE))
     images = images_of(kind, PICTURE, seed + 1)
     want = answer(model, PICTURE, **images)
-    try:
-        assert same_answer(answer(model, PICTURE, cache, **images), want)
-    except UnsupportedCallError as error:
-        assert "reset()" in str(error)
+    got = attempt(lambda: answer(model, PICTURE, cache, **images))
+    assert kind in SEVERAL_AXES if got is None else same_answer(got, want)
 
 
 def test_an_image_that_is_named_and_not_given(seeing: tuple[str, Any]) -> None:
@@ -157,10 +165,9 @@ def test_several_answers_about_an_image(kind: str, how: dict[str, Any]) -> None:
 
     want = ask(DynamicCache(config=model.config))
     cache = RedisChunkCache(model, MemoryStore(), chunk_size=8)
-    try:
-        assert ask(cache) == want
-    except UnsupportedCallError as error:
-        assert "reset()" in str(error)
+    # The rows of beams are held as the search left them, not as they were returned: a plain cache
+    # mixes them up.
+    assert attempt(lambda: ask(cache)) == (None if "num_beams" in how else want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,11 +279,9 @@ def test_held_without_ids(kind: str, fill: Callable[..., None]) -> None:
     for given in (new, whole):
         want = ask(DynamicCache(config=model.config), given)
         cache = RedisChunkCache(model, store, chunk_size=16)
-        try:
-            got = ask(cache, given)
-        except UnsupportedCallError as error:
-            assert given is whole, error
-            assert "reset()" in str(error)
+        got = attempt(lambda c=cache, g=given: ask(c, g))
+        if got is None:
+            assert given is whole
             cache.reset()
             got, want = answer(model, whole, cache), answer(model, whole)
         assert same_answer(got, want)

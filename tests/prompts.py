@@ -92,3 +92,25 @@ def prefill(
 def close(mine: Tensor, its: Tensor, tolerance: float = 1e-4) -> bool:
     """Whether the largest difference is small beside the largest number."""
     return bool((mine - its).abs().max() <= tolerance * its.abs().max())
+
+
+def same_answer(mine: Any, its: Any, tolerance: float = 1e-3) -> bool:
+    """Whether two outputs of `generate(output_logits=True)` are the same answer.
+
+    Logits may differ by rounding. So may tokens, in half precision, where the likeliest two are
+    that close.
+    """
+    half = any(layer.keys.dtype != torch.float32 for layer in its.past_key_values.layers)
+    tolerance = 4e-2 if half else tolerance
+    begin = its.sequences.shape[1] - len(its.logits)
+    for step, (one, other) in enumerate(zip(mine.logits, its.logits, strict=not half)):
+        seen = one.isfinite() & other.isfinite()
+        scale = other[seen].abs().max()
+        if ((one - other)[seen].abs() > tolerance * scale).any():
+            return False
+        differ = mine.sequences[:, begin + step] != its.sequences[:, begin + step]
+        if differ.any():
+            top = other.topk(2).values[differ]
+            close_calls = (top[:, 0] - top[:, 1]) <= 2 * tolerance * scale
+            return half and bool(close_calls.all())  # behind it the texts are others
+    return bool(mine.sequences.shape == its.sequences.shape)

@@ -392,15 +392,20 @@ def test_a_batch_with_padding(llama, store):
     assert [row.reused for row in cache.report.rows] == [259, 99, 0]
 
 
-def test_right_padding_stands_aside(llama, store):
+def test_right_padding_is_reused_and_stored_as_far_as_it_is_text(llama, store):
     ids = random_ids(200)
     mask = torch.ones(1, 200, dtype=torch.long)
     mask[0, 190:] = 0
-    cache = RedisChunkCache(llama, store)
     plain = generate(llama, ids, attention_mask=mask)
-    assert torch.equal(generate(llama, ids, cache, attention_mask=mask), plain)
-    assert "padding" in cache.report.skipped
-    assert cache.report.bytes_written == 0
+    for reused in (0, 190):
+        cache = RedisChunkCache(llama, store)
+        assert torch.equal(generate(llama, ids, cache, attention_mask=mask), plain)
+        assert "padding_side" in cache.report.skipped
+        assert cache.report.reused == reused
+    # Of the padding and the answer behind it nothing was kept: that text has no tail of 62 tokens.
+    cache = RedisChunkCache(llama, store)
+    assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
+    assert cache.report.reused == 128
 
 
 def test_a_new_prompt_with_holes_after_a_good_one(llama, store):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chunkcache import RedisChunkCache
 from chunkcache.stores.memory import MemoryStore
+from tests import vision
 from tests.models import tiny, tokens
 
 IDS = tokens(300, seed=1)
@@ -196,41 +196,18 @@ def test_eight_bits_that_look_for_outliers_in_the_whole_prompt_stand_aside(store
 # ------------------------------------------------------------------------------- images
 
 
-def a_vision_model() -> Any:
-    text = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
-            "max_position_embeddings": 512, "pad_token_id": 0,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
-            }}  # fmt: skip
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4,
-              "spatial_merge_size": 2, "temporal_patch_size": 1}  # fmt: skip
-    config = CONFIG_MAPPING["qwen2_vl"](
-        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6,
-        vision_start_token_id=7, vision_end_token_id=8,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def test_a_vision_model_reuses_text_and_stands_aside_for_images(store):
-    model = a_vision_model()
-    plain = model.generate(input_ids=IDS, **HOW)
+@pytest.mark.parametrize("kind", vision.KINDS)
+def test_a_vision_model_reuses_text_and_stands_aside_for_images(store, kind):
+    model = vision.a_vision_model(kind)
+    how = {"suppress_tokens": [vision.IMAGE, vision.VIDEO]}
+    plain = model.generate(input_ids=vision.text(300), **how, **HOW)
     for _ in range(2):
-        out, report = run(model, store)
+        out, report = run(model, store, input_ids=vision.text(300), **how)
         assert torch.equal(out, plain)
     assert report.reused > 200
-    ids = IDS.clamp(min=9)
-    ids[0, 10], ids[0, 11:15], ids[0, 15] = 7, 5, 8
+    ids = vision.with_image(vision.text(300))
     for seed in (1, 2):  # the same tokens, two images
-        pixels = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
-        image = {
-            "input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            "mm_token_type_ids": (ids == 5).int(),
-        }  # fmt: skip
+        image = {"input_ids": ids, **vision.image_inputs(kind, ids, seed), **how}
         plain = model.generate(**image, **HOW)
         out, report = run(model, store, **image)
         assert torch.equal(out, plain)

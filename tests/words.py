@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,14 @@ def word_tokenizer(template: str = "<s> $A") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, as `stop_strings` needs it: it asks for the text of every token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    raw = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=alphabet[0])
 
 
 def words(ids: list[int]) -> str:

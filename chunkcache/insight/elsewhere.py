@@ -149,12 +149,11 @@ class _Reasons:
         mine, other = origin.identity, fields.get("identity", "")
         where, far = "", 0
         if other != mine.digest or key.world_size != mine.world_size:
-            parts = (other, key.model, str(key.world_size), fields.get("dtype", ""))
+            name = fields.get("model", key.model)
+            parts = (other, name, str(key.world_size), fields.get("dtype", ""))
             if parts not in self._differences:
                 self._differences[parts] = _difference(origin.store, mine, key, fields)
             where, far = f" for another model ({self._differences[parts]})", 3
-        elif key.model != mine.name:
-            where, far = f" for the same model under the name {key.model!r}", 3
         if (name := fields.get("namespace", "")) != self._settings.namespace:
             where, far = f"{where}, in the namespace {name!r}", far or 2
         if key.format != origin.codec.format:
@@ -179,7 +178,7 @@ def _difference(
     store: ChunkStore, mine: ModelIdentity, key: ChunkKey, fields: Mapping[str, str]
 ) -> str:
     """What is another in the model of a chunk: its name, and the parts of its identity."""
-    told = [shown(f"{key.model}, {fields.get('dtype', '?')}")]
+    told = [shown(f"{fields.get('model', key.model)}, {fields.get('dtype', '?')}")]
     if key.world_size != mine.world_size:
         told.append(f"on {key.world_size} processes")
     try:

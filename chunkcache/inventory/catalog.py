@@ -79,7 +79,7 @@ class Stats:
         """Count one more chunk."""
         fields = entry.metadata or {}
         self.total.add(entry)
-        self.models.setdefault(key.model, Group()).add(entry)
+        self.models.setdefault(fields.get("model", key.model), Group()).add(entry)
         self.namespaces.setdefault(fields.get("namespace", ""), Group()).add(entry)
         for tag in split_tags(fields.get("tags", "")):
             self.tags.setdefault(tag, Group()).add(entry)

@@ -24,7 +24,7 @@ class Filter:
     """What chunks must have to be meant; all of it. Without arguments all chunks are meant.
 
     Attributes:
-        model: The model's name as it stands in the key.
+        model: The model's name in the metadata, or as it stands in the key.
         namespace: The namespace; `""` is the one without a name.
         tags: Comma-separated tags, one at least, all of which must be among those of the chunk.
         codec: How the blob is written, the `format` in the key.
@@ -79,7 +79,7 @@ class Filter:
         if self.namespace is not None:
             wanted["namespace"] = self.namespace
         return (
-            self.model in (None, key.model)
+            self.model in (None, key.model, there.get("model"))
             and self.codec in (None, key.format)
             and all(there.get(name) == value for name, value in wanted.items())
             and (self.tags is None or split_tags(self.tags) <= split_tags(there.get("tags", "")))

@@ -100,7 +100,8 @@ def check_metadata(entry: PackEntry) -> None:
     fields = entry.metadata
     if str(key) != entry.key or key.format not in FORMATS:
         raise BlobError("its key is no chunk's")
-    if fields.get("codec") != key.format or fields.get("model") != key.model:
+    same_model = key.model.rpartition("-")[2] == fields.get("identity", "")[:8]
+    if fields.get("codec") != key.format or not same_model:
         raise BlobError("its metadata are of another key")
     count, bytes_, positions = (fields.get(n, "") for n in ("tokens", "bytes", "positions"))
     start, _, stop = positions.partition("-")

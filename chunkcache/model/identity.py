@@ -23,7 +23,7 @@ from chunkcache.model.attributes import why_random
 from chunkcache.model.makeup import Lines, Makeup, configurations, digest
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.values import settings
-from chunkcache.model.weights import digest_adapters, digest_weights
+from chunkcache.model.weights import counts_whole, digest_adapters, digest_weights
 
 # Raise when the meaning of stored tensors changes. Transformers' own minor version stands beside
 # it, since a release may change what a layer caches (rotated or not, latent or expanded).
@@ -35,11 +35,12 @@ class ModelIdentity:
     """What stored K/V belong to.
 
     Attributes:
-        name: Readable name of the model, the `model` part of a key. Not trusted: `digest` decides.
+        name: The model's name on the Hub or its folder's, for people: `digest` decides.
         revision: Commit on the Hub, or `""`.
         dtype: Data type of the weights, as `"float32"`.
         digest: SHA-256 over configuration, weights, adapters, numerics and K/V layout (64 hex).
         parts: The digests that went into `digest`, by name, to tell what differs.
+        kind: Class of the model.
         world_size: Processes that share one model (tensor parallel).
         worker: This process among them.
     """
@@ -51,6 +52,7 @@ class ModelIdentity:
     parts: tuple[tuple[str, str], ...]
     world_size: int = 1
     worker: int = 0
+    kind: str = ""
 
     @classmethod
     def of(
@@ -75,7 +77,8 @@ class ModelIdentity:
             ("class", f"{type(model).__module__}.{type(model).__qualname__}"),
             ("config", digest_config(model)),
             ("rope", _rope(config)),  # in the configuration too; by itself, it can be told
-            ("revision", revision),
+            # Of weights that are hashed whole it could only part copies of one checkpoint.
+            ("revision", "" if counts_whole(model) else revision),
             ("weights", digest_weights(model, edited)),
             ("adapters", digest_adapters(model)),
             ("numerics", numerics(model)),
@@ -86,8 +89,8 @@ class ModelIdentity:
         whole = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ranks = Ranks.of(model)
-        name = model_name(model)
-        return cls(name, revision, dtype, whole, parts, ranks.size, ranks.rank)
+        name, kind = model_name(model), type(model).__name__
+        return cls(name, revision, dtype, whole, parts, ranks.size, ranks.rank, kind)
 
     def salt(self, namespace: str, secret: str = "", codec: str = "") -> bytes:
         """The key of every chunk hash of this model, 32 bytes.
@@ -102,8 +105,9 @@ class ModelIdentity:
         return hmac.digest(key, text.encode(), "sha256")
 
     def key(self, chunk_hash: str, format: str) -> ChunkKey:
-        """The key of a chunk of this model."""
-        return ChunkKey(format, self.name, self.world_size, self.worker, chunk_hash)
+        """The key of a chunk of this model, whatever the folder is called that it came from."""
+        name = f"{self.kind}-{self.digest[:8]}"
+        return ChunkKey(format, name, self.world_size, self.worker, chunk_hash)
 
 
 def model_name(model: nn.Module) -> str:

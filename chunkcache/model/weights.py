@@ -56,7 +56,7 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
     """
     lines: dict[str, bytes] = {}
     done: dict[int, dict[str, bytes]] = {}
-    small = sum(tensor.nbytes for _, tensor in _tensors(model)) <= WHOLE_MODEL_BYTES
+    small = counts_whole(model)
     for path, module in model.named_modules():
         for name, held in [*module._parameters.items(), *module._buffers.items()]:
             place = f"{path}.{name}" if path else name
@@ -69,6 +69,11 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
             # Which place shares a tensor with which counts, too.
             lines |= {place + part: line for part, line in done.get(id(held), {}).items()}
     return hashlib.sha256(b"".join(n.encode() + lines[n] for n in sorted(lines))).hexdigest()
+
+
+def counts_whole(model: nn.Module) -> bool:
+    """Whether a model is small enough for every byte of its weights to be hashed."""
+    return sum(tensor.nbytes for _, tensor in _tensors(model)) <= WHOLE_MODEL_BYTES
 
 
 def digest_adapters(model: nn.Module) -> str:

@@ -22,9 +22,11 @@ EXACT, APPROXIMATE = "exact", "approximate"
 
 def exact_lengths(held: Held, step: Step) -> list[int]:
     """Tokens from the start of each row whose K/V may be kept under exact keys."""
+    transcript = held.transcript
+    last = step.certain if transcript.text_until is None else transcript.text_until
     return [
-        max(min(step.certain, step.certain if end is None else end) - pad, 0)
-        for pad, end in zip(held.transcript.pads, held.transcript.exact_until, strict=True)
+        max(min(step.certain, last if end is None else min(end, last)) - pad, 0)
+        for pad, end in zip(transcript.pads, transcript.exact_until, strict=True)
     ]
 
 

@@ -106,34 +106,47 @@ class ForwardCall:
     def follows(self, past: int, pads: list[int]) -> Tensor | bool:
         """Whether mask and positions are those of rows of text with that much left padding.
 
-        No holes, nothing masked on the right, and each row's positions count its tokens from 0. The
+        No gaps, nothing masked on the right, and each row's positions count its tokens from 0. The
         answer stays on the device, so that asking does not wait for a GPU.
 
         Args:
             past: Columns that come before the ids of this call.
             pads: Columns of left padding of each row.
         """
+        sound = self._sound(past, pads)
+        return sound if isinstance(sound, bool) else sound.all()
+
+    def text_columns(self, past: int, pads: list[int]) -> int:
+        """Columns from the first on, past ones included, of which that can be said."""
+        sound = self._sound(past, pads)
+        if isinstance(sound, bool):
+            return past + self.new if sound else 0
+        return int(sound.long().cumprod(dim=0).sum())
+
+    def _sound(self, past: int, pads: list[int]) -> Tensor | bool:
+        """`[past + new]` of each column, or of all, whether it is as in rows of text."""
         assert self.ids is not None
         batch, total = len(pads), past + self.new
         if self.mask is None and self.positions is None:
             return not any(pads)
         begin = torch.tensor(pads, device=self.ids.device)[:, None]
         column = torch.arange(total, device=self.ids.device)
-        sound: Tensor | bool = True
+        sound = torch.ones_like(column, dtype=torch.bool)
         if self.mask is None:
             if any(pads):
                 return False
         elif tuple(self.mask.shape) != (batch, total):
             return False
         else:
-            sound = ((self.mask != 0) == (column >= begin)).all()
+            sound = ((self.mask != 0) == (column >= begin)).all(dim=0)
         if self.positions is None:
             # The default counts columns, padding included.
             return sound if not any(pads) else False
         if self.positions.shape[-1] != self.new:
             return False
         column = column[past:]
-        return sound & ((self.positions == column - begin) | (column < begin)).all()
+        placed = (self.positions == column - begin) | (column < begin)
+        return torch.cat([sound[:past], sound[past:] & placed.reshape(-1, self.new).all(dim=0)])
 
     def first_position(self) -> int | None:
         """The first position of the first row, `None` when there are none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -28,7 +28,16 @@ from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.tokens.chunking import Chunk, cut
-from chunkcache.tokens.plan import NOT_IN_STORE, OFF, WANTED, RowPlan, Span, computed_too, plan_row
+from chunkcache.tokens.plan import (
+    GAPS,
+    NOT_IN_STORE,
+    OFF,
+    WANTED,
+    RowPlan,
+    Span,
+    computed_too,
+    plan_row,
+)
 
 
 @dataclass
@@ -62,7 +71,8 @@ class Recall:
         step, pads, ids = self.step, self.held.transcript.pads, self.held.transcript.ids()
         self._make_room()
         started = perf_counter()
-        plans, sizes = self._plan([self._cut(ids[row, pad:]) for row, pad in enumerate(pads)])
+        text = ids[:, : self.held.transcript.text_until]
+        plans, sizes = self._plan([self._cut(text[row, pad:]) for row, pad in enumerate(pads)])
         self.report.lookup_ms += 1e3 * (perf_counter() - started)
         started = perf_counter()
         filling = self._fill(ids, plans, sizes)
@@ -127,6 +137,13 @@ class Recall:
             plan_row(chunks, length, start, known, why)
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
+        text_until = self.held.transcript.text_until
+        if text_until is not None:
+            pairs = zip(plans, self.held.transcript.pads, strict=True)
+            plans = [
+                replace(plan, missing=GAPS) if plan.reach >= text_until - pad else plan
+                for plan, pad in pairs
+            ]
         if not self.mover and not self._pays(plans, known):
             plans = [plan.cut_at(plan.held, NO_GAIN) for plan in plans]
         return plans, known

@@ -54,7 +54,9 @@ def plain_columns(
         )
     common = transcript.common_columns(call.ids, call.pads())
     in_all, in_new = (_placeholders(module, ids) for ids in (call.ids, call.ids[:, held:]))
-    if held == common < call.new:
+    # Models differ in what they want of the types of new tokens: of these alone, or of all.
+    typed = any(bool((types[..., held:] != 0).any()) for types in call.types.values())
+    if held == common < call.new and not typed:
         if not call.beyond:
             goes_on = bool(in_all) or not call.types  # else types may differ where ids do not
         elif call.features is None:
@@ -68,10 +70,10 @@ def plain_columns(
                     "holds" + _REMEDY
                 )
             return held
-    elif in_all and not call.beyond:
+    if in_all and not (call.beyond and call.features in (None, in_all)):
         raise UnsupportedCallError(
-            "input_ids name an image (or the like) that is not given and do not continue what this "
-            "cache holds" + _REMEDY
+            "input_ids name an image (or the like) that is not given, and do not simply continue "
+            "what this cache holds" + _REMEDY
         )
     return 0
 

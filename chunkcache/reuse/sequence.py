@@ -31,7 +31,7 @@ from chunkcache.reuse.restore import discard
 from chunkcache.reuse.resume import check_anew, plain_columns
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.settings import OBSERVERS
-from chunkcache.tokens.plan import COMPUTING, HELD, Kind, Span
+from chunkcache.tokens.plan import COMPUTING, GAPS, HELD, Kind, Span
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -39,8 +39,8 @@ _EDITED = (
 )
 _NEW_HOOKS = "forward hooks were registered while these tokens were computed"
 _NOT_TEXT = (
-    "mask and positions are not those of a text with padding on its left alone: "
-    "set tokenizer.padding_side = 'left'"
+    "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
+    "positions count each row's tokens from 0"
 )
 
 
@@ -172,8 +172,14 @@ class Sequence:
         if not self.edited and (self.opaque or self.identify() or self.proof.obstacle):
             return 0
         assert call.ids is not None
-        common = self.transcript.common_columns(call.ids, call.pads())
-        return max(0, min(common, call.new - max(call.keep, 1)))
+        pads = call.pads()
+        common = min(self.transcript.common_columns(call.ids, pads), call.new - max(call.keep, 1))
+        if not self.edited:
+            if not self._followed:
+                return 0
+            ends = call.text_columns(0, pads), self.transcript.text_until
+            common = min(common, *(end for end in ends if end is not None))
+        return max(0, common)
 
     # ------------------------------------------------------------------ a forward begins
 
@@ -205,7 +211,8 @@ class Sequence:
         assert call.ids is not None
         self.transcript.append(call.ids[:, step.held - step.past :])
         if not step.is_prompt:
-            self._checks.append(call.follows(step.past, self.transcript.pads))
+            if self.transcript.text_until is None:
+                self._checks.append(call.follows(step.past, self.transcript.pads))
             self._checks += [self._is_untyped(*item) for item in call.types.items()]
             return Rest(step.held - step.past)
         rest, spans = self._recall(call, step, report)
@@ -241,7 +248,18 @@ class Sequence:
             if not bool(self._is_untyped(name, types)):
                 self.beyond = may_change(name)
                 return self.beyond
-        return "" if bool(call.follows(step.past, self.transcript.pads)) else _NOT_TEXT
+        columns = call.text_columns(step.past, self.transcript.pads)
+        if not self._followed or columns <= min(self.transcript.pads):
+            return _NOT_TEXT
+        if columns < step.total:
+            known = self.transcript.text_until
+            self.transcript.text_until = columns if known is None else min(known, columns)
+        return ""
+
+    @property
+    def _followed(self) -> bool:
+        """Whether all forwards since the last prompt were those of text."""
+        return all(bool(check) for check in self._checks)
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
         """Whether token type ids are zero, and zeros mean nothing to the model."""
@@ -277,13 +295,14 @@ class Sequence:
     ) -> tuple[Rest, list[list[Span]]]:
         """Bring what is known into the layers. Returns what is left, and each token's fate."""
         assert call.ids is not None
-        report.skipped = call.whole
+        gaps = "" if self.transcript.text_until is None else GAPS
+        report.skipped = call.whole or gaps
         limit = step.held if call.whole else step.total - max(call.keep, 1)
         # Hooks should not see what is thrown away.
         hooked = self.setup.state.foreign or has_outer_hooks(self.setup.model)
         step.may_run_ahead &= not hooked and self.setup.gauge.trusts_store
         mover = None
-        if self.setup.settings.reuse == "anywhere" and limit > step.held:
+        if self.setup.settings.reuse == "anywhere" and limit > step.held and not gaps:
             try:
                 mover = self.mover()
             except UnsupportedModelError as error:  # its attention was changed since it was made
@@ -398,7 +417,7 @@ class Sequence:
             if self.edited:
                 return
             self._sample = Sample(self.layers)
-        if not all(bool(check) for check in self._checks):
+        if not self._followed:
             self.opaque = _NOT_TEXT
             return
         if hooks_registered() != self._hooks_registered and not self._vouched:

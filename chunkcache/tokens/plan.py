@@ -20,6 +20,10 @@ NOT_IN_STORE = "not in the store"
 OFF = "reuse is off"
 WANTED = "its output is wanted"
 HELD = "held"  # by this cache object, from a turn before
+GAPS = (
+    "tokens behind the first gap in the attention mask are computed as usual and not stored (where "
+    "that gap is padding on the right, set tokenizer.padding_side = 'left')"
+)
 TOO_SHORT = "in the store, but too few tokens in a row to be moved"
 OTHER_ROW = "another row of the batch needs these columns computed"
 

@@ -24,6 +24,8 @@ class Transcript:
             `None` if all are.
         lossy_from: The column from which on K/V may have been rounded by a lossy codec, or were
             computed behind such; `None` if none were.
+        text_until: The column from which on mask or positions are not those of text with padding on
+            its left alone, so that ids do not name the K/V; `None` if all are.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class Transcript:
         self.pads: list[int] = []
         self.exact_until: list[int | None] = []
         self.lossy_from: int | None = None
+        self.text_until: int | None = None
 
     @property
     def columns(self) -> int:
@@ -46,7 +49,7 @@ class Transcript:
         """Begin anew with rows that have so many columns of left padding."""
         self._pieces, self.pads = [], list(pads)
         self.exact_until = [None] * len(pads)
-        self.lossy_from = None
+        self.lossy_from = self.text_until = None
 
     def more_padding(self, pads: list[int]) -> None:
         """Rows that are nothing but padding so far may go on with it."""
@@ -81,6 +84,8 @@ class Transcript:
         """Forget all but the first columns."""
         if self.lossy_from is not None and self.lossy_from >= columns:
             self.lossy_from = None
+        if self.text_until is not None and self.text_until >= columns:
+            self.text_until = None
         if columns < self.columns:
             self._pieces = [self.ids()[:, :columns]]
             self.exact_until = [

@@ -130,15 +130,6 @@ def test_text_stored_in_prefix_mode_is_said_not_to_be_indexed(model, mode) -> No
         assert found.moved > 250
 
 
-def test_the_same_model_under_another_name(model) -> None:
-    ids = tokens(300, seed=1)
-    with stored(model, ids) as store:
-        for entry in chunks_of(store):
-            rewrite(store, entry, entry.key.replace("LlamaForCausalLM", "copy"))
-        said = set(reasons(model, store, ids).values())
-        assert said == {"in the store for the same model under the name 'copy'"}
-
-
 def test_another_process_of_the_same_model_is_no_reason(model) -> None:
     ids = tokens(300, seed=1)
     with stored(model, ids) as store:

@@ -206,7 +206,7 @@ def _rename(new):
         (_rename(lambda key: key.replace("safetensors@", "anchor@")), "no chunk's"),
         (_rename(lambda key: key.replace("safetensors@", "safetensors-int8@")), "another key"),
         (_rename(lambda key: "x"), "no chunk's"),
-        (_change_metadata(model="other"), "another key"),
+        (_change_metadata(identity="other"), "another key"),
         (_change_metadata(tokens="9" * 30), "metadata are damaged"),
         (_change_metadata(positions="5"), "metadata are damaged"),
         (_change_metadata(context="good"), "metadata are damaged"),

@@ -80,6 +80,7 @@ def test_the_same_weights_twice(plain: str) -> None:
     ("name", "value"),
     [
         ("_name_or_path", "org/model"),
+        ("_commit_hash", "abc"),  # of weights of which every byte counts
         ("use_cache", False),
         ("output_hidden_states", True),
         ("output_attentions", True),
@@ -140,7 +141,6 @@ CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
     "embedding grown": lambda m: m.resize_token_embeddings(210),
     "attention": lambda m: m.set_attn_implementation("eager"),
     "sliding window": lambda m: setattr(m.config, "sliding_window", 8),
-    "revision": lambda m: setattr(m.config, "_commit_hash", "abc"),
 }
 
 
@@ -221,6 +221,8 @@ def test_the_sample_of_a_large_model_finds_what_a_watch_saw(
         weight.view(-1)[weight.numel() // 16] += 1  # between two of eight runs
     assert ModelIdentity.of(model) == before, "the sample was expected to miss this"
     assert ModelIdentity.of(model, {name}).digest != before_whole.digest
+    model.config._commit_hash = "abc"  # which may stand for what no sample shows
+    assert ModelIdentity.of(model).digest != before.digest
 
 
 def test_weights_that_are_elsewhere_are_not_taken_for_equal() -> None:
@@ -242,7 +244,8 @@ def test_fields() -> None:
     found = ModelIdentity.of(model)
     assert (found.name, found.revision, found.dtype) == ("LlamaForCausalLM", "abc", "bfloat16")
     assert len(found.digest) == 64
-    assert str(found.key(HASH, "safetensors")) == f"safetensors@LlamaForCausalLM@1@0@{HASH}"
+    name = f"LlamaForCausalLM-{found.digest[:8]}"
+    assert str(found.key(HASH, "safetensors")) == f"safetensors@{name}@1@0@{HASH}"
 
 
 def test_each_namespace_model_worker_secret_and_codec_has_a_salt_of_its_own() -> None:

@@ -235,6 +235,7 @@ def test_nothing_is_deleted_that_is_not_ours(server: Server, policy: str) -> Non
         for number in range(20):
             client.set(f"session:{number}", "x" * 100)
         there = set(client.keys())
+        client.config_resetstat()
         for name in "abcdef":
             ask(store, name, 5)
         stats = client.info("stats")

@@ -108,7 +108,7 @@ def test_edits_of_a_caller(change, mode, dtype):
     assert cache.report.reused <= 200
 
 
-@pytest.mark.parametrize("change", EDITS)
+@pytest.mark.parametrize("change", [*COUNTED, steer_old_ones_uncounted])
 def test_edits_in_the_middle_of_an_answer(change):
     model, store = tiny("llama"), MemoryStore()
 

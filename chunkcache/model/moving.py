@@ -129,9 +129,32 @@ class _Lone:
         return kv, queries.seen, logits
 
     @cached_property
-    def _noise(self) -> _LoneRun:
-        """Often as at position 0, with attention to keys that are off by their last bits."""
-        return self._run(0, rounded_layers(self._model, torch.zeros(1)), _ROUNDED_COPIES)
+    def _copies(self) -> tuple[_LoneRun, _LoneRun]:
+        """Several copies at position 0, with keys that are off by their last bits, and without.
+
+        Which changes nothing unless there are sinks: keys decide how much a token attends to these.
+        """
+        layers = rounded_layers(self._model, torch.zeros(1), keys_only=True)
+        return self._run(0, layers, _ROUNDED_COPIES), self._run(0, None, _ROUNDED_COPIES)
+
+    def _noise_of(self, layer: int, part: int) -> float:
+        """What sinks make of rounding in a layer's keys, values or queries (part 2).
+
+        Or less: some models draw random numbers.
+        """
+        (kv, queries, _), (plain_kv, plain_queries, _) = self._copies
+        there, here = kv[layer], plain_kv[layer]
+        assert there is not None
+        assert here is not None
+        dtype = here[0].dtype
+        rounded = there[part] if part < 2 else queries[layer]
+        plain = here[part] if part < 2 else plain_queries[layer]
+        first = next(index for index, kv in enumerate(self._runs[0][0]) if kv)
+        if layer == first or torch.equal(*(run[2] for run in self._copies)):
+            return 0.0
+        unit, largest = ROUNDINGS * UNIT[dtype], float(plain.abs().max())
+        noise = max(MARGIN * float(spread(rounded, plain)[-1]), unit * largest)
+        return min(noise, max(8 * unit, SUMS[dtype]) * largest)
 
     def rules(self) -> KeyMover | str:
         """How keys and values turn, or why that is not known."""
@@ -139,10 +162,8 @@ class _Lone:
         found = find_rules(self._model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
         if isinstance(found, str):  # there are sinks, maybe
             noises = [
-                (_sink_noise(off[0], kv[0], kv[0].dtype), _sink_noise(off[1], kv[1], kv[1].dtype))
-                if kv and off
-                else (0.0, 0.0)
-                for kv, off in zip(at_zero, self._noise[0], strict=True)
+                (self._noise_of(index, 0), self._noise_of(index, 1)) if kv else (0.0, 0.0)
+                for index, kv in enumerate(at_zero)
             ]
             found = find_rules(self._model, at_zero, moved, noises)
         return found
@@ -152,31 +173,22 @@ class _Lone:
         kv, queries, logits = self._runs[0]
         for index, query in queries.items():
             rule, part = mover.layers[index], kv[index]
-            samples = {p: run[1][index] for p, run in self._runs.items() if p}
             if rule is None or part is None:
                 continue
-            dtype = part[0].dtype
-            fit = partial(find_misfit, rule, query, samples, dtype)
-            if fit(0.0) and (wrong := fit(_sink_noise(self._noise[1][index], query, dtype))):
+            samples = {p: run[1][index] for p, run in self._runs.items() if p}
+            fit = partial(find_misfit, rule, query, samples, part[0].dtype)
+            if fit(0.0) and (wrong := fit(self._noise_of(index, 2))):
                 return f"layer {index}: its queries do not turn as its keys do ({wrong})"
         for position, run in self._runs.items():
-            if wrong := judge(run[2], logits, lambda: _lone_spread(self._noise[2], logits)):
+            if wrong := judge(run[2], logits, self._noise_of_logits):
                 return (
                     "the model's output depends on absolute positions, not on its keys alone: "
                     f"{position} positions further on, logits of single tokens {wrong}"
                 )
         return ""
 
-
-def _sink_noise(rounded: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """What one token makes of rounding, or less: some models give other numbers each time."""
-    most = max(8 * ROUNDINGS * UNIT[dtype], SUMS[dtype]) * float(plain.abs().max())
-    return min(MARGIN * float(_lone_spread(rounded, plain)), most)
-
-
-def _lone_spread(rounded: Tensor, plain: Tensor) -> Tensor:
-    """How far at most the rows of several copies are from the plain ones."""
-    return spread(rounded, plain.repeat(_ROUNDED_COPIES, *[1] * (plain.dim() - 1)))[-1]
+    def _noise_of_logits(self) -> Tensor:
+        return spread(*(run[2] for run in self._copies))[-1]
 
 
 class _Noise:

@@ -86,15 +86,16 @@ def growing_layers(model: nn.Module) -> list[Any] | None:
     return layers or None
 
 
-def rounded_layers(model: nn.Module, far: Tensor, mover: KeyMover | None = None) -> list[Any]:
-    """As `growing_layers`, of a model that has some: rows of K/V that are off by
-    their last bits.
+def rounded_layers(
+    model: nn.Module, far: Tensor, mover: KeyMover | None = None, keys_only: bool = False
+) -> list[Any]:
+    """As `growing_layers`, of a model that has some: rows of K/V that are off by their last bits.
 
     See `RoundedLayer` for `far`, `[batch]`. Without a mover, all angles are exact.
     """
     layers = growing_layers(model) or []
     return [
-        RoundedLayer(far, mover.layers[index] if mover else None, index)
+        RoundedLayer(far, mover.layers[index] if mover else None, index, keys_only)
         if isinstance(layer, GrowingLayer)
         else layer
         for index, layer in enumerate(layers)

@@ -49,21 +49,26 @@ class RoundedLayer(GrowingLayer):
             of a position and a frequency in float32, and are off by more the further on.
         rule: How keys and values turn; without it, angles are exact.
         seed: The same for the same numbers.
+        keys_only: Values are as they were computed.
     """
 
-    def __init__(self, far: Tensor, rule: LayerRule | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        far: Tensor,
+        rule: LayerRule | None = None,
+        seed: int = 0,
+        keys_only: bool = False,
+    ) -> None:
         super().__init__()
-        self._far = far
+        self._far, self._keys_only = far, keys_only
         self._rotations = (rule.keys, rule.values) if rule else (None, None)
         self._random = torch.Generator().manual_seed(seed)  # nobody else's
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the parent's, but what is returned is off by its last bits."""
-        keys, values = (
-            self._off(part, rotation)
-            for part, rotation in zip(super().update(*args, **kwargs), self._rotations, strict=True)
-        )
-        return keys, values
+        keys, values = super().update(*args, **kwargs)
+        keys = self._off(keys, self._rotations[0])
+        return keys, values if self._keys_only else self._off(values, self._rotations[1])
 
     def _off(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

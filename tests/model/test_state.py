@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
 from chunkcache.kv.rope import KeyMover
-from chunkcache.model import identity, moving
+from chunkcache.model import identity, moving, proof
 from chunkcache.model import state as model_state
-from chunkcache.model.proof import Proof
+from chunkcache.model.proof import Proof, forward
 from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
@@ -413,3 +413,71 @@ def test_the_rule_for_turning_keys_is_found_once(monkeypatch: pytest.MonkeyPatch
     assert isinstance(found, KeyMover)
     monkeypatch.setattr(model, "forward", None)
     assert state.rotation(state.identity()) is found
+
+
+# ------------------------------------------------------------------------ what is no verdict
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """Errors that the forwards of self-tests raise, each once, the last one first."""
+    errors: list[Exception] = []
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if errors:
+            raise errors.pop()
+        return forward(*args, **kwargs)
+
+    for module in (proof, moving):
+        monkeypatch.setattr(module, "forward", failing)
+    return errors
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, ValueError])
+def test_a_test_that_could_not_run_is_tried_again(
+    kind: type[Exception], failures: list[Exception]
+) -> None:
+    model, store = tiny("llama"), MemoryStore()
+    state = ModelState.of(model)
+    identity = state.identity()
+    failures.append(kind("not now"))
+    assert "could not run" in state.proof(identity, store).obstacle
+    layout = state.proof(identity, store).layout
+    assert layout is not None
+    failures.append(kind("not now"))
+    assert "could not run" in str(state.mover(identity, layout, store))
+    assert isinstance(state.mover(identity, layout, store), KeyMover)
+    failures.append(kind("not now"))
+    assert state.rotation(identity) is None
+    assert isinstance(state.rotation(identity), KeyMover)
+    failures.append(kind("not now"))
+    assert state.zeros_matter(identity, "token_type_ids")  # in doubt, yes
+    assert state._zeros == {}
+
+
+def test_a_test_that_goes_on_failing_is_tried_at_times_only(
+    proven: Counter, failures: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(model_state.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(model_state, "prove", taking(1.0, now, proven))
+    model, store = tiny("llama"), MemoryStore()
+    failures += [ValueError("never")] * 99
+    for _ in range(8):
+        assert "never" in proof_of(model, store).obstacle
+    assert proven.calls == 3
+    now[0] += 51
+    for _ in range(8):
+        assert "never" in proof_of(model, store).obstacle
+    assert proven.calls == 4
+    failures.clear()
+    now[0] += 51
+    assert proof_of(model, store).obstacle == ""
+
+
+def taking(seconds: float, clock: list[float], function: Counter) -> Callable[..., Any]:
+    def slow(*args: Any) -> Any:
+        clock[0] += seconds
+        return function(*args)
+
+    return slow

@@ -296,6 +296,7 @@ def test_turns_of_a_padded_batch(kind: str, masks_pads: bool, dtype: torch.dtype
         if kind == "bloom":  # takes no positions: its default counts padding
             continue
         for report in reports[1:]:
+            assert "from the store" not in report.skipped
             assert report.reused > 180
             assert ("first gap" in report.skipped) == masks_pads
 
@@ -320,7 +321,10 @@ def test_masks_with_gaps(llama: Any, seed: int, mode: str) -> None:
         want = ask(llama, ids, attention_mask=given, **how)
         for cache in (held, new(llama, store, **settings)):
             assert same_answer(ask(llama, ids, cache, attention_mask=given, **how), want)
+            assert "from the store" not in cache.report.skipped  # caught as late as that
             assert cache.flush(5)
+    ask(llama, ids, held)
+    assert held.report.skipped == ""
     check_warm(llama, ids, store)
 
 

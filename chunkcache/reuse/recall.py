@@ -137,13 +137,8 @@ class Recall:
             plan_row(chunks, length, start, known, why)
             for chunks, length, start in zip(rows, lengths, held, strict=True)
         ]
-        text_until = self.held.transcript.text_until
-        if text_until is not None:
-            pairs = zip(plans, self.held.transcript.pads, strict=True)
-            plans = [
-                replace(plan, missing=GAPS) if plan.reach >= text_until - pad else plan
-                for plan, pad in pairs
-            ]
+        if self.held.transcript.text_until is not None:
+            plans = [replace(plan, rest=GAPS) for plan in plans]
         if not self.mover and not self._pays(plans, known):
             plans = [plan.cut_at(plan.held, NO_GAIN) for plan in plans]
         return plans, known

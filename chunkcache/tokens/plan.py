@@ -72,6 +72,7 @@ class RowPlan:
         chunks: All chunks of the row, in order.
         reach: Tokens from the start that are known once the reads have succeeded.
         missing: Why the row is not known any further.
+        rest: Why tokens behind the last chunk are computed, where that is another reason.
     """
 
     tokens: int
@@ -79,6 +80,7 @@ class RowPlan:
     chunks: tuple[Chunk, ...]
     reach: int
     missing: str
+    rest: str = ""
 
     def reads(self, limit: int) -> list[Chunk]:
         """The chunks that bring tokens between what is held and `limit`."""
@@ -111,7 +113,7 @@ class RowPlan:
                 spans.append(Span(position, chunk.stop, Kind.COMPUTED, chunk.hash, reason=why))
                 position = chunk.stop
         if position < self.tokens:
-            why = self.missing if self.tokens > self.reach else WANTED
+            why = self.rest or (self.missing if self.tokens > self.reach else WANTED)
             spans.append(Span(position, self.tokens, Kind.COMPUTED, reason=why))
         return spans
 

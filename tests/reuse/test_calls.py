@@ -296,6 +296,7 @@ def test_turns_of_a_padded_batch(kind: str, masks_pads: bool, dtype: torch.dtype
         if kind == "bloom":  # takes no positions: its default counts padding
             continue
         for report in reports[1:]:
+            assert "from the store" not in report.skipped
             assert report.reused > 180
             assert ("first gap" in report.skipped) == masks_pads
 
@@ -320,8 +321,26 @@ def test_masks_with_gaps(llama: Any, seed: int, mode: str) -> None:
         want = ask(llama, ids, attention_mask=given, **how)
         for cache in (held, new(llama, store, **settings)):
             assert same_answer(ask(llama, ids, cache, attention_mask=given, **how), want)
+            assert "from the store" not in cache.report.skipped  # caught as late as that
             assert cache.flush(5)
     check_warm(llama, ids, store)
+
+
+def test_a_gap_in_a_known_text_and_back(llama: Any) -> None:
+    ids, store = tokens(150, rows=2, seed=1), MemoryStore()
+    mask = torch.ones_like(ids)
+    mask[0, 40:60] = 0
+    check_warm(llama, ids, store)
+    cache = new(llama, store)
+    want = ask(llama, ids, attention_mask=mask)
+    assert same_answer(ask(llama, ids, cache, attention_mask=mask), want)
+    assert cache.report.reused == 64
+    assert "first gap" in cache.report.skipped
+    (first, *_), rest = cache.report.rows[0].spans, cache.report.rows[0].spans[-1]
+    assert (first.kind, "first gap" in rest.reason) == ("reused", True)
+    assert same_answer(ask(llama, ids, cache), ask(llama, ids))
+    assert cache.report.skipped == ""
+    assert cache.report.reused == 298
 
 
 # ------------------------------------------------------------------ outputs that are wanted

@@ -131,6 +131,19 @@ def test_an_image_that_is_named_and_not_given(seeing: tuple[str, Any]) -> None:
         answer(model, torch.cat([PICTURE, text(20, 3)], dim=1), cache)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversations_that_take_turns(kind: str) -> None:
+    """Models of several axes remember how far the last image's positions were from the ids'."""
+    model = a_vision_model(kind)
+    with_picture, without = (RedisChunkCache(model, MemoryStore(), chunk_size=8) for _ in range(2))
+    said = answer(model, PICTURE, with_picture, **images_of(kind, PICTURE)).sequences
+    answer(model, text(40, 9), without)
+    ids = torch.cat([said, text(20, 3)], dim=1)
+    got = attempt(lambda: answer(model, ids, with_picture))
+    assert (got is None) == (kind in SEVERAL_AXES)
+    assert got is None or same_answer(got, answer(model, ids, **images_of(kind, ids)))
+
+
 @pytest.mark.parametrize("kind", ["qwen2_vl", "llava"])
 def test_new_ids_alone_behind_an_image(kind: str) -> None:
     model = a_vision_model(kind)
@@ -193,15 +206,21 @@ def test_padded_rows_with_an_image_each(kind: str) -> None:
 # ------------------------------------------------------------------ embeddings, K/V by hand
 
 
+def embeddings(model: Any, ids: Tensor) -> Tensor:
+    """Those of no token."""
+    embeds = model.get_input_embeddings()(ids).detach()
+    return embeds + embeds.roll(1, dims=-1) / 2
+
+
 def embedded(model: Any, cache: Any, ids: Tensor) -> None:
     """A prompt of embeddings, and a short answer."""
-    embeds = model.get_input_embeddings()(ids).detach()
+    embeds = embeddings(model, ids)
     model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=1, do_sample=False)
 
 
 @torch.no_grad()
 def embedded_directly(model: Any, cache: Any, ids: Tensor) -> None:
-    model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache, use_cache=True)
+    model(inputs_embeds=embeddings(model, ids), past_key_values=cache, use_cache=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet. Each message names the setting or call at fault and its mend."""
+"""The exceptions a user can meet. Each message names what is at fault and its remedy."""
 
 from typing import Self
 

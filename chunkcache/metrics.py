@@ -28,7 +28,7 @@ _BYTES = ("bytes_read", "bytes_written", "bytes_dropped")
 def snapshot() -> dict[str, Any]:
     """What the caches of this process have done since it began, ready for JSON.
 
-    - `prompts`: prompts that were read, and `skipped`: those at which the cache stood aside;
+    - `prompts`: prompts that were read, and `skipped`: those that were computed by normal prefill;
     - `tokens`: prompt tokens, `reused`, `moved`, `recomputed` and `computed`;
     - `bytes_read`, `bytes_written`, `bytes_dropped`: of blobs, as in `Report`;
     - `seconds`: `sum` (seconds) and `count` (prompts that needed it) of `lookup`, `read`, `move`

@@ -33,7 +33,7 @@ class Collector(BaseCollector):
         now = metrics.snapshot()
         for name, text in (
             ("prompts", "Prompts that went through a cache"),
-            ("skipped", "Prompts at which the cache stood aside"),
+            ("skipped", "Prompts at which the cache fell back to normal prefill"),
             ("bytes_read", "Bytes of blobs read from the store"),
             ("bytes_written", "Bytes of blobs handed to the store"),
             ("bytes_dropped", "Bytes of blobs that the store did not take"),

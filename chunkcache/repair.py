@@ -1,6 +1,6 @@
 """Repair: which tokens of moved runs to compute again.
 
-A moved token remembers its old context. Computing some tokens again, in the new context, mends
+A moved token remembers its old context. Computing some tokens again, in the new context, repairs
 most of the harm; the question is which. Each strategy is a small dataclass with one method; names
 join with `+`, as in `"head:4+query:0.1"`. What a strategy costs beyond the tokens it picks (looking
 takes passes through some layers) is charged to it.

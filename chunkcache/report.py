@@ -98,7 +98,7 @@ class Report(Counts):
         store_errors: Failed calls to the store.
         causes: The same by cause (`StoreError.cause`).
         errors: What went wrong, each cause once.
-        skipped: Why the cache stood aside, or `""`.
+        skipped: Why the cache fell back to normal prefill, or `""`.
         tokenizer: What shows the prompt's text where the report is drawn.
     """
 
@@ -143,7 +143,7 @@ class Report(Counts):
         self.store_errors += 1
         cause = error.cause if isinstance(error, ChunkCacheError) else "other"
         self.causes[cause] = self.causes.get(cause, 0) + 1
-        # A store that is left alone says why: with the words of the error before it.
+        # A store that is not asked says why: with the words of the error before it.
         if not any(known in str(error) for known in self.errors):
             self.errors.append(str(error))
 
@@ -213,7 +213,7 @@ class Report(Counts):
         if any(span.reason == NO_GAIN for span in self._spans()):
             parts.append(NO_GAIN)
         if self.skipped:
-            parts.append(f"stood aside: {self.skipped}")
+            parts.append(f"normal prefill: {self.skipped}")
         if self.bytes_dropped:
             why = "" if self.errors else ": the write queue is full"
             parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored{why}")

@@ -90,7 +90,7 @@ class Settings:
         connect_timeout: seconds to wait for a connection to the store.
         read_timeout: seconds to wait for each answer of the store.
         max_delay: seconds that looking into the store may take one prompt, all its lookups
-            together; a store that is slower is left alone for 5 s. Reading what was found does not
+            together; a store that is slower is not asked for 5 s. Reading what was found does not
             count.
         write_queue_bytes: bytes of RAM that chunks may take while they wait to be written; more
             are dropped.
@@ -99,7 +99,7 @@ class Settings:
         pin: keep the chunks written: they do not expire, and others are evicted first.
 
     Raises:
-        SettingError: A value that cannot work, with its name and the mend.
+        SettingError: A value that cannot work, with its name and the remedy.
     """
 
     reuse: str = "prefix"
@@ -286,7 +286,7 @@ def _warn_of_misspelt(known: Collection[str]) -> None:
         if variable.startswith("CHUNKCACHE_") and name not in known:
             for meant in get_close_matches(name, known, 1, 0.8):
                 right = f"CHUNKCACHE_{meant.upper()}"
-                warnings.warn(f"{variable} is no setting: {right} is", stacklevel=4)
+                warnings.warn(f"unknown setting {variable}; did you mean {right}?", stacklevel=4)
 
 
 def _from_file(path: Path, known: Mapping[str, str]) -> dict[str, Any]:

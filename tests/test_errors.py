@@ -1,4 +1,4 @@
-"""The errors: their classes, and that each message names what is at fault and its mend."""
+"""The errors: their classes, and that each message names what is at fault and its remedy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_error_derives_from_the_base() -> None:
             assert issubclass(value, errors.ChunkCacheError)
 
 
-# What a setting may be wrong by, what the message must name, and words of the mend.
+# What a setting may be wrong by, what the message must name, and words of the remedy.
 SETTINGS = [
     ({"reuse": "sometimes"}, "reuse", 'use "prefix" or "anywhere" or "off"'),
     ({"repair": "glue:4"}, "repair", "head:k"),
@@ -117,27 +117,27 @@ def test_each_command_is_in_the_list() -> None:
     assert set(typer.main.get_command(cli.app).commands) - never == {row[0][0] for row in COMMANDS}
 
 
-@pytest.mark.parametrize(("given", "named", "mend"), SETTINGS)
-def test_settings(given: dict[str, object], named: str, mend: str) -> None:
+@pytest.mark.parametrize(("given", "named", "remedy"), SETTINGS)
+def test_settings(given: dict[str, object], named: str, remedy: str) -> None:
     with pytest.raises(errors.SettingError) as raised:
         Settings.load(**given)
     assert named in str(raised.value)
-    assert mend in str(raised.value)
+    assert remedy in str(raised.value)
 
 
-@pytest.mark.parametrize(("url", "named", "mend"), URLS)
-def test_urls(url: str | list[str], named: str, mend: str) -> None:
+@pytest.mark.parametrize(("url", "named", "remedy"), URLS)
+def test_urls(url: str | list[str], named: str, remedy: str) -> None:
     with pytest.raises(errors.SettingError) as raised, open_store(url) as store:
         store.sizes(["x"])
     assert named in str(raised.value)
-    assert mend in str(raised.value)
+    assert remedy in str(raised.value)
 
 
-@pytest.mark.parametrize(("command", "named", "mend"), COMMANDS)
-def test_commands(command: list[str], named: str, mend: str) -> None:
+@pytest.mark.parametrize(("command", "named", "remedy"), COMMANDS)
+def test_commands(command: list[str], named: str, remedy: str) -> None:
     result = CliRunner().invoke(cli.app, command, env={"CHUNKCACHE_URL": "memory://"})
     assert result.exit_code == 2
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1
     assert named in result.stderr
-    assert mend in result.stderr
+    assert remedy in result.stderr

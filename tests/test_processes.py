@@ -25,7 +25,7 @@ KINDS = [
     "gemma3n_text",  # layers that share K/V
     "gpt2",  # learned positions
     "mixtral",
-    "qwen3_next",  # stands aside
+    "qwen3_next",  # falls back to normal prefill
 ]
 IDS = tokens(300, seed=1)
 HOW = {"max_new_tokens": 6, "do_sample": False}

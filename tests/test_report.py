@@ -222,7 +222,7 @@ def test_in_words() -> None:
     report = Report([RowReport(spans)], bytes_read=2_500_000, skipped="no reason")
     assert str(report) == (
         "1,500 of 2,000 prompt tokens reused, 500 computed, 2.5 MB read, "
-        "lookup 0.0 + read 0.0 + prefill 0.0 ms, stood aside: no reason"
+        "lookup 0.0 + read 0.0 + prefill 0.0 ms, normal prefill: no reason"
     )
     assert "read 0.0 + move 2.0 + prefill" in str(Report(report.rows, move_ms=2))
 
@@ -234,7 +234,7 @@ def test_words_never_fail(report: Report) -> None:
 
 def test_each_cause_is_listed_once_and_each_failure_counted() -> None:
     report = Report()
-    for text in ("down", "down", "slow", "left alone until 12:00:00: slow"):
+    for text in ("down", "down", "slow", "not asked until 12:00:00: slow"):
         report.note_error(ConnectionError(text))
     assert report.errors == ["down", "slow"]
     assert report.store_errors == 4

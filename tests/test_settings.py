@@ -296,7 +296,7 @@ def test_a_variable_that_is_nearly_a_setting_is_told(monkeypatch: pytest.MonkeyP
         warnings.simplefilter("error")
         Settings.load()
     monkeypatch.setenv("CHUNKCACHE_CHUNKSIZE", "64")
-    with pytest.warns(UserWarning, match="CHUNKCACHE_CHUNKSIZE is no setting: CHUNKCACHE_CHUNK_S"):
+    with pytest.warns(UserWarning, match="CHUNKCACHE_CHUNKSIZE; did you mean CHUNKCACHE_CHUNK_S"):
         Settings.load()
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from chunkcache.cli.options import DryRun, Json, Store, Terms, changed, chosen, looked_into, opened
 from chunkcache.errors import SettingError
 from chunkcache.inventory import catalog
-from chunkcache.inventory.filters import NONE_MEANT
+from chunkcache.inventory.filters import NO_MATCH
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
 from chunkcache.tokens.token_text import shown
 
@@ -67,7 +67,7 @@ def ls(
 def _tell_if_none(terms: Sequence[str] | None, count: int) -> None:
     """A mistyped term looks like an empty store."""
     if terms and not count:
-        typer.echo(NONE_MEANT, err=True)
+        typer.echo(NO_MATCH, err=True)
 
 
 def _print_list(entries: Iterable[Listed]) -> None:

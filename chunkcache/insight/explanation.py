@@ -60,7 +60,7 @@ class Explanation(Counts):
     Attributes:
         chunks: The findings, row by row, from the first token to the last.
         bytes_to_read: Bytes of all blobs that would be read.
-        skipped: Why the cache would stand aside, or `""`.
+        skipped: Why the cache would fall back to normal prefill, or `""`.
         errors: What went wrong with the store.
         lossy: The codec, where it rounds K/V.
         seams: Where the same text has other tokens than in the store, if a tokenizer was given.
@@ -111,7 +111,7 @@ class Explanation(Counts):
         if self.lossy and self.reused + self.moved:
             parts.append(f"approximate: K/V rounded to {self.lossy}")
         if self.skipped:
-            parts.append(f"the cache would stand aside: {self.skipped}")
+            parts.append(f"the cache would fall back to normal prefill: {self.skipped}")
         return shown(", ".join([*parts, *self.errors]))
 
     def _table(self) -> list[tuple[str, ...]]:

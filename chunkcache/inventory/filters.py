@@ -13,7 +13,7 @@ from typing import Any, Self
 from chunkcache.errors import SettingError
 from chunkcache.keys import ChunkKey
 
-NONE_MEANT = "no chunk in this store is meant: check the terms and --store"
+NO_MATCH = "no chunk in this store matches: check the terms and --store"
 _TERM = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)([=<>])(.*)", re.DOTALL)
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)", re.ASCII)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}

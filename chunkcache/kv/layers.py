@@ -3,7 +3,7 @@
 `DynamicLayer` concatenates the whole cache with each new token: 100 ms a token for 200 MB. These
 layers keep room behind what they hold, write new tokens into it and hand out views. All else
 (crop, reorder, repeat, select, reset) is inherited: whatever replaces `keys` with a tensor of its
-own is noticed at the next update, which then moves house.
+own is noticed at the next update, which then moves to larger memory.
 """
 
 from __future__ import annotations

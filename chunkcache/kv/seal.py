@@ -19,7 +19,7 @@ from chunkcache.errors import BlobError, SealedBlobError, SettingError
 _KEY_BYTES, _MARK_BYTES, _NONCE_BYTES, _TAG_BYTES = 32, 8, 12, 16
 _HEAD = _MARK_BYTES + _NONCE_BYTES
 OVERHEAD = _HEAD + _TAG_BYTES  # bytes that sealing adds
-_MEND = (
+_REMEDY = (
     "one or more keys of 64 hexadecimal digits, joined by commas: make one with "
     "python -c 'import secrets; print(secrets.token_hex(32))'"
 )
@@ -46,9 +46,9 @@ class Seal:
         try:
             keys = tuple(bytes.fromhex(part.strip()) for part in text.split(","))
         except ValueError:
-            raise SettingError(f"seal must be {_MEND}") from None
+            raise SettingError(f"seal must be {_REMEDY}") from None
         if any(len(key) != _KEY_BYTES for key in keys):
-            raise SettingError(f"seal must be {_MEND}")
+            raise SettingError(f"seal must be {_REMEDY}")
         return cls(keys)
 
     def seal(self, data: memoryview | bytes, name: str) -> memoryview:

@@ -23,7 +23,7 @@ import xxhash
 
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.inventory import catalog
-from chunkcache.inventory.filters import NONE_MEANT, Filter
+from chunkcache.inventory.filters import NO_MATCH, Filter
 from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.library.pack_entry import (
     FORMAT,
@@ -81,14 +81,14 @@ def export_pack(
         progress: Told the bytes of blobs that are done, and of all of them.
 
     Raises:
-        SettingError: No chunk is meant, or the file is there, cannot be written or would have too
+        SettingError: No chunk matches, or the file is there, cannot be written or would have too
             many chunks.
         StoreError: The store failed.
     """
     _check_target(path, overwrite)
     found = [e for e in catalog.entries(store, chosen or Filter()) if e.metadata and e.nbytes]
     if not found:
-        raise SettingError(NONE_MEANT)
+        raise SettingError(NO_MATCH)
     found.sort(key=lambda entry: entry.key)
     writer = _Writer(found, _mentions(store, {_hash(entry.key) for entry in found}))
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")

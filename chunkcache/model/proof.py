@@ -59,7 +59,8 @@ class NoVerdict(str):
 class Proof:
     """The verdict on one model.
 
-    `obstacle` is empty when the model is proven; otherwise it says why the cache stands aside.
+    `obstacle` is empty when the model is proven; otherwise it says why the cache falls
+    back to normal prefill.
     `layout` is what its layers cache, when they could be tapped.
     """
 

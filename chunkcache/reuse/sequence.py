@@ -199,7 +199,9 @@ class Sequence:
         if step.is_prompt:
             self.opaque = self.opaque or self._why_aside(module, call, step)
             if not self.setup.state.ranks.all(not self.opaque):
-                self.opaque = self.opaque or "another process of this model stands aside"
+                self.opaque = (
+                    self.opaque or "another process of this model falls back to normal prefill"
+                )
         if self.opaque:
             if step.held > step.past and not (step.as_plain or self.edited):
                 self._empty(self._new_layers())  # the whole prompt is computed anew

@@ -178,7 +178,7 @@ class Guarded(StaysHere, ChunkStore):
 
     def _refusal(self, opened: _Opened) -> StoreError:
         return StoreError(
-            f"{self._store!r} is left alone until "
+            f"{self._store!r} is not asked until "
             f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}: {opened.cause}",
             "left_alone",
         )

@@ -31,7 +31,7 @@ class ClusterStore(StaysHere, ChunkStore):
 
     `url` is `redis+cluster://user:password@host1:6379,host2:6379`, `rediss+cluster://` for TLS;
     one of the servers named must answer. A server whose answer to a lookup takes longer than
-    `max_delay` seconds is left alone for a while. The other arguments are those of `RedisStore`.
+    `max_delay` seconds is not asked for a while. The other arguments are those of `RedisStore`.
 
     What belongs to a server that fails is missing and is not taken, and the prompt is told with
     `note_partial`. StoreError is raised when all servers fail, and by `delete` when one does.

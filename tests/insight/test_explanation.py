@@ -61,7 +61,7 @@ def test_a_long_table_ends_somewhere() -> None:
 
 
 def test_why_it_would_stand_aside() -> None:
-    assert "stand aside: no reason" in str(Explanation((), skipped="no reason"))
+    assert "normal prefill: no reason" in str(Explanation((), skipped="no reason"))
 
 
 def test_html_is_well_formed_and_hostile_texts_stay_texts() -> None:

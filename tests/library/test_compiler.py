@@ -163,7 +163,7 @@ def test_an_index_entry_that_is_missing_is_written_without_the_model():
 
 
 def test_what_many_documents_share_leads_to_the_newest_only():
-    """Whoever meets an entry with too many variants trims it; that is not a loss to be mended."""
+    """Whoever meets an entry with too many variants trims it; that is not a loss to be repaired."""
     shared = random_ids(100, seed=1)[0].numpy()
     ids = [np.concatenate([shared, random_ids(100, seed=n)[0].numpy()]) for n in range(2, 22)]
     tool = compiler()

@@ -43,7 +43,7 @@ if rank == 1:  # one half of the second chunk is gone
     store.flush()
 dist.barrier()
 results["one rank misses"] = generate()
-results["mended"] = generate()
+results["repaired"] = generate()
 results["off for one"] = generate(reuse="off" if rank else "prefix")
 try:
     RedisChunkCache(model, store, reuse="anywhere")
@@ -82,14 +82,14 @@ def test_two_ranks_share_a_model(tmp_path: Path, redis_server):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1))
-    for name in ("cold", "warm", "one rank misses", "mended", "off for one"):
+    for name in ("cold", "warm", "one rank misses", "repaired", "off for one"):
         for rank in (first, second):
             assert rank[name]["tokens"] == plain, name
             assert not rank[name]["skipped"], name
         assert first[name]["computed"] == second[name]["computed"], name
     computed = {name: first[name]["computed"] for name in first if name != "anywhere"}
     assert computed["cold"] == computed["off for one"] == 300
-    assert computed["warm"] == computed["mended"] < 50
+    assert computed["warm"] == computed["repaired"] < 50
     assert computed["one rank misses"] == 300 - 128
     assert "tensor parallel" in first["anywhere"]
     keys = redis_server.client().keys("safetensors@*@metadata")

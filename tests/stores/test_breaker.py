@@ -140,7 +140,7 @@ def test_after_a_failed_read_all_fails_at_once_until_the_store_is_back(
     trouble.error = None
     asked = trouble.calls
     clock.now += COOLDOWN - 0.1
-    with pytest.raises(StoreError, match=r"left alone until \d\d:\d\d:\d\d: "):
+    with pytest.raises(StoreError, match=r"not asked until \d\d:\d\d:\d\d: "):
         VERBS[second](guarded)
     assert trouble.calls == asked
     clock.now += 0.1
@@ -161,7 +161,7 @@ def test_a_failed_write_stops_writes_only(
     for read in READS.values():
         read(guarded)
     for write in WRITES.values():
-        with pytest.raises(StoreError, match="left alone until"):
+        with pytest.raises(StoreError, match="not asked until"):
             write(guarded)
     clock.now += COOLDOWN
     for write in WRITES.values():
@@ -176,7 +176,7 @@ def test_a_failed_probe_costs_another_cooldown(
     for turn in range(1, 4):
         with pytest.raises(StoreError, match="no luck"):
             VERBS[verb](guarded)
-        with pytest.raises(StoreError, match="left alone until"):
+        with pytest.raises(StoreError, match="not asked until"):
             VERBS[verb](guarded)
         assert trouble.calls == turn
         clock.now += COOLDOWN
@@ -188,7 +188,7 @@ def test_an_error_in_the_middle_of_a_read(trouble: Trouble, guarded: Guarded) ->
     assert next(views) == b"one"
     with pytest.raises(StoreError, match="cut off"):
         next(views)
-    with pytest.raises(StoreError, match="left alone until"):
+    with pytest.raises(StoreError, match="not asked until"):
         guarded.sizes(["a"])
 
 
@@ -203,7 +203,7 @@ def test_a_hanging_store_costs_a_call_a_moment_and_is_asked_by_one_thread(
     monkeypatch.setattr(breaker, "PROBE_SECONDS", 0.01)
     for _ in range(5):  # each cool-down would send another one
         clock.now += COOLDOWN
-        with pytest.raises(StoreError, match="left alone until"):
+        with pytest.raises(StoreError, match="not asked until"):
             guarded.sizes(["a"])
     assert trouble.calls == 2
     trouble.gate.set()
@@ -225,7 +225,7 @@ def test_without_a_thread_the_store_is_left_alone_for_longer(
     clock.now += COOLDOWN
     with monkeypatch.context() as patch:
         patch.setattr(locks, "start_new_thread", refuse)
-        with pytest.raises(StoreError, match="left alone until"):
+        with pytest.raises(StoreError, match="not asked until"):
             guarded.sizes(["a"])
     clock.now += COOLDOWN
     assert guarded.sizes(["a"]) == [3]
@@ -251,7 +251,7 @@ def test_a_success_from_before_the_failure_proves_nothing(
     with pytest.raises(StoreError):
         guarded.sizes(["a"])
     assert next(views) == b"one"  # what is under way goes on
-    with pytest.raises(StoreError, match="left alone until"):
+    with pytest.raises(StoreError, match="not asked until"):
         guarded.sizes(["a"])
 
 
@@ -264,7 +264,7 @@ def test_whatever_is_raised_leaves_as_store_error(
     with pytest.raises(StoreError, match=type(error).__name__) as caught:
         VERBS[verb](guarded)
     assert caught.value.__cause__ is error
-    with pytest.raises(StoreError, match="left alone until"):
+    with pytest.raises(StoreError, match="not asked until"):
         VERBS[verb](guarded)
 
 
@@ -340,7 +340,7 @@ def test_of_many_threads_one_sends_the_probe(
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [f"{trouble!r} is left alone"] * 7 + [[3]]
+    assert found == [f"{trouble!r} is not asked"] * 7 + [[3]]
     assert trouble.calls == 3
 
 
@@ -412,7 +412,7 @@ def test_a_real_server_that_goes_and_comes_back(redis_server: Server, clock: Clo
         list(guarded.read(["a"]))
     redis_server.start()
     for verb in VERBS.values():
-        with pytest.raises(StoreError, match=r"left alone until .*redis://127"):
+        with pytest.raises(StoreError, match=r"not asked until .*redis://127"):
             verb(guarded)
     clock.now += COOLDOWN
     assert guarded.write([A]) == 3

@@ -539,18 +539,18 @@ def test_a_write_cut_short_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "remedy"),
     [(errno.ENOSPC, "max_bytes"), (errno.EROFS, "writable"), (errno.EACCES, "this user")],
 )
-def test_errors_name_their_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mend: str
+def test_errors_name_their_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     store = DiskStore(tmp_path)
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(StoreError, match=mend) as caught:
+    with pytest.raises(StoreError, match=remedy) as caught:
         store.write([entry("a", b"1")])
     assert str(tmp_path) in str(caught.value)
     assert store.sizes(["a"]) == [0]

@@ -492,7 +492,7 @@ def test_a_folder_that_is_a_file_is_a_store_error(folder: Path) -> None:
     folder.unlink()
 
 
-def test_a_missing_server_is_named_with_its_mend(
+def test_a_missing_server_is_named_with_its_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)

@@ -46,7 +46,7 @@ def test_a_full_queue_is_waited_for() -> None:
     assert store.bytes_written == 20_000
 
 
-def test_what_never_fits_is_an_error_with_a_mend() -> None:
+def test_what_never_fits_is_an_error_with_a_remedy() -> None:
     store = PatientStore(WriteBehind(MemoryStore(), max_bytes=500))
     with pytest.raises(StoreError, match="write_queue_bytes"):
         store.write([entry(1, 400), entry(2), entry(3, 400)])

@@ -250,7 +250,7 @@ def test_a_failure_is_a_store_error_and_opens_the_breaker(shelf: Shelf) -> None:
     with pytest.raises(StoreError, match="broken"):
         keys_of(store)
     shelf.error = None
-    with pytest.raises(StoreError, match="left alone"):
+    with pytest.raises(StoreError, match="not asked"):
         store.sizes(["a"])
 
 

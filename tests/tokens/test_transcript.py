@@ -110,7 +110,7 @@ def test_nothing_recorded() -> None:
 
 
 def test_rows_of_nothing_recorded_can_be_taken() -> None:
-    # Beam search reorders the rows also of a cache that stands aside and records nothing.
+    # Beam search reorders the rows also of a cache that computes all and records nothing.
     transcript = Transcript()
     transcript.take_rows(torch.tensor([1, 0, 0]))
     assert transcript.columns == 0

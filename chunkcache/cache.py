@@ -316,14 +316,21 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     f"input_ids bring {call.new}: pass the whole prompt, or a mask over both"
                 )
             return columns != call.new
+        if not held:
+            return False
         first = call.first_position()
-        if held and first is None and call.ids is not None and not self._sequence.begins_like(call):
+        if first in (held, self._sequence.follows_at(held)):  # as a plain cache has it, or an image
+            return True
+        if first != 0 and call.ids is not None and not self._sequence.begins_like(call):
+            why = "this model takes no position_ids"
+            if first is not None:
+                why = f"position_ids begin with {first}, and this cache holds {held} tokens"
             raise UnsupportedCallError(
-                "this model takes no position_ids, so it cannot be told whether input_ids are a "
-                "new prompt or continue what the cache holds: call cache.reset() before a new "
-                "prompt, pass the whole text to continue"
+                f"{why}, so it cannot be told whether input_ids are a new prompt or continue what "
+                "the cache holds: call cache.reset() before a new prompt, pass the whole text to "
+                "continue"
             )
-        return bool(held) and first == self._sequence.follows_at(held)
+        return False
 
     def _keep(self, columns: int) -> int:
         """Drop all that is held but the first columns."""

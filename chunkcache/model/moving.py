@@ -37,7 +37,7 @@ from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers
 
 _TEST = "the self-test for moving"
 _NO_POSITIONS = "the model takes no position_ids, so its positions cannot be set"
-_LONE_POSITIONS = (17, 480)
+_LONE_POSITION = 480
 _SHIFTED_TOKENS = 12
 _NEAR_SHIFT = 37
 _ROUNDED_COPIES = 4
@@ -117,7 +117,7 @@ class _Lone:
 
     def __init__(self, model: nn.Module) -> None:
         longest = _longest(model)
-        positions = {p for p in _LONE_POSITIONS if p < longest} | {longest // 8, longest - 1}
+        positions = {min(_LONE_POSITION, longest - 1), longest // 8, longest - 1}
         self._model = uncompiled(model)  # to see its queries
         self._ids = probe_ids(model)[0, :2, None]
         self._runs = {p: self._run(p) for p in (0, *sorted(positions - {0}))}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -184,7 +184,8 @@ def _split_test(model: nn.Module) -> Proof:
     def noise() -> float:
         return MARGIN * float(spread(rounded()[-1][0], reference[-1][0])[-1]) / largest
 
-    if wrong := compare(_part(_run(model, other), 0, half), 0, half, is_alike=True):
+    layers, logits = _prefill(model, other)
+    if wrong := compare(_part(_steps(layers, logits), 0, half), 0, half, is_alike=True):
         return Proof(f"K/V of this model depend on tokens that come later: {wrong}")
     # Nor on how long the prompt was, nor on where it was taken up again.
     short = _test_layers(model)
@@ -218,18 +219,24 @@ def _split_test(model: nn.Module) -> Proof:
 def _run(model: nn.Module, ids: Tensor, layers: list[Any] | None = None) -> Steps:
     """What a forward computes for `[1, tokens]` ids, behind what the layers hold."""
     layers = layers or _test_layers(model)
-    growing = {i: layer for i, layer in enumerate(layers) if isinstance(layer, GrowingLayer)}
     # What is compiled is tested as it is, and its queries are not seen.
     looking: Any = nullcontext() if is_compiled(model) else Queries(layers)
     with looking as queries:
         logits = forward(model, ids, cache_of(layers))
+    return _steps(layers, logits, queries.seen if queries else {})
+
+
+def _steps(layers: Sequence[Any], logits: Tensor, queries: Mapping[int, Tensor] = {}) -> Steps:
+    """What a forward computed last, with queries by layer."""
+    tokens = logits.shape[1]
     steps = []
-    for index, layer in growing.items():
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, GrowingLayer):
+            continue
         if not layer.is_initialized:
             raise ChunkCacheError("a layer that should cache K/V got none")
-        new = layer.keys[:, :, -ids.shape[1] :], layer.values[:, :, -ids.shape[1] :]
-        seen = queries.seen.get(index) if queries else None
-        steps.append(new if seen is None else (*new, seen))
+        new = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
+        steps.append((*new, queries[index]) if index in queries else new)
     return [*steps, (logits,)]
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from chunkcache.kv.layers import GrowingLayer
 
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_ATTENTION = (F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Queries(TorchFunctionMode):
@@ -44,11 +44,10 @@ class Queries(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._layer is not None and (
-            func is F.scaled_dot_product_attention or func in _PRODUCTS
-        ):
-            query = args[0] if args else kwargs.get("query", kwargs.get("input"))
-            if query.dim() == 4 and query.shape[-2] == self._tokens:
-                self.seen[self._layer] = query.double() * (kwargs.get("scale") or 1.0)
-                self._layer = None
+        if self._layer is None or func not in _ATTENTION:
+            return out
+        query = args[0] if args else kwargs.get("query", kwargs.get("input"))
+        if query.dim() == 4 and query.shape[-2] == self._tokens:
+            self.seen[self._layer] = query.double() * (kwargs.get("scale") or 1.0)
+            self._layer = None
         return out

@@ -310,6 +310,33 @@ def test_held_without_ids(kind: str, fill: Callable[..., None]) -> None:
     assert same_answer(answer(model, whole, fresh), answer(model, whole))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("odd", ["positions", "mask"])
+def test_new_ids_alone_behind_what_is_no_text(kind: str, odd: str) -> None:
+    """What is held is what a plain cache holds, wherever its positions have got to."""
+    model = tiny(kind)
+    ids, new = tokens(40, rows=2, seed=1), tokens(12, rows=2, seed=2)
+    whole = torch.cat([ids, new], dim=1)
+    how: dict[str, Tensor] = {"position_ids": torch.arange(5, 45).expand(2, -1)}
+    if odd == "mask":
+        seen = torch.ones(40, 40, dtype=torch.bool).tril()
+        seen[20:, 5:9] = False
+        how = {"attention_mask": seen.expand(2, 1, -1, -1)}
+
+    def ask(cache: Any, **inputs: Any) -> Any:
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True, **how)
+        return answer(model, new, cache, attention_mask=torch.ones_like(whole), **inputs)
+
+    want = ask(DynamicCache(config=model.config))
+    cache = RedisChunkCache(model, MemoryStore(), chunk_size=16)
+    assert same_answer(ask(cache), want)
+    # Positions of the caller's that are neither those of a new prompt nor of what comes next.
+    cache.reset()
+    positions = torch.arange(90, 102).expand(2, -1)
+    assert attempt(lambda: ask(cache, position_ids=positions)) is None
+
+
 def test_embeddings_then_other_embeddings() -> None:
     """As embeddings always come whole, a `DynamicCache` cuts those off that it holds."""
     model = tiny()

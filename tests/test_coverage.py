@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.coverage import NOT_RUN, TABLE, WRONG, cover
 from chunkcache import RedisChunkCache
+from chunkcache.keys import ChunkKey
 from chunkcache.kv.rope import KeyMover
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.scatter import scatter_mask
@@ -82,6 +83,7 @@ def test_nothing_in_the_table_is_wrong() -> None:
 def pads_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ForwardCall, "pads", lambda self: [0] * len(self.ids))
     patch.setattr(ForwardCall, "follows", lambda self, past, pads: True)
+    patch.setattr(ForwardCall, "text_columns", lambda self, past, pads: past + self.new)
 
 
 def no_reorder(patch: pytest.MonkeyPatch) -> None:
@@ -141,6 +143,7 @@ def test_a_missing_salt_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert torch.equal(*outputs())
     monkeypatch.setattr(ModelIdentity, "salt", lambda self, *_: b"")
+    monkeypatch.setattr(ModelIdentity, "key", lambda self, *of: ChunkKey(of[1], "m", 1, 0, of[0]))
     assert torch.equal(*outputs())  # thanks to the witness
     monkeypatch.setattr(Witness, "difference", lambda self: 0.0)
     assert not torch.equal(*outputs())

@@ -255,7 +255,7 @@ def test_a_small_write_queue_drops_nothing(redis_server):
 def test_a_store_that_is_too_small_is_told():
     summary = add(build(), MemoryStore(300_000), documents())
     assert summary.added == 0
-    assert "make it larger" in summary.stopped
+    assert "the size of the store" in summary.stopped
 
 
 @pytest.mark.parametrize(

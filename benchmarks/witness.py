@@ -210,7 +210,7 @@ def cost(rounds: int) -> Iterator[dict[str, Any]]:
                 cache = RedisChunkCache(model, server.unix_url, write=False)
                 generate(model, ids, cache, new=1)
                 spent = 1e3 * (time.perf_counter() - begin)
-            assert cache.report.reused == 2048
+            assert cache.report.reused == 2048, cache.report
             begin = time.perf_counter()
             state.identity()
             identity.append(1e3 * (time.perf_counter() - begin))

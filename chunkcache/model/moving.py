@@ -1,10 +1,10 @@
 """May this model's K/V be moved? Its rotation is derived, and proven down to the logits.
 
 Three tests, on at most 18 tokens each. *Lone token*: alone in the cache, a token's keys depend on
-itself and its position only, which shows the rule. That is not enough (some models scale queries
-with the position): a *far shift* of a dozen tokens must turn all keys by the rule and leave the
-logits as they are. *Scatter*: some tokens computed last, into the middle, must give what one
-pass gives.
+itself and its position only, which shows the rule, to the last bits. Its queries must turn by the
+same rule (some models scale them with the position) and its logits must stay as they are. *Far
+shift*: so it must be of a dozen tokens together. *Scatter*: some tokens computed last, into the
+middle, must give what one pass gives.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A name or a class says little: models differ in what they cache, and some give other results when
 a prompt is computed in two parts, with any cache. So each model is tested once: 32 tokens in one
-pass against the same tokens continued from K/V that went through a blob. The verdict is kept in
-the store under the model's identity, so that the next process does not repeat the test.
+pass against the same tokens continued from K/V that went through a blob, and K/V of a beginning
+against those in prompts that go on otherwise, or not. The verdict is kept in the store under the
+model's identity, so that the next process does not repeat the test.
 """
 
 from __future__ import annotations

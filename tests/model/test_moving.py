@@ -183,6 +183,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 0.5},
     "gpt_neox": {},
     "cohere": {},  # interleaved
+    "cohere2_moe": {},  # rounding may decide which expert a token asks
     "gpt_oss": {},  # attention sinks, a window, and YaRN
 }
 

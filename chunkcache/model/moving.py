@@ -237,13 +237,14 @@ def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Se
                     kv[part][row : row + 1],
                     partial(noise.of_kv, index, part, start[part], shift),
                     rotation.slack(turned[part], new, turned[part].dtype) if rotation else None,
+                    few_may_differ=True,
                 ):
                     return (
                         f"layer {index}: {PARTS[part]} of several tokens do not turn like those "
                         f"of one: {shift} positions further on, they {wrong}"
                     )
         mine, its = logits[:1], logits[row : row + 1]
-        if wrong := judge(mine, its, partial(noise.of_logits, mine, shift)):
+        if wrong := judge(mine, its, partial(noise.of_logits, mine, shift), few_may_differ=True):
             return (
                 "the model's output depends on absolute positions, not on its keys alone: "
                 f"{shift} positions further on, logits {wrong}"

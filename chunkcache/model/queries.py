@@ -31,13 +31,14 @@ class Queries(TorchFunctionMode):
         super().__init__()
         self.seen: dict[int, Tensor] = {}
         self._layer: int | None = None
-        self._tokens = 0
+        self._tokens = self._total = 0
         for index, layer in enumerate(layers):
             if isinstance(layer, GrowingLayer):
-                layer.intercept = partial(self._enter, index)
+                layer.intercept = partial(self._enter, index, layer)
 
-    def _enter(self, index: int, keys: Tensor, values: Tensor) -> None:
+    def _enter(self, index: int, layer: GrowingLayer, keys: Tensor, values: Tensor) -> None:
         self._layer, self._tokens = index, keys.shape[-2]
+        self._total = layer.get_seq_length() + self._tokens
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -47,7 +48,8 @@ class Queries(TorchFunctionMode):
         if self._layer is None or func not in _ATTENTION:
             return out
         query = args[0] if args else kwargs.get("query", kwargs.get("input"))
-        if query.dim() == 4 and query.shape[-2] == self._tokens:
+        is_score = func is F.scaled_dot_product_attention or out.shape[-1:] == (self._total,)
+        if is_score and query.dim() == 4 and query.shape[-2] == self._tokens:
             self.seen[self._layer] = query.double() * (kwargs.get("scale") or 1.0)
             self._layer = None
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from chunkcache.errors import BlobError
 from chunkcache.keys import ChunkKey
 from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin
-from chunkcache.stores.base import Listed
+from chunkcache.stores.base import Listed, first_position
 from chunkcache.tokens.chunking import Tokens
 from chunkcache.tokens.listed import from_text
 from chunkcache.tokens.matching import StoredChunk, grow
@@ -96,8 +95,8 @@ def matches(
     Only one place per row and window is tried: texts that repeat a token would have thousands.
     """
     fields, key = entry.metadata or {}, ChunkKey.parse(entry.key)
-    start = fields.get("positions", "").partition("-")[0]
-    at = int(start) if re.fullmatch(r"[0-9]{1,9}", start) else -1
+    start = first_position(fields.get("positions", ""))
+    at = -1 if start is None else start
     chunk = StoredChunk(key.chunk_hash, at, tokens)
     found: dict[int, Match] = {}
     for offset in range(0, len(tokens) - WINDOW + 1, WINDOW):

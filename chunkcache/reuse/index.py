@@ -20,7 +20,7 @@ from chunkcache.keys import ANCHOR_FORMAT
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec, Form
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, first_position
 from chunkcache.tokens.anchors import REACH, WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.listed import from_text
@@ -214,12 +214,12 @@ def _read_record(origin: Origin, chunk_hash: str, fields: dict[str, str]) -> Sto
     """
     try:
         ids = from_text(origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash)))
-        start = int(fields["positions"].partition("-")[0])
+        start = first_position(fields["positions"])
     except SealedBlobError:
         raise
-    except (BlobError, KeyError, ValueError):
+    except (BlobError, KeyError):
         return None
-    if ids is None or not 0 <= start < 1 << 31:
+    if ids is None or start is None:
         return None
     return StoredChunk(
         chunk_hash,

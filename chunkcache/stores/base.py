@@ -56,6 +56,12 @@ class Listed:
     nbytes: int
 
 
+def first_position(positions: str) -> int | None:
+    """Where a chunk begins, by the `positions` in its metadata, which anybody may have written."""
+    start = positions.partition("-")[0]
+    return int(start) if len(start) < 10 and start.isascii() and start.isdigit() else None
+
+
 def merged(newer: Entry, older: Entry | None) -> Entry:
     """One entry with the effect of writing `older` and then `newer`, both of one key."""
     if older is None or not newer.merge:

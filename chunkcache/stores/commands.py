@@ -79,6 +79,16 @@ class Commands:
         name = key.encode(errors="surrogatepass")
         return name + METADATA.encode(), name + KV_BYTES.encode()
 
+    def _key(self, name: bytes, half: str) -> str | None:
+        """The key whose half has this name on the server; None if it is no such name."""
+        key = name.removesuffix(half.encode())
+        if key == name:
+            return None
+        try:
+            return key.decode(errors="surrogatepass")
+        except UnicodeDecodeError:
+            return None
+
     def _is_miss(self, error: redis.ResponseError) -> bool:
         """Whether an error says no more than that there is nothing of ours under a key."""
         return is_wrong_type(error)

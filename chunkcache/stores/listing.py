@@ -14,7 +14,7 @@ GLOB = re.compile(rb"[\\*?\[\]]")  # what means something in a pattern
 
 
 class Listing(Commands):
-    """Commands that list entries. A key's halves are named by `_names`, and found by `_key`."""
+    """Commands that list entries."""
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         """As in `ChunkStore`. Servers older than Redis 7.2 or Valkey count it as a use."""
@@ -53,16 +53,6 @@ class Listing(Commands):
             for key, fields, size in found
         ]
         return [entry for entry in listed if entry.metadata or entry.nbytes]
-
-    def _key(self, name: bytes, half: str) -> str | None:
-        """The key whose half has this name on the server; None if it is no such name."""
-        key = name.removesuffix(half.encode())
-        if key == name:
-            return None
-        try:
-            return key.decode(errors="surrogatepass")
-        except UnicodeDecodeError:
-            return None
 
 
 def decoded(fields: dict[bytes, bytes]) -> dict[str, str]:

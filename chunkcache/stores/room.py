@@ -10,15 +10,16 @@ for whoever may not look, the server's own policy decides.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import redis
 
+from chunkcache.errors import SettingError
+from chunkcache.keys import ChunkKey
 from chunkcache.stores.address import Address
-from chunkcache.stores.base import KV_BYTES, METADATA, Entry
+from chunkcache.stores.base import KV_BYTES, METADATA, Entry, first_position
 from chunkcache.stores.commands import Commands
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.stream import WINDOW_BYTES
@@ -29,16 +30,13 @@ KNOWN_SECONDS = 1.0  # how long the room that was there is relied on
 REFUSED_SECONDS = 60.0  # until an account that may not look tries again
 SMALL = 256  # the share of a server's memory that replies may take
 OVERHEAD = 2048  # bytes of metadata, and of two keys
-# What is ours to delete: chunks by their names, whose metadata say where they stand in a prompt,
-# or that they were copied from another tier.
-NAME = re.compile(rb"([^@]+@[^@]+@[0-9]+@[0-9]+@\{?[0-9a-f]{64}\}?)@(?:metadata|kv_bytes)")
 
 
 class Stored(NamedTuple):
-    """A chunk on the server: how early it leaves (the least first), its name, its memory."""
+    """A chunk on the server: how early it leaves (the least first), its key, its memory."""
 
     rank: tuple[float, int]
-    name: bytes
+    key: str
     nbytes: int
 
 
@@ -72,7 +70,7 @@ class Room(Commands):
             left = [entry for entry in left if entry.key not in without]
             if not leave or not left:
                 break  # the rest is for the server to choose
-            self._ask([("UNLINK", *_halves(each.name)) for each in leave])
+            self._ask([("UNLINK", *self._names(each.key)) for each in leave])
             self._known_until = -math.inf
         if left:
             self._free -= sum(self._cost(entry) for entry in left)
@@ -82,18 +80,18 @@ class Room(Commands):
     def _choose(self, entries: Sequence[Entry]) -> tuple[list[Stored], set[str]]:
         """Which chunks leave for the entries, and the keys of those that have no place."""
         seen, server_chooses = self._seen()
-        own = {self._names(key)[1] for entry in entries for key in (*entry.before, entry.key)}
-        own = {each.name for each in seen if _halves(each.name)[1] in own}
+        own = {key for entry in entries for key in (*entry.before, entry.key)}
         free = self._free
         leave: list[Stored] = []
         refused: set[str] = set()
         for entry in entries:
             cost = self._cost(entry)
-            rank = (math.inf if entry.pinned or self._counts_uses else 0.0, -_depth(entry))
+            depth = first_position(entry.metadata.get("positions", "")) or 0
+            rank = (math.inf if entry.pinned or self._counts_uses else 0.0, -depth)
             may_leave = (
                 (each, each.nbytes)
                 for each in seen
-                if each.rank <= rank and (each.name not in own or each.rank[1] < rank[1])
+                if each.rank <= rank and (each.key not in own or each.rank[1] < rank[1])
             )
             found, is_enough = leaving(may_leave, math.ceil(cost - free))
             is_first = len(found) < len(seen) or not seen  # to leave
@@ -147,18 +145,18 @@ class Room(Commands):
         """
         replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
         refused = isinstance(replies[0], Exception)
-        names = {name: NAME.fullmatch(name) for name in replies if isinstance(name, bytes)}
-        found = {ours[1] for ours in names.values() if ours}
+        names = {name: self._chunk_of(name) for name in replies if isinstance(name, bytes)}
+        found = {key for key in names.values() if key}
         looks: list[tuple[str | bytes, ...]] = []
-        for name in found:
-            metadata, blob = _halves(name)
+        for key in found:
+            metadata, blob = self._names(key)
             looks += [
                 ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob),
                 ("MEMORY", "USAGE", blob),
                 ("PTTL", blob),
                 ("HMGET", metadata, "positions", "copied", "pinned"),
             ]
-        others = [name for name, ours in names.items() if not ours]
+        others = [name for name, key in names.items() if not key]
         replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
         used, nbytes, expires, fields = (replies[n : len(looks) : 4] for n in range(4))
         seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, strict=True)))
@@ -168,29 +166,27 @@ class Room(Commands):
         is_full = not seen and self._free <= 0
         return seen, refused or is_shared or all_stay or is_full
 
-    def _stored(self, looked_at: Iterable[tuple[bytes, Any, Any, Any, Any]]) -> Iterator[Stored]:
-        for name, used, nbytes, expires, fields in looked_at:
+    def _chunk_of(self, name: bytes) -> str | None:
+        """The key to whose halves this one belongs, if it is named like one of ours."""
+        key = self._key(name, KV_BYTES) or self._key(name, METADATA)
+        try:
+            return key and str(ChunkKey.parse(key))
+        except SettingError:
+            return None
+
+    def _stored(self, looked_at: Iterable[tuple[str, Any, Any, Any, Any]]) -> Iterator[Stored]:
+        """Those that are ours to delete: their metadata say where they stand in a prompt, or that
+        they were copied from another tier.
+        """
+        for key, used, nbytes, expires, fields in looked_at:
             if isinstance(used, int) and isinstance(nbytes, int) and isinstance(fields, list):
                 place, copied, pinned = fields
                 lasts = self._policy.startswith("volatile") and expires == -1
                 if (place or copied) and pinned != b"yes" and not lasts:
                     rank = used if self._counts_uses else -roughly(used)
-                    yield Stored((rank, -_start(place or b"")), name, nbytes)
-
-
-def _halves(name: bytes) -> tuple[bytes, bytes]:
-    return name + METADATA.encode(), name + KV_BYTES.encode()
+                    depth = first_position((place or b"").decode(errors="replace")) or 0
+                    yield Stored((rank, -depth), key, nbytes)
 
 
 def _sum(replies: Iterable[Any]) -> int:
     return sum(reply for reply in replies if isinstance(reply, int))
-
-
-def _depth(entry: Entry) -> int:
-    return _start(entry.metadata.get("positions", "").encode())
-
-
-def _start(positions: bytes) -> int:
-    """Tokens before a chunk, by what its metadata say."""
-    start = positions.partition(b"-")[0]
-    return int(start) if start.isdigit() else 0

@@ -245,6 +245,20 @@ def test_nothing_is_deleted_that_is_not_ours(server: Server, policy: str) -> Non
     store.close()
 
 
+@pytest.mark.parametrize("positions", ["9" * 5000, "\u0663-4", "-1-5", "\udcff"])
+def test_positions_that_anybody_has_written_stop_no_writer(server: Server, positions: str) -> None:
+    store = RedisStore(bound(server, 8, "allkeys-lru"))
+    odd = key_of("odd", 1)
+    with server.client() as client:
+        client.set(f"{odd}@kv_bytes", "x" * SIZE)
+        given = positions.encode(errors="surrogateescape")
+        client.hset(f"{odd}@metadata", mapping={"positions": given})
+        for name in "abcd":
+            ask(store, name, 5)
+        assert any(store.sizes(keys_of("d", 5)))
+    store.close()
+
+
 def test_what_does_not_expire_stays_under_volatile_policies(server: Server) -> None:
     url = bound(server, 8, "volatile-lru")
     with RedisStore(url) as lasting, RedisStore(url, ttl=1000) as store:

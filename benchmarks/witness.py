@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -43,17 +44,6 @@ from tests.servers import Server, redis_binary
 RESULTS = Path(__file__).parent / "results"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS, ANSWER = 260, 6
-
-
-@contextmanager
-def replaced(where: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute for a while."""
-    before = getattr(where, name)
-    setattr(where, name, value)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
 
 
 @contextmanager
@@ -84,23 +74,23 @@ def changes(model, ids) -> dict[str, Callable[[], Any]]:
     met, rare = int(ids[0, 100]), int(ids.max()) - 1
     embedding = model.model.embed_tokens.weight
     return {
-        "attention scaling + 10 %, layer 1": lambda: replaced(
+        "attention scaling + 10 %, layer 1": lambda: patch.object(
             first.self_attn, "scaling", first.self_attn.scaling * 1.1
         ),
-        "attention scaling + 10 %, layer 29": lambda: replaced(
+        "attention scaling + 10 %, layer 29": lambda: patch.object(
             last.self_attn, "scaling", last.self_attn.scaling * 1.1
         ),
-        "SiLU -> GELU, layer 16": lambda: replaced(middle.mlp, "act_fn", torch.nn.GELU()),
-        "norm's epsilon 1e-5 -> 1e-3, layer 1": lambda: replaced(
+        "SiLU -> GELU, layer 16": lambda: patch.dict(middle.mlp._modules, act_fn=torch.nn.GELU()),
+        "norm's epsilon 1e-5 -> 1e-3, layer 1": lambda: patch.object(
             first.input_layernorm, "variance_epsilon", 1e-3
         ),
-        "factor of RoPE 1 -> 0.99": lambda: replaced(
+        "factor of RoPE 1 -> 0.99": lambda: patch.object(
             model.model.rotary_emb, "attention_scaling", 0.99
         ),
-        "class LlamaMLP patched": lambda: replaced(
+        "class LlamaMLP patched": lambda: patch.object(
             modeling_llama.LlamaMLP, "forward", lambda self, x: 0.9 * mlp(self, x)
         ),
-        "function apply_rotary_pos_emb patched": lambda: replaced(
+        "function apply_rotary_pos_emb patched": lambda: patch.object(
             modeling_llama,
             "apply_rotary_pos_emb",
             lambda q, k, *rest, **more: rotate(q * 1.1, k, *rest, **more),
@@ -128,14 +118,14 @@ def watched(found: list[float]) -> Iterator[None]:
         found.append(difference(self))
         return found[-1]
 
-    with replaced(Witness, "difference", collecting):
+    with patch.object(Witness, "difference", collecting):
         yield
 
 
 @contextmanager
 def blind(identity: ModelIdentity) -> Iterator[None]:
     """An identity that sees no change."""
-    with replaced(ModelState, "identity", lambda self: identity):
+    with patch.object(ModelState, "identity", lambda self: identity):
         yield
 
 
@@ -205,7 +195,7 @@ def cost(rounds: int) -> Iterator[dict[str, Any]]:
         for turn in range(2 * rounds + 4):
             arm = "with" if turn % 2 else "without"
             shown = Recall._witnesses if arm == "with" else lambda self, known: []
-            with replaced(Recall, "_witnesses", shown):
+            with patch.object(Recall, "_witnesses", shown):
                 begin = time.perf_counter()
                 cache = RedisChunkCache(model, server.unix_url, write=False)
                 generate(model, ids, cache, new=1)

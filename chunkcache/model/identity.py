@@ -40,7 +40,6 @@ class ModelIdentity:
         dtype: Data type of the weights, as `"float32"`.
         digest: SHA-256 over configuration, weights, adapters, numerics and K/V layout (64 hex).
         parts: The digests that went into `digest`, by name, to tell what differs.
-        kind: Class of the model.
         world_size: Processes that share one model (tensor parallel).
         worker: This process among them.
     """
@@ -52,7 +51,6 @@ class ModelIdentity:
     parts: tuple[tuple[str, str], ...]
     world_size: int = 1
     worker: int = 0
-    kind: str = ""
 
     @classmethod
     def of(
@@ -89,8 +87,7 @@ class ModelIdentity:
         whole = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ranks = Ranks.of(model)
-        name, kind = model_name(model), type(model).__name__
-        return cls(name, revision, dtype, whole, parts, ranks.size, ranks.rank, kind)
+        return cls(model_name(model), revision, dtype, whole, parts, ranks.size, ranks.rank)
 
     def salt(self, namespace: str, secret: str = "", codec: str = "") -> bytes:
         """The key of every chunk hash of this model, 32 bytes.
@@ -106,7 +103,8 @@ class ModelIdentity:
 
     def key(self, chunk_hash: str, format: str) -> ChunkKey:
         """The key of a chunk of this model, whatever the folder is called that it came from."""
-        name = f"{self.kind}-{self.digest[:8]}"
+        kind = dict(self.parts)["class"].rpartition(".")[2]
+        name = f"{kind}-{self.digest[:8]}"
         return ChunkKey(format, name, self.world_size, self.worker, chunk_hash)
 
 

@@ -1,4 +1,4 @@
-"""Queries as attention gets them, seen from outside of the model."""
+"""Attention seen from outside of the model; its queries."""
 
 from __future__ import annotations
 
@@ -16,11 +16,34 @@ from chunkcache.kv.layers import GrowingLayer
 _ATTENTION = (F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
-class Queries(TorchFunctionMode):
-    """Notes what each layer's queries are, in this thread, and changes nothing.
+class AttentionWatch(TorchFunctionMode):
+    """Looks at what attention computes, in this thread alone, and changes nothing.
 
-    Attention follows the update of the layer's cache: what is multiplied first between that of one
-    layer and that of the next are its queries. What is compiled passes unseen.
+    Attention follows the update of the layer's cache: what is computed first between that of one
+    layer and that of the next is the attention of the former. What is compiled passes unseen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layer: int | None = None  # whose attention is looked for
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._layer is not None and self._note(self._layer, out, func, args, kwargs or {}):
+            self._layer = None
+        return out
+
+    def _note(
+        self, layer: int, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Look at one call. True if it was the layer's attention."""
+        raise NotImplementedError
+
+
+class Queries(AttentionWatch):
+    """Notes what each layer's queries are.
 
     Attributes:
         seen: By layer `[batch, heads, tokens, head_dim]`, times the scale that
@@ -30,7 +53,6 @@ class Queries(TorchFunctionMode):
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.seen: dict[int, Tensor] = {}
-        self._layer: int | None = None
         self._tokens = self._total = 0
         for index, layer in enumerate(layers):
             if isinstance(layer, GrowingLayer):
@@ -40,16 +62,14 @@ class Queries(TorchFunctionMode):
         self._layer, self._tokens = index, keys.shape[-2]
         self._total = layer.get_seq_length() + self._tokens
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if self._layer is None or func not in _ATTENTION:
-            return out
-        query = args[0] if args else kwargs.get("query", kwargs.get("input"))
+    def _note(
+        self, layer: int, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        if func not in _ATTENTION:
+            return False
+        query: Any = args[0] if args else kwargs.get("query", kwargs.get("input"))
         is_score = func is F.scaled_dot_product_attention or out.shape[-1:] == (self._total,)
-        if is_score and query.dim() == 4 and query.shape[-2] == self._tokens:
-            self.seen[self._layer] = query.double() * (kwargs.get("scale") or 1.0)
-            self._layer = None
-        return out
+        if not (is_score and query.dim() == 4 and query.shape[-2] == self._tokens):
+            return False
+        self.seen[layer] = query.double() * (kwargs.get("scale") or 1.0)
+        return True

@@ -1,7 +1,7 @@
 """Probes: passes through a few layers that tell a repair strategy where the errors are.
 
 Other threads may compute with the same model meanwhile, so a probe changes nothing of it: what it
-sees it sees in its own cache layers, and in the calls of its own thread (a `TorchFunctionMode`).
+sees it sees in its own cache layers, and in the calls of its own thread (an `AttentionWatch`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from chunkcache.errors import RepairError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
 from chunkcache.model.proof import cache_of
+from chunkcache.model.queries import AttentionWatch
 from chunkcache.model.scatter import close_layers, open_layers, scatter_mask
 from chunkcache.repair import Scores
 
@@ -171,11 +171,8 @@ class Probes:
             close_layers(self.layers)
 
 
-class _AttentionRecorder(TorchFunctionMode):
-    """Notes what attention is paid in some layers, by this thread alone, and changes nothing.
-
-    Attention follows the update of the layer's cache: what is computed first between that of one
-    layer and that of the next is the attention of the former.
+class _AttentionRecorder(AttentionWatch):
+    """Notes what attention is paid in some layers.
 
     Attributes:
         sums: What the queries pay to every token, `[tokens]`, summed over heads, by layer.
@@ -185,25 +182,24 @@ class _AttentionRecorder(TorchFunctionMode):
         super().__init__()
         self.sums: dict[int, Tensor] = {}
         self._layers, self._queries, self._tokens = layers, queries, tokens
-        self._layer = -1
 
     def enter_layer(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Note that a layer's cache is being updated."""
-        self._layer = index if index in self._layers else -1
+        self._layer = index if index in self._layers else None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self._layer >= 0 and (func is F.scaled_dot_product_attention or func in _SOFTMAX):
-            weights = out if func in _SOFTMAX else _weights(*args, **(kwargs or {}))
-            # Behind the tokens there may be a column of attention sinks.
-            beside = weights.shape[-1] - self._tokens
-            if weights.dim() > 2 and beside in (0, 1) and weights.shape[-2] % self._queries == 0:
-                every = weights.flatten(0, -2)[:, : self._tokens]
-                self.sums[self._layer] = every.float().sum(0)
-                self._layer = -1
-        return out
+    def _note(
+        self, layer: int, out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        if func is not F.scaled_dot_product_attention and func not in _SOFTMAX:
+            return False
+        weights = out if func in _SOFTMAX else _weights(*args, **kwargs)
+        # Behind the tokens there may be a column of attention sinks.
+        beside = weights.shape[-1] - self._tokens
+        if weights.dim() <= 2 or beside not in (0, 1) or weights.shape[-2] % self._queries:
+            return False
+        every = weights.flatten(0, -2)[:, : self._tokens]
+        self.sums[layer] = every.float().sum(0)
+        return True
 
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)

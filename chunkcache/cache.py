@@ -247,14 +247,15 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._sequence.check_edited(thoroughly=starts or call.new > call.drafts + 1)
         held = past = self._sequence.length
         as_plain = False
-        if starts and not self._continues(call, held):
-            common = 0
-            if held and not self._sequence.edited:
-                common = self._sequence.plain_columns(module, call)
-                as_plain = common > 0
-            if held and not as_plain:
-                common = self._sequence.common_columns(call)
-            held, past = self._keep(common), 0
+        try:
+            whole = starts and not self._continues(call, held)
+            if whole:
+                held, as_plain = self._continued(module, call, held)
+        except UnsupportedCallError:
+            self._owner.end_forward()  # what is held stays as it was
+            raise
+        if whole:
+            held, past = self._keep(held), 0
         self._sequence.crop(held)
         total = past + call.new
         computed = total - held
@@ -331,6 +332,18 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 "continue"
             )
         return False
+
+    def _continued(self, module: nn.Module, call: ForwardCall, held: int) -> tuple[int, bool]:
+        """Columns to keep of those held for a whole prompt, and whether its ids do not name them.
+
+        Raises:
+            UnsupportedCallError: It cannot be told.
+        """
+        if held and not self._sequence.edited:
+            plain = self._sequence.plain_columns(module, call)
+            if plain:
+                return plain, True
+        return (self._sequence.common_columns(call) if held else 0), False
 
     def _keep(self, columns: int) -> int:
         """Drop all that is held but the first columns."""

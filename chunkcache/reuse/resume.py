@@ -53,6 +53,8 @@ def plain_columns(
             "them" + _REMEDY
         )
     common = transcript.common_columns(call.ids, call.pads())
+    if not call.beyond:
+        check_not_a_part(common, call, held)
     in_all, in_new = (_placeholders(module, ids) for ids in (call.ids, call.ids[:, held:]))
     # Models differ in what they want of the types of new tokens: of these alone, or of all.
     typed = any(bool((types[..., held:] != 0).any()) for types in call.types.values())
@@ -76,6 +78,23 @@ def plain_columns(
             "what this cache holds" + _REMEDY
         )
     return 0
+
+
+def check_not_a_part(common: int, call: ForwardCall, held: int) -> None:
+    """Raise if a prompt is but the beginning of what is held: there may be more to come.
+
+    With `prefill_chunk_size` a prompt comes in pieces, and only what is held whole can be continued
+    where ids do not name it.
+
+    Raises:
+        UnsupportedCallError: It is.
+    """
+    if common == call.new < held:
+        raise UnsupportedCallError(
+            "this prompt (or its first piece, with prefill_chunk_size) is the beginning of what "
+            "this cache holds besides, which its ids do not name (an image, K/V changed by others)"
+            + _REMEDY
+        )
 
 
 def check_anew(module: nn.Module, call: ForwardCall) -> None:

@@ -28,7 +28,7 @@ from chunkcache.reuse.index import Origin
 from chunkcache.reuse.prefill import ForwardCall, Rest, first_row, may_change
 from chunkcache.reuse.recall import Recall
 from chunkcache.reuse.restore import discard
-from chunkcache.reuse.resume import check_anew, plain_columns
+from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.settings import OBSERVERS
 from chunkcache.tokens.plan import COMPUTING, GAPS, HELD, Kind, Span
@@ -173,7 +173,10 @@ class Sequence:
             return 0
         assert call.ids is not None
         pads = call.pads()
-        common = min(self.transcript.common_columns(call.ids, pads), call.new - max(call.keep, 1))
+        common = self.transcript.common_columns(call.ids, pads)
+        if self.edited:
+            check_not_a_part(common, call, self.length)
+        common = min(common, call.new - max(call.keep, 1))
         if not self.edited:
             if not self._followed:
                 return 0

@@ -183,6 +183,26 @@ def test_several_answers_about_an_image(kind: str, how: dict[str, Any]) -> None:
     assert attempt(lambda: ask(cache)) == (None if "num_beams" in how else want)
 
 
+@pytest.mark.parametrize("held", ["image", "edited"])
+def test_a_prompt_in_pieces(held: str) -> None:
+    """Pieces of a prompt are not taken for shorter prompts."""
+    model = a_vision_model("llava")
+    cache = RedisChunkCache(model, MemoryStore(), chunk_size=8)
+    first = PICTURE if held == "image" else text(60)
+    said = answer(model, first, cache, **images_of("llava", first)).sequences
+    if held == "edited":
+        for layer in cache.layers:
+            layer.values[..., :30, :].mul_(1.5)
+    ids = torch.cat([said, text(20, 3)], dim=1)
+    for size in (7, 40):
+        assert attempt(lambda s=size: answer(model, ids, cache, prefill_chunk_size=s)) is None
+    assert attempt(lambda: answer(model, first[:, :8], cache)) is None
+    whole = answer(model, ids, cache, prefill_chunk_size=ids.shape[1])
+    if held == "image":
+        assert same_answer(whole, answer(model, ids, **images_of("llava", ids)))
+    assert cache.report.reused == said.shape[1] - 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_rows_with_an_image_each(kind: str) -> None:
     model = a_vision_model(kind)

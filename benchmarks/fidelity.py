@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from chunkcache import RedisChunkCache
+from chunkcache.anywhere.probes import Probes
 from chunkcache.repair import Repair, Scores, Share
-from chunkcache.reuse.probes import Probes
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly

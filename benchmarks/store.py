@@ -45,11 +45,13 @@ import numpy as np
 import redis
 import safetensors.torch
 import torch
+from chunkcache.reuse.restore import Filling
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
+from chunkcache.anywhere.index import Origin
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
@@ -58,8 +60,6 @@ from chunkcache.kv.spare import SpareMemory
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import restore
 from chunkcache.reuse.harvest import blob_of
-from chunkcache.reuse.index import Origin
-from chunkcache.reuse.restore import Filling
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid, cut

@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from chunkcache.reuse.recall import Recall
 from rich.console import Console
 from rich.table import Table
 from transformers import AttentionInterface
@@ -35,7 +36,6 @@ from transformers.models.llama import modeling_llama
 from chunkcache import RedisChunkCache
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import ModelState
-from chunkcache.reuse.recall import Recall
 from chunkcache.reuse.witness import ROUNDING, Witness
 from chunkcache.samples import document, load_smollm2
 from chunkcache.stores.memory import MemoryStore

@@ -39,7 +39,7 @@ _HOMES = {
     "enabled": "enable",
     "metrics": "metrics",
     "open_store": "stores",
-    "uninstall": "reuse.prefill",
+    "uninstall": "reuse.hook",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from chunkcache.library.documents import DocumentsSummary as DocumentsSummary
     from chunkcache.library.documents import add_documents as add_documents
     from chunkcache.report import Report as Report
-    from chunkcache.reuse.prefill import uninstall as uninstall
+    from chunkcache.reuse.hook import uninstall as uninstall
     from chunkcache.settings import Settings as Settings
     from chunkcache.stores import open_store as open_store
 else:  # which would take any name for a good one, if they saw this

@@ -23,11 +23,12 @@ from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
+from chunkcache.reuse.context import CacheContext, Indexer
+from chunkcache.reuse.conversation import Conversation
+from chunkcache.reuse.hook import ForwardCall, PrefillAware, TrimSpec, install
 from chunkcache.reuse.owner import Owner
-from chunkcache.reuse.prefill import ForwardCall, PrefillAware, Rest, install
+from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
-from chunkcache.reuse.sequence import Sequence
-from chunkcache.reuse.step import Setup, Step
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.readonly import ReadOnly
@@ -38,6 +39,14 @@ _NOT_REACHED = (
     "no forward has been given this cache since generate() began: PEFT's prefix tuning, for one, "
     "puts a cache of its own in its place"
 )
+
+
+def _reuse_anywhere() -> tuple[type[Prefill], Indexer]:
+    """What `reuse="anywhere"` puts in the place of prefix reuse, which does without all of it."""
+    from chunkcache.anywhere.index import index_entries
+    from chunkcache.anywhere.prefill import AnywherePrefill
+
+    return AnywherePrefill, index_entries
 
 
 class RedisChunkCache(DynamicCache, PrefillAware):
@@ -68,8 +77,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         SettingError: A setting or the URL cannot work.
     """
 
-    _sequence: Sequence
-    _step: Step
+    _conversation: Conversation
+    _prefill: Prefill | None = None  # while a prompt's forward runs
     _parked: bool  # generate() has begun and its prompt is awaited
     _again: bool  # the last forward is to be done again
     _records_past = False  # drafts may have to be taken back
@@ -94,30 +103,30 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if not chosen.write:
             store = ReadOnly(store)
         grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
-        self._setup = Setup(inner, state, store, chosen, grid, tokenizer)
+        anywhere = chosen.reuse == "anywhere"
+        self._prefill_type, indexer = _reuse_anywhere() if anywhere else (Prefill, None)
+        self._context = CacheContext(inner, state, store, chosen, grid, indexer, tokenizer)
         self.report = Report(tokenizer=tokenizer)
         self._reported = 0
-        self._step = Step(past=0, held=0, total=0, certain=0, is_prompt=False)
         self._owner = Owner()
         self._forget()
-        anywhere = chosen.reuse == "anywhere"
         turns = anywhere or chosen.codec.startswith(INT8)
         if not inner.training and (turns or not state.is_known):
-            self._sequence.identify()  # now, rather than within the time to the first token
-            if anywhere and not self._setup.foreign_code:
-                self._sequence.mover()  # or refuse the model at once
+            self._conversation.identify()  # now, rather than within the time to the first token
+            if not self._context.foreign_code:
+                self._prefill_type.check_model(self._conversation)
         state.caches.add(self)  # before the hook, which is taken off where there is none
         install(inner)
 
     @property
     def store(self) -> ChunkStore:
         """Where chunks are looked up and kept."""
-        return self._setup.store
+        return self._context.store
 
     @property
     def settings(self) -> Settings:
         """The settings in force."""
-        return self._setup.settings
+        return self._context.settings
 
     # ------------------------------------------------------------------ what Transformers calls
 
@@ -133,10 +142,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._owner.begin_call(self)
         if self._owner.failed:
             self._forget()
-        self._sequence.check_edited()
-        self._parked = not self._sequence.is_resized
+        self._conversation.check_edited()
+        self._parked = not self._conversation.is_resized
         self._records_past = False
-        self.report = Report(skipped=_NOT_REACHED, tokenizer=self._setup.tokenizer)
+        self.report = Report(skipped=_NOT_REACHED, tokenizer=self._context.tokenizer)
 
     @property
     def is_compileable(self) -> bool:
@@ -171,7 +180,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Remove the last tokens; the number is negative, as in `DynamicCache`."""
         with self._change():
             super().crop(tokens_to_remove)
-            self._sequence.crop(self._sequence.length)
+            self._conversation.crop(self._conversation.length)
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` needs to take tokens back, also in layers that come later."""
@@ -182,20 +191,20 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Reorder the rows, for beam search."""
         with self._change():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-            self._sequence.take_rows(beam_idx)
+            self._conversation.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         with self._change():
             super().batch_repeat_interleave(repeats)
-            rows = torch.arange(len(self._sequence.transcript.pads))
-            self._sequence.take_rows(rows.repeat_interleave(repeats))
+            rows = torch.arange(len(self._conversation.transcript.pads))
+            self._conversation.take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows given."""
         with self._change():
             super().batch_select_indices(indices)
-            self._sequence.take_rows(indices)
+            self._conversation.take_rows(indices)
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -222,77 +231,79 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """Copy what is held; model, store and tokenizer stay shared."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        memo[id(self._setup)] = self._setup
-        memo[id(self._setup.tokenizer)] = self._setup.tokenizer
-        self._sequence.check_edited()
+        memo[id(self._context)] = self._context
+        memo[id(self._context.tokenizer)] = self._context.tokenizer
+        self._conversation.check_edited()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        self._setup.state.caches.add(twin)
+        self._context.state.caches.add(twin)
         return twin
 
     # ------------------------------------------------------------------ what the hook calls
 
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
         """Find out what is known of the prompt, fill the layers, and say what is left."""
         self._owner.begin_forward()
         starts, self._parked = self._parked, False
         again, self._again = self._again, False
+        conversation = self._conversation
         if self._owner.failed:  # half-way: some layers are ahead of others
-            if self._sequence.length and not starts:
+            if conversation.length and not starts:
                 self._owner.end_forward(failed=True)
                 raise UnsupportedCallError(
                     "the last forward with this cache failed half-way, so what it holds is of no "
                     "use: call cache.reset() and pass the whole prompt"
                 )
-            self._forget()
-        self._sequence.check_edited(thoroughly=starts or call.new > call.drafts + 1)
-        held = past = self._sequence.length
-        as_plain = False
+            conversation = self._forget()
+        conversation.check_edited(thoroughly=starts or call.new > call.drafts + 1)
+        held = past = conversation.length
+        as_plain = whole = False
         try:
-            whole = starts and not self._continues(call, held)
+            whole = starts and not conversation.continues(call)
             if whole:
-                held, as_plain = self._continued(module, call, held)
+                held, as_plain = conversation.kept_columns(module, call)
         except UnsupportedCallError:
             self._owner.end_forward()  # what is held stays as it was
             raise
         if whole:
-            held, past = self._keep(held), 0
-        self._sequence.crop(held)
+            conversation, past = self._keep(held), 0
+        conversation.crop(held)
         total = past + call.new
-        computed = total - held
-        self._step = Step(
-            past=past,
-            held=held,
-            total=total,
-            certain=total - call.drafts,
-            is_prompt=starts or not held or computed > call.drafts + 1,
-            as_plain=as_plain,
-            may_run_ahead=not past and not again and self._setup.runs_ahead,
-        )
-        if self._step.is_prompt:
+        if starts or not held or total - held > call.drafts + 1:
             if not again and (starts or not past or past != self._reported):
-                self.report = Report(tokenizer=self._setup.tokenizer)
+                self.report = Report(tokenizer=self._context.tokenizer)
             self._reported = total
-        rest = self._sequence.begin(module, call, self._step, self.report)
+            self._prefill = self._prefill_type(
+                conversation, module, call, self.report,
+                past=past, held=held, as_plain=as_plain, again=again,
+            )  # fmt: skip
+            trim = self._prefill.begin()
+        else:
+            self._prefill = None
+            trim = conversation.begin_step(call, past)
         if self._records_past:  # a prompt's layers may be new ones
             self.activate_past_recording()
-        return rest
+        return trim
 
     def end_forward(self, module: nn.Module) -> bool:
         """Keep the chunks that this forward has completed. True if it must be done again."""
+        prefill = self._prefill
         try:
-            again = self._sequence.end(self._step, self.report)
+            if prefill is None:
+                self._conversation.end_step(self.report)
+            again = prefill is not None and not prefill.finish()
         except StoreError:  # of storing: what is held is sound
             self._owner.end_forward()
             raise
         self._owner.end_forward()
-        if again:
-            why = self._sequence.opaque
-            past = [max(self._step.past - pad, 0) for pad in self._sequence.transcript.pads]
+        if prefill is not None and again:
+            why = self._conversation.bypass_reason
+            past = [max(prefill.past - pad, 0) for pad in self._conversation.transcript.pads]
             self.report = self.report.again(past)
-            self._keep(self._step.past)  # which this forward was not given
-            self._sequence.opaque, self._again = why, True
+            self._keep(prefill.past).bypass_reason = why  # which this forward was not given
+            self._again = True
         else:
-            self._meter.read(self.report, self._step.is_prompt)
+            self._meter.read(self.report, prefill is not None)
+            self._prefill = None
         return again
 
     def fail_forward(self) -> None:
@@ -300,70 +311,31 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if not self._owner.computes_here:
             return
         self._owner.end_forward(failed=True)
-        # Perhaps it failed because of what the store gave: then that must not be there next time.
-        self._sequence.has_arrived(self._step, self.report)
+        if self._prefill is not None:
+            # Perhaps it failed because of what the store gave: then that must not be there next
+            # time.
+            self._prefill.has_arrived()
 
-    def _continues(self, call: ForwardCall, held: int) -> bool:
-        """Whether the ids given to `generate()` are only those behind what is held.
-
-        Then the mask covers more than the ids, or, an all-ones mask being dropped, the positions
-        do not start at 0.
-        """
-        if call.mask is not None and call.ids is not None:
-            columns = call.mask.shape[-1]
-            if columns not in (call.new, held + call.new):
-                raise UnsupportedCallError(
-                    f"attention_mask covers {columns} tokens, but the cache holds {held} and "
-                    f"input_ids bring {call.new}: pass the whole prompt, or a mask over both"
-                )
-            return columns != call.new
-        if not held:
-            return False
-        first = call.first_position()
-        if first in (held, self._sequence.follows_at(held)):  # as a plain cache has it, or an image
-            return True
-        if first != 0 and call.ids is not None and not self._sequence.begins_like(call):
-            why = "this model takes no position_ids"
-            if first is not None:
-                why = f"position_ids begin with {first}, and this cache holds {held} tokens"
-            raise UnsupportedCallError(
-                f"{why}, so it cannot be told whether input_ids are a new prompt or continue what "
-                "the cache holds: call cache.reset() before a new prompt, pass the whole text to "
-                "continue"
-            )
-        return False
-
-    def _continued(self, module: nn.Module, call: ForwardCall, held: int) -> tuple[int, bool]:
-        """Columns to keep of those held for a whole prompt, and whether its ids do not name them.
-
-        Raises:
-            UnsupportedCallError: It cannot be told.
-        """
-        if held and not self._sequence.edited:
-            plain = self._sequence.plain_columns(module, call)
-            if plain:
-                return plain, True
-        return (self._sequence.common_columns(call) if held else 0), False
-
-    def _keep(self, columns: int) -> int:
+    def _keep(self, columns: int) -> Conversation:
         """Drop all that is held but the first columns."""
+        conversation = self._conversation
         if not columns:
-            self._forget()
-        elif columns < self._sequence.length:
-            self.crop(columns - self._sequence.length)
-        return columns
+            return conversation if conversation.is_new else self._forget()
+        if columns < conversation.length:
+            self.crop(columns - conversation.length)
+        return conversation
 
-    def _forget(self) -> None:
+    def _forget(self) -> Conversation:
         """Become empty, as new."""
         self._owner.failed = True  # until all of it is new
-        if self._step.arrival:  # of a forward that was interrupted
-            self._step.arrival.stop()
-            self._step.arrival = None
-        self._step.witness = None
-        self._sequence = Sequence(self._setup)
+        if self._prefill is not None:  # of a forward that was interrupted
+            self._prefill.stop()
+            self._prefill = None
+        self._conversation = Conversation(self._context)
         self._meter = Meter()
-        self.layers = self._sequence.layers
+        self.layers = self._conversation.layers
         self._parked = self._again = self._owner.failed = False
+        return self._conversation
 
     # ------------------------------------------------------------------ what users call
 
@@ -392,11 +364,12 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             SettingError: These are not a prompt, or that is no tokenizer.
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
-        tokenizer = tokenizer or self._setup.tokenizer
+        tokenizer = tokenizer or self._context.tokenizer
         if tokenizer is not None:
             check_decoder(tokenizer)
         decode = None if tokenizer is None else tokenizer.decode
-        return explain(self._reading, Prompt.of(input_ids, attention_mask), decode, elsewhere)
+        prompt = Prompt.of(input_ids, attention_mask)
+        return explain(self._reading, self._prefill_type, prompt, decode, elsewhere)
 
     def audit(
         self,
@@ -426,16 +399,16 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """
         prompt = Prompt.of(input_ids, attention_mask)
         fresh = copy.copy(self)
-        fresh._setup, fresh._owner = self._reading, Owner()
+        fresh._context, fresh._owner, fresh._prefill = self._reading, Owner(), None
         fresh._forget()
-        full, cached = run_both(self._setup.model, fresh, prompt, continuation, new_tokens)
+        full, cached = run_both(self._context.model, fresh, prompt, continuation, new_tokens)
         # What it would have stored was not dropped for want of room.
         return compare(full, cached, prompt.mask, replace(fresh.report, bytes_dropped=0))
 
     @property
-    def _reading(self) -> Setup:
-        """The setup, with a store that takes nothing."""
-        return replace(self._setup, store=ReadOnly(self.store))
+    def _reading(self) -> CacheContext:
+        """The context, with a store that takes nothing."""
+        return replace(self._context, store=ReadOnly(self.store))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until no chunk waits any more: all are written, or given up where that failed.

@@ -19,7 +19,7 @@ from chunkcache.cache import RedisChunkCache
 from chunkcache.model.check import CACHE, TAKES_A_CACHE, check_model
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.reuse.prefill import INSTALLING, cache_in, is_installed, uninstall
+from chunkcache.reuse.hook import INSTALLING, cache_in, is_installed, uninstall
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.locks import ForkSafeLock
 

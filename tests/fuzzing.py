@@ -23,16 +23,16 @@ from urllib.parse import urlsplit
 import numpy as np
 import redis
 import torch
+from chunkcache.reuse.restore import Filling, known_chunks
 from redis.connection import AbstractConnection
 
+from chunkcache.anywhere.index import Origin, Passage, index_entries, search
 from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.keys import CODECS, ChunkKey
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, peek_all, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.reuse.index import Origin, Passage, index_entries, search
-from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.settings import Settings
 from chunkcache.stores import OPENERS, _bytes_parameter, _folder, open_store
 from chunkcache.stores.base import Entry

@@ -504,7 +504,7 @@ def test_nothing_is_shared_by_models_that_differ(store):
         assert torch.equal(generate(model, ids, cache), generate(model, ids)), name
         assert cache.report.reused == 0, name
     twin = RedisChunkCache(tiny("llama"), store)
-    generate(twin._setup.model, ids, twin)
+    generate(twin._context.model, ids, twin)
     assert twin.report.reused == 299
 
 
@@ -649,8 +649,8 @@ def test_swapped_blobs_are_misses(llama):
     ids = random_ids(300)
     cache = RedisChunkCache(llama, store)
     generate(llama, ids, cache)
-    origin = cache._sequence._held.origin
-    keys = [origin.key(c.hash) for c in cut(ids[0].numpy(), cache._setup.grid, origin.salt)]
+    origin = cache._conversation._held.origin
+    keys = [origin.key(c.hash) for c in cut(ids[0].numpy(), cache._context.grid, origin.salt)]
     first, second = (memoryview(bytes(blob)) for blob in store.read(keys))
     store.write([Entry(keys[0], {}, second), Entry(keys[1], {}, first)])
     cache = RedisChunkCache(llama, store)

@@ -168,7 +168,7 @@ def test_what_is_dropped_no_longer_counts(model, store):
     generate(model, more, cache)
     assert cache.report.reused > 300
     assert cache.report.lossy
-    assert cache._sequence.transcript.lossy_from == 200
+    assert cache._conversation.transcript.lossy_from == 200
     other = joined(begin, 30)
     assert torch.equal(generate(model, other, cache), generate(model, other))
     assert cache.report.reused == 200
@@ -196,7 +196,7 @@ def test_what_was_computed_before_moved_text_is_exact(model, store):
     generate(model, joined(begin, DOCUMENTS[0], 9), cache)
     assert cache.report.moved > 200
     assert cache.report.lossy
-    assert cache._sequence.transcript.lossy_from == 154
+    assert cache._conversation.transcript.lossy_from == 154
     generate(model, joined(begin, 170), cache)
     assert cache.report.reused == 150
     assert cache.report.exact
@@ -325,9 +325,9 @@ def test_secrets_and_keys_are_not_shown(model, store, monkeypatch):
     cache = RedisChunkCache(model, store)
     generate(model, IDS, cache)
     assert cache.settings.secret == SECRET
-    salt = cache._sequence._salt
+    salt = cache._conversation._salt
     shown = [
-        repr(cache.settings), repr(cache._setup), repr(cache._sequence._held), repr(cache),
+        repr(cache.settings), repr(cache._context), repr(cache._conversation._held), repr(cache),
         json.dumps(cache.report.to_dict()), str(cache.report), str(entries(store)),
     ]  # fmt: skip
     for text in shown:

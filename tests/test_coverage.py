@@ -16,7 +16,7 @@ from chunkcache.kv.rope import KeyMover
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.scatter import scatter_mask
 from chunkcache.reuse import recall
-from chunkcache.reuse.prefill import ForwardCall
+from chunkcache.reuse.hook import ForwardCall
 from chunkcache.reuse.witness import Witness
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens

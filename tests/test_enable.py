@@ -18,7 +18,7 @@ from chunkcache import (
     enabled,
 )
 from chunkcache.model.check import CACHE
-from chunkcache.reuse.prefill import install, is_installed
+from chunkcache.reuse.hook import install, is_installed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.words import word_tokenizer, words

@@ -109,7 +109,7 @@ def check_goes_on(prompts: Prompts, cache: RedisChunkCache) -> None:
         assert "cache.reset()" in str(error)  # noqa: PT017
         return
     finally:
-        before = cache._sequence.transcript.ids()[0] if cache._sequence.transcript.columns else None
+        before = cache._conversation.transcript.ids()[0] if cache._conversation.transcript.columns else None
     assert before is not None
     full = prompts.model(before[None]).logits[:, -1]
     assert (out.logits[:, -1] - full).abs().max() < 1e-3

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chunkcache.anywhere.matching import StoredChunk, grow
 from chunkcache.errors import BlobError
 from chunkcache.keys import ChunkKey
 from chunkcache.repair import Mask
-from chunkcache.reuse.index import Origin
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Listed, first_position
 from chunkcache.tokens.chunking import Tokens
 from chunkcache.tokens.listed import from_text
-from chunkcache.tokens.matching import StoredChunk, grow
 from chunkcache.tokens.plan import stretches
 
 WINDOW = 32  # tokens that must be alike
@@ -72,12 +72,12 @@ def repeats(row: Tokens, wanted: Mask) -> list[tuple[int, int]]:
     return [(a, b) for a, b, value in stretches(again & wanted) if value]
 
 
-def text_of(origin: Origin, entry: Listed) -> Tokens | None:
+def text_of(keys: KeySpace, entry: Listed) -> Tokens | None:
     """`[tokens]`, the text of a chunk, if its metadata tell it."""
     text = (entry.metadata or {}).get("token_ids", "")
     try:
         if not text.startswith("["):  # it is sealed
-            text = origin.codec.reveal(text, entry.key)
+            text = keys.codec.reveal(text, entry.key)
     except BlobError:
         return None
     tokens = from_text(text)

@@ -18,8 +18,8 @@ from chunkcache.keys import ChunkKey
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import PROOF_FORMAT
 from chunkcache.repair import Mask
-from chunkcache.reuse.index import Origin
-from chunkcache.settings import Settings
+from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.token_text import shown
@@ -53,8 +53,8 @@ class Sighting:
 
 
 def sightings(
-    origin: Origin,
-    settings: Settings,
+    context: CacheContext,
+    keys: KeySpace,
     rows: Sequence[Tokens],
     cuts: Sequence[Sequence[Chunk]],
     wanted: Sequence[Mask],
@@ -62,8 +62,8 @@ def sightings(
     """What chunks hold of these rows' wanted tokens; for each row, the nearest ones last.
 
     Args:
-        origin: Where the prompt's chunks would be.
-        settings: Those of the cache.
+        context: Store and settings of the cache.
+        keys: Where the prompt's chunks would be.
         rows: `[tokens]` ids of each row.
         cuts: The chunks of each row.
         wanted: `[tokens]` of each row, True where nothing is known.
@@ -78,17 +78,17 @@ def sightings(
     own: defaultdict[str, list[tuple[int, Chunk]]] = defaultdict(list)
     for row, chunks in enumerate(cuts):
         for chunk in chunks:
-            own[origin.key(chunk.hash)].append((row, chunk))
+            own[keys.key(chunk.hash)].append((row, chunk))
     alike: list[Match] = []
     evicted: set[str] = set()  # their metadata still tell what stood before others
-    for entry in catalog.entries(origin.store):
+    for entry in catalog.entries(context.store):
         if not entry.nbytes:
             evicted.add(entry.key)
             for row, chunk in own.get(entry.key, ()):
                 found[row].append(Sighting(chunk.start, chunk.stop, EVICTED, 0))
-        if (tokens := text_of(origin, entry)) is not None:
+        if (tokens := text_of(keys, entry)) is not None:
             alike += matches(entry, tokens, rows, places)
-    reasons = _Reasons(origin, settings, rows, cuts)
+    reasons = _Reasons(context, keys, rows, cuts)
     # What stood before a chunk comes before it.
     for match in sorted(alike, key=lambda match: match.at):
         told = reasons.of(match)
@@ -102,12 +102,13 @@ class _Reasons:
 
     def __init__(
         self,
-        origin: Origin,
-        settings: Settings,
+        context: CacheContext,
+        keys: KeySpace,
         rows: Sequence[Tokens],
         cuts: Sequence[Sequence[Chunk]],
     ) -> None:
-        self._origin, self._settings, self._rows = origin, settings, rows
+        self._keys, self._rows = keys, rows
+        self._store, self._settings = context.store, context.settings
         self._spans = [{(chunk.start, chunk.stop) for chunk in chunks} for chunks in cuts]
         self._cuts: dict[tuple[int, ...], set[str]] = {}  # hashes, by row, size and overlap
         self._differences: dict[tuple[str, ...], str] = {}
@@ -117,7 +118,7 @@ class _Reasons:
     def of(self, match: Match) -> tuple[str, int] | None:
         """The reason and its distance; None for another process's part of this model's K/V."""
         rooted = self._is_rooted(match)
-        mine, key = self._origin.identity, match.key
+        mine, key = self._keys.identity, match.key
         if key.world_size == mine.world_size and key.worker != mine.worker:
             return None
         where, far = self._where(match)
@@ -145,18 +146,18 @@ class _Reasons:
 
     def _where(self, match: Match) -> tuple[str, int]:
         """For which other model, in which other namespace and codec a chunk is, and how far off."""
-        origin, key, fields = self._origin, match.key, match.fields
-        mine, other = origin.identity, fields.get("identity", "")
+        key, fields = match.key, match.fields
+        mine, other = self._keys.identity, fields.get("identity", "")
         where, far = "", 0
         if other != mine.digest or key.world_size != mine.world_size:
             name = fields.get("model", key.model)
             parts = (other, name, str(key.world_size), fields.get("dtype", ""))
             if parts not in self._differences:
-                self._differences[parts] = _difference(origin.store, mine, key, fields)
+                self._differences[parts] = _difference(self._store, mine, key, fields)
             where, far = f" for another model ({self._differences[parts]})", 3
         if (name := fields.get("namespace", "")) != self._settings.namespace:
             where, far = f"{where}, in the namespace {name!r}", far or 2
-        if key.format != origin.codec.format:
+        if key.format != self._keys.codec.format:
             where, far = f"{where}, with the codec {shown(key.format)}", far or 1
         return where, far
 
@@ -166,7 +167,7 @@ class _Reasons:
         if where or grid[0] <= grid[1]:
             return f"in the store{where}{OTHER_CUT}{'' if where else NOT_INDEXED}"
         if (match.row, *grid) not in self._cuts:
-            chunks = cut(self._rows[match.row], Grid(*grid), self._origin.salt)
+            chunks = cut(self._rows[match.row], Grid(*grid), self._keys.salt)
             self._cuts[match.row, *grid] = {chunk.hash for chunk in chunks}
         if match.key.chunk_hash in self._cuts[match.row, *grid]:
             index = NOT_INDEXED if self._settings.reuse == "anywhere" else ""

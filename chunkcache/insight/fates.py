@@ -8,14 +8,16 @@ from itertools import pairwise
 
 import numpy as np
 
+from chunkcache.anywhere.matching import Piece
+from chunkcache.gain import NO_GAIN
 from chunkcache.insight.elsewhere import Sighting
 from chunkcache.insight.explanation import Finding
+from chunkcache.insight.seams import Decode, Seam, find_seams
 from chunkcache.repair import Mask
-from chunkcache.reuse.step import Setup
+from chunkcache.reuse.blobs import WRONG_SIZE
+from chunkcache.reuse.context import CacheContext
 from chunkcache.tokens.chunking import Chunk, Tokens
-from chunkcache.tokens.matching import Piece
 from chunkcache.tokens.plan import NOT_IN_STORE, TOO_SHORT, Kind, RowPlan
-from chunkcache.tokens.seams import Decode, Seam, find_seams
 
 LAST_TOKEN = "the last token is always computed"
 TAIL_NOT_IN_STORE = "not in the store (a shorter last chunk is kept only where a prompt ended)"
@@ -25,7 +27,6 @@ OTHER_POSITION = "computed at another position"
 OTHER_CUT = "cut into other chunks"
 OTHER_CONTEXT = "computed behind other text"
 INEXACT_CONTEXT = "computed behind moved text"
-DAMAGED = "its blob is damaged: it has not the length that it must have"
 BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
 REPEATED = "not in the store; it repeats text of this prompt, which can be moved once it is stored"
 WOULD_MOVE = ": reuse='anywhere' would find it"
@@ -37,7 +38,7 @@ class RowFate:
 
     Attributes:
         row: Its number.
-        setup: Whether text may move.
+        context: Whether text may move.
         sizes: Bytes of each chunk's blob, by hash.
         pad: Columns of padding before it.
         plan: The row's chunks, and how far they are known.
@@ -51,7 +52,7 @@ class RowFate:
     """
 
     row: int
-    setup: Setup
+    context: CacheContext
     sizes: Mapping[str, int]
     pad: int
     plan: RowPlan
@@ -65,7 +66,7 @@ class RowFate:
 
     @property
     def _may_move(self) -> bool:
-        return self.setup.settings.reuse == "anywhere"
+        return self.context.settings.reuse == "anywhere"
 
     def _moving(self) -> list[Piece]:
         return [p for p in self.pieces if self._may_move and self.sizes[p.chunk.hash]]
@@ -89,18 +90,13 @@ class RowFate:
                 mask[chunk.start : chunk.stop] = False
         return mask
 
-    def moved_reads(self, computed: Mask) -> set[str]:
-        """Hashes of chunks to be moved, where they spare the model one of these columns."""
-        here = computed[self.pad :]
-        return {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
-
-    def exact_reads(self, computed: Mask) -> set[str]:
-        """Hashes of the chunks whose K/V would be taken as they are."""
-        stop = self.known
+    def reads(self, computed: Mask) -> set[str]:
+        """Hashes of the chunks that would be read when these columns are computed."""
+        here, stop = computed[self.pad :], self.known
         if not self._may_move:
-            here = computed[self.pad :]
             stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
-        return {chunk.hash for chunk in self.plan.reads(stop)}
+        moved = {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
+        return moved | {chunk.hash for chunk in self.plan.reads(stop)}
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
@@ -112,7 +108,8 @@ class RowFate:
         chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
         exact = [c for c in chunks if c.start < self.known and c.stop <= self.plan.reach]
         missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
-        there = [self._chunk(c, GAP_BEFORE) for c in chunks if self.sizes[c.hash]]
+        gap = NO_GAIN if self.plan.missing == NO_GAIN else GAP_BEFORE
+        there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]
         by_text = [self._piece(piece, here) for piece in self.pieces]
         # What is said later of a token hides what was said before.
         said = [
@@ -143,8 +140,8 @@ class RowFate:
 
     def _chunk(self, chunk: Chunk, why: str, kind: Kind = Kind.COMPUTED) -> Finding:
         if chunk.hash in self.damaged:
-            why = DAMAGED
-        elif why == NOT_IN_STORE and chunk.stop - chunk.start < self.setup.grid.size:
+            why = WRONG_SIZE
+        elif why == NOT_IN_STORE and chunk.stop - chunk.start < self.context.grid.size:
             why = TAIL_NOT_IN_STORE
         size = self.sizes[chunk.hash]
         origin = "store" if size else ""
@@ -156,7 +153,7 @@ class RowFate:
         size, why = self.sizes[piece.chunk.hash], self._why_not_exact(piece)
         kind = Kind.COMPUTED
         if not size:
-            why = DAMAGED if piece.chunk.hash in self.damaged else BLOB_GONE
+            why = WRONG_SIZE if piece.chunk.hash in self.damaged else BLOB_GONE
         elif not self._may_move:
             why += WOULD_MOVE
         elif here[piece.start : piece.stop].all():

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from chunkcache.anywhere.index import MOST_VARIANTS, index_entries
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError, UnsupportedCallError
 from chunkcache.model.check import check_model
 from chunkcache.model.proof import forward, takes
 from chunkcache.model.state import ModelState
-from chunkcache.reuse.index import MOST_VARIANTS, created_now, index_entries
-from chunkcache.reuse.prefill import TRAINING
+from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.harvest import created_now
+from chunkcache.reuse.hook import TRAINING
 from chunkcache.reuse.prompt import Prompt
-from chunkcache.reuse.step import Setup
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.patient import PatientStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
@@ -93,8 +94,11 @@ class Compiler:
         self.computed = 0
         self._grid = Grid(self.settings.chunk_size, self.settings.chunk_overlap)
         state = ModelState.of(self.model)
-        setup = Setup(self.model, state, self.store, self.settings, self._grid)
-        self._origin = setup.origin(state.identity())
+        context = CacheContext(self.model, state, self.store, self.settings, self._grid)
+        identity = state.identity()
+        layout = state.proof(identity, self.store).layout
+        assert layout is not None, "a model without a layout is refused"
+        self._keys = context.keyspace(identity, layout)
         # Never "anywhere" here: what documents have in common would be moved from one to the other,
         # and bring its context along.
         self._exact = {**settings, "reuse": "prefix", "on_error": "raise"}
@@ -103,14 +107,14 @@ class Compiler:
     def document(self, prefix: Tokens, ids: Tokens) -> Document:
         """A document `[tokens]` behind a prefix `[tokens]`."""
         row, begin = np.concatenate([prefix, ids]), len(prefix)
-        chunks = cut(row, self._grid, self._origin.salt, self.settings.store_tail)
+        chunks = cut(row, self._grid, self._keys.salt, self.settings.store_tail)
         chunks = [chunk for chunk in chunks if chunk.stop > begin]
         created = created_now()
         index: list[Entry] = []
         for chunk in chunks:
             # Of the document's own tokens only: by what all documents begin with, none is found.
             shifted = Chunk(chunk.start - begin, chunk.stop - begin, chunk.hash)
-            index += index_entries(self._origin, shifted, ids, created, self.settings.pin)
+            index += index_entries(self._keys, shifted, ids, created, self.settings.pin)
         return Document(row, begin, chunks, index)
 
     def look(self, documents: Sequence[Document]) -> list[Document]:
@@ -119,7 +123,7 @@ class Compiler:
         Raises:
             StoreError: The store failed.
         """
-        keys = {c.hash: self._origin.key(c.hash) for doc in documents for c in doc.chunks}
+        keys = {c.hash: self._keys.key(c.hash) for doc in documents for c in doc.chunks}
         sizes = self._ask(self.store.sizes, keys.values())
         index = {entry.key for doc in documents for entry in doc.index}
         fields = self._ask(self.store.read_metadata, [*keys.values(), *index])

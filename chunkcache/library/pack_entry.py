@@ -11,9 +11,9 @@ from typing import Any
 
 import xxhash
 
+from chunkcache.anywhere.anchors import REACH
 from chunkcache.errors import BlobError, SettingError
 from chunkcache.keys import CODECS, SEALED, ZSTD, ChunkKey
-from chunkcache.tokens.anchors import REACH
 from chunkcache.tokens.listed import from_text
 
 FORMAT = "chunkcache-pack/1"

@@ -3,122 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
-
-import numpy as np
 
 from chunkcache.kv.coding import Form
 from chunkcache.kv.layers import row_runs, row_slice
-from chunkcache.reuse.index import created_now, index_entries
-from chunkcache.reuse.step import Held, Setup, Step
+from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry, merged
-from chunkcache.tokens.chunking import Chunk, Tokens, cut, keyed_hash
+from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.listed import as_text
-from chunkcache.tokens.matching import SHORTEST_RUN
+from chunkcache.tokens.transcript import Transcript
 
 EXACT, APPROXIMATE = "exact", "approximate"
 
 
-def exact_lengths(held: Held, step: Step) -> list[int]:
-    """Tokens from the start of each row whose K/V may be kept under exact keys."""
-    transcript = held.transcript
-    last = step.certain if transcript.text_until is None else transcript.text_until
-    return [
-        max(min(step.certain, last if end is None else min(end, last)) - pad, 0)
-        for pad, end in zip(transcript.pads, transcript.exact_until, strict=True)
-    ]
+@dataclass(frozen=True, slots=True)
+class ByText:
+    """What `reuse="anywhere"` stores besides.
+
+    Attributes:
+        chunks: Of each row, chunks that are known by their text alone.
+        stale: Index entries to put right: by key, what shall replace them.
+    """
+
+    chunks: Sequence[Sequence[Chunk]]
+    stale: Mapping[str, Entry] = field(default_factory=dict)
 
 
-def harvest(setup: Setup, held: Held, step: Step) -> list[Entry]:
+def created_now() -> str:
+    """When a chunk is made, as metadata and index say it: later ones sort behind earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def harvest(
+    context: CacheContext,
+    keys: KeySpace,
+    layers: Sequence[Any],
+    transcript: Transcript,
+    known: set[str],
+    certain: int,
+    tail: bool = False,
+    by_text: ByText | None = None,
+) -> list[Entry]:
     """Entries for all chunks that are not known yet; they become known.
 
     Index entries stand behind the chunks that they name.
+
+    Args:
+        context: Store and settings.
+        keys: Those of the chunks.
+        layers: The layers that hold the K/V.
+        transcript: The tokens they are of.
+        known: Hashes of chunks that the store has.
+        certain: Columns that nobody will take back.
+        tail: Whether a row's last, shorter chunk is kept.
+        by_text: What else there is to store.
     """
     chunks: list[Entry] = []
     index: list[Entry] = []
-    ids = held.transcript.ids()
-    for row, pad in enumerate(held.transcript.pads):
+    ids, lengths = transcript.ids(), transcript.exact_lengths(certain)
+    for row, (pad, length) in enumerate(zip(transcript.pads, lengths, strict=True)):
         tokens = ids[row, pad:].numpy()
-        before: Chunk | None = None
-        found = _chunks(setup, held, step, row, tokens)
-        keys = [held.origin.key(chunk.hash) for chunk, _ in found]
-        for number, (chunk, context) in enumerate(found):
-            parent = before.hash if before and before.stop == chunk.start else ""
-            before = chunk
-            if chunk.hash in held.known:
+        exact = transcript.exact_until[row] is None
+        last = tail and exact and context.settings.store_tail
+        found = [(c, EXACT) for c in cut(tokens[:length], context.grid, keys.salt, last)]
+        if by_text and not exact:
+            found += [(chunk, APPROXIMATE) for chunk in by_text.chunks[row]]
+        before = [keys.key(chunk.hash) for chunk, _ in found]
+        parent: Chunk | None = None
+        for number, (chunk, how) in enumerate(found):
+            behind = parent.hash if parent and parent.stop == chunk.start else ""
+            parent = chunk
+            if chunk.hash in known:
                 continue
-            held.known.add(chunk.hash)
-            entry = _entry(setup, held, row, chunk, context, parent)
-            chunks.append(replace(entry, before=keys[:number]))
-            if setup.settings.reuse == "anywhere":
-                created = entry.metadata["created"]
-                index += index_entries(held.origin, chunk, tokens, created, setup.settings.pin)
-    return chunks + _joined(index, step.stale)
+            known.add(chunk.hash)
+            form = keys.form(tokens[chunk.start : chunk.stop].tolist(), chunk.start, chunk.hash)
+            blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop)
+            metadata = _metadata(context, keys, form, tokens, chunk, blob, how, behind)
+            pin = context.settings.pin
+            chunks.append(Entry(form.key, metadata, blob, pinned=pin, before=before[:number]))
+            if context.indexer:
+                index += context.indexer(keys, chunk, tokens, metadata["created"], pin)
+    return chunks + _joined(index, by_text.stale if by_text else {})
 
 
-def _chunks(
-    setup: Setup, held: Held, step: Step, row: int, tokens: Tokens
-) -> list[tuple[Chunk, str]]:
-    """The chunks of a row that may be kept, in order, and what their context was."""
-    exact = held.transcript.exact_until[row] is None
-    length = exact_lengths(held, step)[row]
-    tail = step.is_whole_prompt and exact and setup.settings.store_tail
-    chunks = cut(tokens[:length], setup.grid, held.origin.salt, tail)
-    found = [(chunk, EXACT) for chunk in chunks]
-    if not exact and step.is_prompt:
-        begin = chunks[-1].stop if chunks else 0
-        end = step.certain - held.transcript.pads[row]
-        for start, stop in step.fresh[row]:
-            behind = _approximate(
-                tokens, max(start, begin), min(stop, end), setup.grid.size, held.origin.salt
-            )
-            found += [(chunk, APPROXIMATE) for chunk in behind]
-    return found
-
-
-def _approximate(tokens: Tokens, start: int, stop: int, size: int, salt: bytes) -> list[Chunk]:
-    """Chunks for tokens that were computed behind moved ones.
-
-    Their K/V are not those of their prefix, so their hashes can never be those of exact chunks:
-    they are found by their text alone.
-    """
-    chunks = []
-    for begin in range(start, stop if stop - start >= SHORTEST_RUN else start, size):
-        end = min(begin + size, stop)
-        before = np.ascontiguousarray(tokens[:end], dtype="<i8").tobytes()
-        place = begin.to_bytes(8, "little")
-        digest = keyed_hash(salt, b"chunkcache/approximate/2", place, before)
-        chunks.append(Chunk(begin, end, digest.hex()))
-    return chunks
-
-
-def _entry(setup: Setup, held: Held, row: int, chunk: Chunk, context: str, parent: str) -> Entry:
-    origin, layout, pad = held.origin, held.layout, held.transcript.pads[row]
-    start, stop = pad + chunk.start, pad + chunk.stop
-    tokens = held.transcript.ids()[row, start:stop].tolist()
-    form = origin.form(layout, tokens, chunk.start, chunk.hash)
-    blob = blob_of(form, held.layers, row, start, stop)
-    metadata = {
-        "model": origin.identity.name,
-        "revision": origin.identity.revision,
-        "identity": origin.identity.digest,
+def _metadata(
+    context: CacheContext,
+    keys: KeySpace,
+    form: Form,
+    tokens: Tokens,
+    chunk: Chunk,
+    blob: memoryview,
+    how: str,
+    parent: str,
+) -> dict[str, str]:
+    settings, layout = context.settings, keys.layout
+    return {
+        "model": keys.identity.name,
+        "revision": keys.identity.revision,
+        "identity": keys.identity.digest,
         "dtype": str(layout.dtype).removeprefix("torch."),
-        "codec": origin.codec.format,
+        "codec": keys.codec.format,
         "tokens": str(chunk.stop - chunk.start),
-        "token_ids": origin.codec.hide(as_text(tokens), form.key),
+        "token_ids": keys.codec.hide(as_text(tokens[chunk.start : chunk.stop].tolist()), form.key),
         "positions": f"{chunk.start}-{chunk.stop}",
         "layers": str(len(layout.layers)),
         "bytes": str(blob.nbytes),
-        "namespace": setup.settings.namespace,
-        "tags": setup.settings.tags,
-        "context": context,
+        "namespace": settings.namespace,
+        "tags": settings.tags,
+        "context": how,
         "parent": parent,
-        "pinned": "yes" if setup.settings.pin else "no",
+        "pinned": "yes" if settings.pin else "no",
         "created": created_now(),
-        **setup.settings.metadata,
+        **settings.metadata,
     }
-    return Entry(form.key, metadata, blob, pinned=setup.settings.pin)
 
 
 def blob_of(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:

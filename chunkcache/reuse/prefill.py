@@ -1,425 +1,479 @@
-"""The hook on a model's forward: sees the prompt, asks the cache what is known, trims the call.
+"""Prefill: one forward that reads a prompt, or its next part, from what is known to what is stored.
 
-All that depends on how Transformers calls a model is here. The hook sits on the top-level model
-(which sees `input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache,
-is installed once per model and can be removed.
+Its methods stand in the order of time: `plan` asks what the store has, `load` brings it into the
+layers, `trim` says what is left to the model, and once that has come back `finish` says whether its
+outputs may be believed, and stores what is new. One object, made for this forward, owns all that
+happens in between.
 """
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from threading import RLock
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
 
-import torch
-from torch import Tensor, nn
-from transformers import GenerationMixin
+import numpy as np
+from torch import nn
 
-from chunkcache.errors import UnsupportedCallError
-
-INSTALLING = RLock()  # held by who puts the hook on or takes it off
-TRAINING = "the model is in training mode: call model.eval()"
-# Tensors with one entry per new token along their last dimension: trimmed together.
-_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-_PER_TOKEN = ("input_ids", "position_ids", "cache_position", *_TYPES)
-_UNDERSTOOD = frozenset(
-    (
-        *_PER_TOKEN,
-        "attention_mask",
-        "cache",
-        "labels",
-        "logits_to_keep",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "past_key_values",
-        "return_dict",
-        "use_cache",
-    )
+from chunkcache.errors import BlobError, StoreError
+from chunkcache.gain import NO_GAIN
+from chunkcache.kv.coding import Form
+from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.model.foreign import has_outer_hooks
+from chunkcache.model.scatter import close_layers
+from chunkcache.report import Report, RowReport
+from chunkcache.reuse.background import BackgroundLoad
+from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
+from chunkcache.reuse.conversation import Conversation
+from chunkcache.reuse.harvest import ByText
+from chunkcache.reuse.hook import ForwardCall, TrimSpec
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.load import ChunkLoader
+from chunkcache.reuse.witness import Witness, rounding
+from chunkcache.tokens.chunking import Chunk, Tokens, cut
+from chunkcache.tokens.plan import (
+    COMPUTING,
+    GAPS,
+    HELD,
+    NOT_IN_STORE,
+    OFF,
+    WANTED,
+    Kind,
+    RowPlan,
+    Span,
+    plan_row,
 )
-# What generate() takes for itself: some ways of decoding hand it on to the model, as they do with
-# tokenizers. The last scales a loss. Not the model's unless a forward in it has such a parameter.
-_OF_GENERATE = frozenset(
-    (
-        *inspect.signature(GenerationMixin.generate).parameters,
-        "assistant_tokenizer",
-        "tokenizer",
-        "num_items_in_batch",
-    )
-) - {"self", "inputs", "kwargs"}
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardCall:
-    """What one forward was asked to do.
+class Prefill:
+    """See the module.
+
+    Args:
+        conversation: What is held, and of which model.
+        module: The model that was called.
+        call: The prompt.
+        report: Takes what was done.
+        past: Columns that stand before the ids given.
+        held: Columns that are held; more than `past` where a whole prompt was given whose beginning
+            is held.
+        as_plain: Whether what is held is kept as a `DynamicCache` would, though its tokens alone do
+            not name it.
+        again: Whether the same forward is done for a second time.
 
     Attributes:
-        ids: `[batch, new]` token ids, or `None` when the prompt came as embeddings.
-        mask: `[batch, past + new]` attention mask, or `None` when nothing is masked.
-        positions: `[..., batch, new]` positions, or `None` for the model's default.
-        keep: How many tokens at the end have outputs that the caller wants; 0 means all.
-        whole: Why outputs of all tokens are wanted, or `""`.
-        opaque: Why the K/V of this call cannot be named by its tokens, or `""`.
-        drafts: How many tokens at the end may be taken back.
-        beyond: What the K/V depend on besides the tokens (as an image), in words, or `""`.
-        embedded: Rows and columns of embeddings that came in place of ids, or `None`.
-        types: `[batch, new]` token type ids, by the name of the argument.
-        features: Vectors that encoded images and videos bring, or `None` where that is not known.
+        total: Columns once it is done.
+        plans: What is to be read of each row; revised where a read fails.
+        stops: Up to which column each row is known.
+        sizes: Bytes of the blobs that the store has, by the hash of their chunk.
+        forms: Forms of those that may be read, likewise.
+        spans: What happens to each row's tokens.
     """
 
-    ids: Tensor | None
-    mask: Tensor | None
-    positions: Tensor | None
-    keep: int
-    whole: str
-    opaque: str
-    drafts: int = 0
-    beyond: str = ""
-    embedded: tuple[int, int] | None = None
-    types: Mapping[str, Tensor] = field(default_factory=dict)
-    features: int | None = None
+    def __init__(
+        self,
+        conversation: Conversation,
+        module: nn.Module,
+        call: ForwardCall,
+        report: Report,
+        *,
+        past: int = 0,
+        held: int = 0,
+        as_plain: bool = False,
+        again: bool = False,
+    ) -> None:
+        self.conversation, self.context = conversation, conversation.context
+        self.module, self.call, self.report = module, call, report
+        self.past, self.held, self.total = past, held, past + call.new
+        self.plans: list[RowPlan] = []
+        self.stops: list[int] = []
+        self.sizes: dict[str, int] = {}
+        self.forms: dict[str, Form] = {}
+        self.spans: list[list[Span]] = []
+        self._as_plain = as_plain
+        # Whether the model may begin before all K/V are here: all ids were given, so that it can
+        # be done again.
+        self._may_run_ahead = not past and not again and self.context.may_do_again
+        self._reader = BlobReader(self.context.store, self._handle)
+        self._loader: ChunkLoader | None = None
+        self._background: BackgroundLoad | None = None
+        self._witness: Witness | None = None
+        self._began = 0.0  # when the model did, in seconds of `perf_counter`
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the ids given, or of the embeddings."""
-        if self.embedded is not None:
-            return self.embedded
-        return (1, 0) if self.ids is None else (self.ids.shape[0], self.ids.shape[1])
+    @staticmethod
+    def check_model(conversation: Conversation) -> None:
+        """Raise UnsupportedModelError if a model that was looked at is not for this kind of reuse.
 
-    @property
-    def new(self) -> int:
-        """Columns of ids given, or of embeddings."""
-        return self.shape[1]
-
-    def pads(self) -> list[int]:
-        """Columns of left padding in each row: the leading zeros of the mask."""
-        if self.mask is None or self.mask.dim() != 2:
-            return [0] * self.shape[0]
-        unseen = self.mask == 0
-        pads: list[int] = unseen.long().cumprod(dim=1).sum(dim=1).tolist()
-        return pads
-
-    def follows(self, past: int, pads: list[int]) -> Tensor | bool:
-        """Whether mask and positions are those of rows of text with that much left padding.
-
-        No gaps, nothing masked on the right, and each row's positions count its tokens from 0. The
-        answer stays on the device, so that asking does not wait for a GPU.
-
-        Args:
-            past: Columns that come before the ids of this call.
-            pads: Columns of left padding of each row.
+        No model is refused here: what cannot be reused is computed.
         """
-        sound = self._sound(past, pads)
-        return sound if isinstance(sound, bool) else sound.all()
 
-    def text_columns(self, past: int, pads: list[int]) -> int:
-        """Columns from the first on, past ones included, of which that can be said."""
-        sound = self._sound(past, pads)
-        if isinstance(sound, bool):
-            return past + self.new if sound else 0
-        return int(sound.long().cumprod(dim=0).sum())
+    def begin(self) -> TrimSpec:
+        """Fill the layers with what is known. Returns what is left to compute."""
+        with self.context.store_calls(self.report):
+            if self.bypass_reason():
+                trim = self._bypass()
+            else:
+                self.plan()
+                self.load()
+                trim = self.trim()
+                self._report_prompt()
+        self.conversation.note_written()
+        self._began = perf_counter()
+        return trim
 
-    def _sound(self, past: int, pads: list[int]) -> Tensor | bool:
-        """`[past + new]` of each column, or of all, whether it is as in rows of text."""
-        assert self.ids is not None
-        batch, total = len(pads), past + self.new
-        if self.mask is None and self.positions is None:
-            return not any(pads)
-        begin = torch.tensor(pads, device=self.ids.device)[:, None]
-        column = torch.arange(total, device=self.ids.device)
-        sound = torch.ones_like(column, dtype=torch.bool)
-        if self.mask is None:
-            if any(pads):
-                return False
-        elif tuple(self.mask.shape) != (batch, total):
-            return False
+    # ------------------------------------------------------------------ what is known
+
+    def bypass_reason(self) -> str:
+        """Why the prompt is computed as with a plain cache, or `""`. Else its tokens are noted."""
+        conversation = self.conversation
+        conversation.begin_prompt(self.module, self.call, self.past, self.held, self.total)
+        if not conversation.bypass_reason:
+            assert self.call.ids is not None
+            conversation.transcript.append(self.call.ids[:, self.held - self.past :])
+        return conversation.bypass_reason
+
+    def plan(self, dry: bool = False) -> None:
+        """Ask which chunks are known, and how far each row is known from its start.
+
+        `dry` means that nothing is read afterwards.
+        """
+        began = perf_counter()
+        report, transcript = self.report, self.conversation.transcript
+        gaps = "" if transcript.text_until is None else GAPS
+        report.skipped = self.call.whole or gaps
+        rows = [
+            cut(self._tokens(row), self.context.grid, self.keys.salt, tail=True)
+            for row in range(len(self.pads))
+        ]
+        held = [max(self.held - pad, 0) for pad in self.pads]
+        why = report.skipped or WANTED
+        if self.context.settings.reuse == "off":
+            why = OFF
+        elif self.limit > self.held:
+            why = self._look_up(rows, held)
+        self.conversation.known |= self.sizes.keys()
+        self.plans = [
+            plan_row(chunks, self.total - pad, start, self.sizes, why)
+            for chunks, pad, start in zip(rows, self.pads, held, strict=True)
+        ]
+        if gaps:
+            self.plans = [replace(plan, rest=GAPS) for plan in self.plans]
+        self._stop_at_wrong_sizes()
+        if self._reads_together and not self._pays(dry):
+            self.plans = [plan.cut_at(plan.held, NO_GAIN) for plan in self.plans]
+        self.stops = [
+            max(min(self.limit, pad + plan.reach), self.held)
+            for pad, plan in zip(self.pads, self.plans, strict=True)
+        ]
+        if self._reads_together:
+            self.stops = [min(self.stops)] * len(self.stops)
+        report.lookup_ms += 1e3 * (perf_counter() - began)
+
+    @property
+    def limit(self) -> int:
+        """Column from which on all is computed, since its outputs are wanted."""
+        return self.held if self.call.whole else self.total - max(self.call.keep, 1)
+
+    @property
+    def keys(self) -> KeySpace:
+        """Where chunks of the model are found."""
+        assert self.conversation.keys is not None, "a model without keys is bypassed"
+        return self.conversation.keys
+
+    @property
+    def pads(self) -> list[int]:
+        """Columns of left padding of each row."""
+        return self.conversation.transcript.pads
+
+    @property
+    def _reads_together(self) -> bool:
+        """Whether no row is read further than the one that is known least far."""
+        return True
+
+    def _tokens(self, row: int) -> Tokens:
+        """A row's tokens, `[tokens]`, as far as they are text."""
+        transcript = self.conversation.transcript
+        tokens: Tokens = transcript.ids()[row, self.pads[row] : transcript.text_until].numpy()
+        return tokens
+
+    def _look_up(self, rows: Sequence[Sequence[Chunk]], held: Sequence[int]) -> str:
+        """Ask for all chunks in one round trip. Returns why others are not known."""
+        hashes = dict.fromkeys(
+            chunk.hash
+            for chunks, start in zip(rows, held, strict=True)
+            for chunk in chunks
+            if chunk.stop > start
+        )
+        try:
+            names = [self.keys.key(name) for name in hashes]
+            sizes = self.context.store.sizes(names) if names else []
+        except StoreError as error:
+            self._handle(error)
+            return str(error)
+        self.sizes = {name: size for name, size in zip(hashes, sizes, strict=True) if size}
+        return NOT_IN_STORE
+
+    def _stop_at_wrong_sizes(self) -> None:
+        """Read no row as far as a blob whose length tells that it is damaged."""
+        for row, plan in enumerate(self.plans):
+            for chunk in plan.chunks:
+                if chunk.hash in self.sizes and chunk.hash not in self.forms:
+                    ids = self._tokens(row)[chunk.start : chunk.stop].tolist()
+                    self.note_form(chunk.hash, self.keys.form(ids, chunk.start, chunk.hash))
+                if chunk.hash in self.damaged:
+                    start = max(chunk.start, plan.held)
+                    self.plans[row] = self.plans[row].cut_at(start, WRONG_SIZE)
+
+    def note_form(self, chunk_hash: str, form: Form) -> None:
+        """Take down the form of a blob that the store has, and whether its length is right."""
+        self.forms[chunk_hash], size = form, self.sizes[chunk_hash]
+        if size and not form.may_have(size):
+            self.sizes[chunk_hash] = 0
+            self._reader.reject(PendingChunk(chunk_hash, form, size), BlobError(WRONG_SIZE))
+
+    @property
+    def damaged(self) -> set[str]:
+        """Hashes of chunks whose blob is missing or damaged, as far as is known."""
+        return self._reader.bad
+
+    def _pays(self, dry: bool) -> bool:
+        """Whether to read what the plans reuse."""
+        reach = (pad + plan.reach for pad, plan in zip(self.pads, self.plans, strict=True))
+        stop = min(self.limit, *reach)
+        tokens, hashes = 0, set()
+        for pad, plan in zip(self.pads, self.plans, strict=True):
+            tokens += max(0, stop - pad - plan.held)
+            hashes |= {chunk.hash for chunk in plan.reads(max(stop - pad, plan.held))}
+        nbytes, gauge = sum(self.sizes[name] for name in hashes), self.context.gauge
+        ask = gauge.expects_gain if dry else gauge.pays
+        return ask(tokens, nbytes, self.context.settings.min_gain)
+
+    # ------------------------------------------------------------------ into the layers
+
+    def load(self) -> None:
+        """Bring what is known into the layers, or let it come while the model computes."""
+        self._make_room()
+        began = perf_counter()
+        self._loader = ChunkLoader(
+            self._reader, self.conversation.layers, self.pads, self._reads_together
+        )
+        # Hooks should not see what is thrown away.
+        hooked = self.context.state.foreign or has_outer_hooks(self.context.model)
+        ahead = self._may_run_ahead and self._reads_together and not hooked
+        ahead = ahead and self.context.gauge.trusts_store
+        self._background = self._loader.load(
+            self.plans, self.stops, self.sizes, self.forms, self.total if ahead else 0
+        )
+        read_ms = 1e3 * (perf_counter() - began)
+        self.report.read_ms += read_ms
+        self.context.gauge.note_read(self._reader.bytes_read, read_ms)
+        self._count_read()
+
+    def _make_room(self) -> None:
+        layers = self.conversation.layers
+        if not self.held:
+            assert self.call.ids is not None
+            device, memory = self.call.ids.device, self.context.state.memory
+            settle_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
+            return
+        for layer in layers:
+            if isinstance(layer, GrowingLayer):
+                layer.reserve(self.total)
+
+    def _count_read(self) -> None:
+        """Take down what was read since it was counted last."""
+        reader = self._reader
+        self.report.bytes_read += reader.bytes_read
+        self.report.bytes_spared += reader.bytes_saved
+        reader.bytes_read = reader.bytes_saved = 0
+        self.conversation.known -= reader.bad  # so that they are written anew
+
+    # ------------------------------------------------------------------ what is left
+
+    def trim(self) -> TrimSpec:
+        """Declare what is known to be held. Returns what is left to compute."""
+        assert self._loader is not None
+        known = self.context.state.ranks.least(min(self.stops))
+        if not any(pad < known for pad in self.pads):
+            known = self.held
+        begin = known
+        if rows := self._checked_rows(known):
+            free = self.context.state.ranks.all(self._loader.covered(rows) > known)
+            begin = known if free else known - 1
+        if begin == self.past:
+            known = begin  # where one token alone is known, nothing would be gained
+        self._hold(begin)
+        if known > self.held:
+            self._note_rounding(self.held)
+        if known > self.past:
+            self._watch(begin, rows)
+        self.spans = [
+            plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
+        ]
+        return TrimSpec(begin - self.past)
+
+    def _hold(self, columns: int) -> None:
+        for layer in self.conversation.layers:
+            if isinstance(layer, GrowingLayer):
+                for row, pad in enumerate(self.pads):
+                    layer.blank(row, self.held, min(pad, columns))
+                layer.hold(columns)
+
+    def _checked_rows(self, known: int) -> list[int]:
+        """Rows that have tokens to check among the first `known` columns, if these are to be.
+
+        What the caller holds and does not give again is as it is in any cache.
+        """
+        ends = self.conversation.transcript.exact_until
+        if known == self.past or any(end is not None and end < known for end in ends):
+            return []
+        return [row for row, pad in enumerate(self.pads) if pad < known]
+
+    def _watch(self, column: int, rows: list[int]) -> None:
+        """Have the first column that is computed compared with what is in the layers now."""
+        if rows:
+            bound = rounding(self.context.model, self.keys.layout, self.keys.codec)
+            self._witness = Witness(self.conversation.layers, column, rows, bound)
+
+    def _note_rounding(self, column: int) -> None:
+        """K/V from this column on came from the store, or will be computed behind such."""
+        transcript = self.conversation.transcript
+        if transcript.lossy_from is None and self.keys.lossy:
+            transcript.lossy_from = column
+
+    def _report_prompt(self) -> None:
+        transcript = self.conversation.transcript
+        self._report_exactness()
+        self._report_spans(self.spans, [max(self.past - pad, 0) for pad in self.pads])
+        for row, ids, pad in zip(self.report.rows, transcript.ids(), self.pads, strict=True):
+            row.ids = ids[pad:].numpy()
+
+    def _report_exactness(self) -> None:
+        transcript, keys = self.conversation.transcript, self.conversation.keys
+        self.report.approximate = not transcript.is_exact
+        self.report.lossy = keys.codec.name if keys and transcript.lossy_from is not None else ""
+
+    def _report_spans(self, spans: list[list[Span]], past: list[int]) -> None:
+        """Add this forward's spans, behind those of earlier parts of the same prompt if any."""
+        rows = self.report.rows
+        if len(rows) != len(spans):
+            self.report.rows = [RowReport(row) for row in spans]
         else:
-            sound = ((self.mask != 0) == (column >= begin)).all(dim=0)
-        if self.positions is None:
-            # The default counts columns, padding included.
-            return sound if not any(pads) else False
-        if self.positions.shape[-1] != self.new:
+            for row, new, begin in zip(rows, spans, past, strict=True):
+                row.spans += [span for span in new if span.start >= begin]
+
+    def _bypass(self) -> TrimSpec:
+        """Leave the prompt to the model; what is held stays, where that may be."""
+        conversation = self.conversation
+        if self.held > self.past and not (self._as_plain or conversation.edited):
+            conversation.empty()  # the whole prompt is computed anew
+            self.held = self.past
+        conversation.record(self.call, self.past, self.held, self.total)
+        self.report.skipped = conversation.bypass_reason
+        if self.past:
+            self._report_exactness()
+        rows, pads = self.call.shape[0], self.pads if self.past else []
+        for pad in pads if len(pads) == rows else [0] * rows:
+            begin, held, total = (max(c - pad, 0) for c in (self.past, self.held, self.total))
+            row = [Span(held, total, Kind.COMPUTED, reason=conversation.bypass_reason)]
+            if held > begin:
+                row.insert(0, Span(begin, held, Kind.REUSED, origin=HELD))
+            self.spans.append(row)
+        is_first = not self.report.rows
+        self._report_spans(self.spans, [row[0].start for row in self.spans])
+        given = () if self.call.ids is None else self.call.ids.cpu()
+        for known, ids in zip(self.report.rows, given, strict=False):
+            if is_first:
+                known.ids = ids.numpy().copy()  # callers write the next token into theirs
+            elif known.ids is not None:
+                known.ids = np.concatenate([known.ids, ids.numpy()])
+        return TrimSpec(self.held - self.past)
+
+    # ------------------------------------------------------------------ the model has computed
+
+    def finish(self) -> bool:
+        """Store what is new. False if the outputs are wrong: all must be computed again.
+
+        Raises:
+            StoreError: The store failed, and `on_error="raise"` was asked for.
+        """
+        conversation, report = self.conversation, self.report
+        conversation.check_edited()
+        is_sound = self.has_arrived()
+        prefill_ms = 1e3 * (perf_counter() - self._began)
+        report.prefill_ms += prefill_ms
+        if not is_sound or not self._agrees():
             return False
-        column = column[past:]
-        placed = (self.positions == column - begin) | (column < begin)
-        return torch.cat([sound[:past], sound[past:] & placed.reshape(-1, self.new).all(dim=0)])
+        conversation.bypass_reason = conversation.bypass_reason or conversation.distrust
+        if self.plans:
+            computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
+            self.context.gauge.note_computed(computed, prefill_ms)
+        report.skipped = conversation.bypass_reason or report.skipped
+        conversation.end_forward(self.total)
+        if not conversation.bypass_reason:
+            self.store()
+        conversation.end_prompt()
+        return True
 
-    def first_position(self) -> int | None:
-        """The first position of the first row, `None` when there are none."""
-        return None if self.positions is None else int(first_row(self.positions)[0])
+    def has_arrived(self) -> bool:
+        """Whether all K/V that the model was promised have come, and are what they must be.
 
+        Waits for them; what is damaged is removed.
+        """
+        background = self._background
+        if background is None:
+            return True
+        with self.context.store_calls(self.report):
+            is_sound = background.finish()
+        self._background = None  # not before: who is interrupted here still has to stop it
+        waited, busy, gauge = background.waited_ms, background.busy_ms, self.context.gauge
+        self._began += waited / 1e3  # which was not computing
+        self.report.read_ms += waited
+        self.report.hidden_ms += max(0.0, busy - waited)
+        gauge.note_read(self._reader.bytes_read, busy)
+        if not is_sound:
+            gauge.note_unsound()
+        self._count_read()
+        return is_sound
 
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """What is left to compute of the ids given.
+    def _agrees(self) -> bool:
+        """Whether the model computes what the store gave, as far as one token can tell.
 
-    Attributes:
-        skip: Leave out this many columns of ids on the left.
-        columns: Or compute these columns of the ids only, `[queries]`, with what follows.
-        positions: Position of each of them in each row, `[batch, queries]`.
-        mask: What to pass as attention mask.
-    """
-
-    skip: int = 0
-    columns: Tensor | None = None
-    positions: Tensor | None = None
-    mask: Any = None
-
-
-def first_row(positions: Tensor) -> Tensor:
-    """Positions of the first row, `[tokens]`, on the last axis where there are several."""
-    while positions.dim() > 2:
-        positions = positions[-1]
-    return positions.reshape(-1, positions.shape[-1])[0]
-
-
-class PrefillAware(ABC):
-    """A cache that the hook talks to."""
-
-    untrimmed: dict[str, Any] | None = None
-    """The arguments of a forward that may have to be done again."""
-
-    @abstractmethod
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
-        """Prepare for a forward. Returns what the model has to compute."""
-
-    @abstractmethod
-    def end_forward(self, module: nn.Module) -> bool:
-        """Take note that the forward has come back. True if it must be done again, untrimmed."""
-
-    @abstractmethod
-    def fail_forward(self) -> None:
-        """Take note that the forward raised an exception."""
-
-
-def is_installed(model: nn.Module) -> bool:
-    """Whether a model has the hook."""
-    return _before in model._forward_pre_hooks.values()
-
-
-def install(model: nn.Module) -> None:
-    """Put the hook on a model that has none yet."""
-    with INSTALLING:
-        if not is_installed(model):
-            model.register_forward_pre_hook(_before, with_kwargs=True)
-            model.register_forward_hook(_after, with_kwargs=True, always_call=True)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Take the hook off again; the model is as it was before its first cache."""
-    with INSTALLING:
-        for hooks, ours, flags in (
-            (model._forward_pre_hooks, _before, model._forward_pre_hooks_with_kwargs),
-            (model._forward_hooks, _after, model._forward_hooks_with_kwargs),
-        ):
-            for number in [number for number, hook in hooks.items() if hook is ours]:
-                del hooks[number]
-                flags.pop(number, None)
-                model._forward_hooks_always_called.pop(number, None)
-
-
-# A hook and the flag that says how to call it are two entries: a forward of another thread that
-# begins between them, when the hook is put on or taken off, calls it without keyword arguments.
-# Such a forward has no cache of ours.
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # what asks a store is no graph
-def _before(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if kwargs is None:
-        return None
-    if args:
-        kwargs = _by_name(module, args, kwargs)
-    cache = cache_in(kwargs)
-    if not isinstance(cache, PrefillAware):
-        return None
-    if kwargs.get("use_cache") is False:
-        raise UnsupportedCallError(
-            "use_cache=False, of this call, of the model's generation settings or of a wrapper "
-            "that always sets it (as X-LoRA does), contradicts "
-            "past_key_values=RedisChunkCache(...): pass use_cache=True, or no cache"
+        Until it does again, nothing is stored: that may have been a change of the model which its
+        identity does not show, or what the store has was made by a changed one.
+        """
+        conversation = self.conversation
+        witness, self._witness = self._witness, None  # which holds on to layers
+        if witness is None:
+            return True
+        difference = witness.difference()
+        if self.context.state.ranks.all(conversation.edited or difference <= witness.bound):
+            conversation.distrust = ""
+            return True
+        conversation.bypass_reason = conversation.distrust = (
+            "K/V from the store were not those that the model computes (off by "
+            f"{difference:.1e}, rounding explains {witness.bound:.0e}): it was changed in a "
+            "way that its identity does not show, or a changed one has stored them. Nothing is "
+            "stored until a prompt agrees with the store again; if none does, use another namespace"
         )
-    rest = cache.begin_forward(module, read_call(module, kwargs))
-    cache.untrimmed = kwargs
-    return (), trim(kwargs, rest)
+        close_layers(conversation.layers)
+        return False
 
+    def store(self) -> None:
+        """Hand over chunks that are complete, certain and not in the store."""
+        certain = self.total - self.call.drafts
+        tail = not self.call.drafts  # the prompt ends here
+        if self.conversation.may_store(self.total, certain, prompt=True, tail=tail):
+            self.conversation.store(certain, self.report, tail, self._by_text(certain))
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-    if len(rest) == 1:  # the output alone
+    def _by_text(self, certain: int) -> ByText | None:
+        """What else is to be stored of the first `certain` columns."""
         return None
-    kwargs, output = rest
-    cache = cache_in(kwargs)
-    if not isinstance(cache, PrefillAware):
-        return None
-    if output is None:
-        cache.fail_forward()
-        return None
-    arguments, cache.untrimmed = cache.untrimmed, None
-    if cache.end_forward(module):
-        return _done_again(module, cache, arguments or {})
-    return None
 
+    def stop(self) -> None:
+        """Give up, half-way: what is held is of no use any more."""
+        if self._background:
+            self._background.stop()
+        self._background = self._witness = None
 
-def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) -> Any:
-    """The output of a forward with the arguments that ours was given.
-
-    Other hooks on the model are applied once: those on its input have been, those on its output
-    that come before ours have seen one that is thrown away.
-    """
-    changed = _before(module, (), kwargs)
-    kwargs = changed[1] if changed else kwargs
-    try:
-        output = module.forward(**kwargs)
-    except Exception:
-        cache.fail_forward()
-        raise
-    for number, hook in list(module._forward_hooks.items()):
-        if hook is _after:
-            break
-        seen = (kwargs,) if number in module._forward_hooks_with_kwargs else ()
-        result = hook(module, (), *seen, output)
-        output = output if result is None else result
-    cache.untrimmed = None
-    cache.end_forward(module)
-    return output
-
-
-def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call: `cache=` since Transformers 5.24, both for now."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by keyword, as `generate` passes them."""
-    signature = inspect.signature(module.forward)
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
-
-
-def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
-    """Read a forward's keyword arguments. Never waits for a GPU: it runs at each decoding step."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    embeds = kwargs.get("inputs_embeds")
-    if embeds is not None or not isinstance(ids, Tensor) or ids.dim() != 2:
-        ids = None
-    wanted = kwargs.get("logits_to_keep")
-    keep = _last_wanted(wanted, 0 if ids is None else ids.shape[1])
-    beyond = _beyond(module, kwargs, ids is not None, mask)
-    return ForwardCall(
-        ids=ids,
-        mask=mask if isinstance(mask, Tensor) else None,
-        positions=kwargs.get("position_ids"),
-        keep=keep,
-        whole=_why_whole(module, kwargs, keep),
-        opaque=TRAINING if module.training else beyond,
-        drafts=max(keep - 1, 0) if isinstance(wanted, int) else 0,
-        beyond=beyond,
-        embedded=(embeds.shape[0], embeds.shape[1]) if isinstance(embeds, Tensor) else None,
-        types={name: kwargs[name] for name in _TYPES if isinstance(kwargs.get(name), Tensor)},
-        features=_features(kwargs.get("mm_encoder_outputs")),
-    )
-
-
-def _features(encoded: Any) -> int | None:
-    """Rows of features in `mm_encoder_outputs`: one for each placeholder among the ids."""
-    if not isinstance(encoded, dict):
-        return None
-    pooled = [getattr(output, "pooler_output", None) for output in encoded.values() if output]
-    parts = [part for features in pooled if features is not None for part in features]
-    return sum(part.numel() // part.shape[-1] for part in parts) if parts else None
-
-
-def _last_wanted(keep: Any, new: int) -> int:
-    """Of `new` tokens, how many at the end hold all whose outputs are wanted; 0 means all.
-
-    `logits_to_keep` is a number of tokens or a tensor of indices, for which a GPU is waited for:
-    `generate()` passes none.
-    """
-    if isinstance(keep, int):
-        return max(keep, 0)
-    if not isinstance(keep, Tensor) or keep.dtype not in (torch.int32, torch.int64):
-        return 0
-    first = min((i + new if i < 0 else i for i in keep.flatten().tolist()), default=-1)
-    return new - first if 0 <= first < new else 0
-
-
-def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: int) -> str:
-    if kwargs.get("labels") is not None:
-        return "labels were given: the loss needs the outputs of every token"
-    config: Any = module.config
-    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-        wanted = kwargs.get(name)
-        if wanted or (wanted is None and getattr(config, name, False)):
-            return f"{name} was asked for: it covers every token"
-    if not keep:
-        return "logits of every token are wanted (logits_to_keep is not set)"
-    return ""
-
-
-def _beyond(module: nn.Module, kwargs: dict[str, Any], named: bool, mask: Any) -> str:
-    """What else than tokens, mask and positions the K/V may depend on."""
-    if not named:
-        return (
-            "the prompt has no input_ids: embeddings have no tokens to look up (PEFT's prompt "
-            "tuning and P-tuning turn a prompt into them)"
-        )
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        return "the attention mask is not two-dimensional"
-    for name, value in kwargs.items():
-        if name in _UNDERSTOOD or _is_nothing(value):
-            continue
-        if name in _TYPES and isinstance(value, Tensor):
-            continue  # looked at when a prompt comes: see `ForwardCall.types`
-        if name not in _OF_GENERATE or name in _parameters(module):
-            return may_change(name)
-    return ""
-
-
-def may_change(name: str) -> str:
-    """Why a call with this argument is not known by its tokens."""
-    return f"{name} may change what the tokens mean (as an image does)"
-
-
-def _parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of every forward in a model."""
-    if model not in _PARAMETERS:
-        kinds = {type(part) for part in model.modules()}
-        names = (inspect.signature(kind.forward).parameters for kind in kinds)
-        _PARAMETERS[model] = frozenset().union(*names)
-    return _PARAMETERS[model]
-
-
-def _is_nothing(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, (dict, list)) and not value)
-
-
-def trim(kwargs: dict[str, Any], rest: Rest) -> dict[str, Any]:
-    """The arguments for what is left to compute."""
-    if not rest.skip and rest.columns is None:
-        return kwargs
-    kept = slice(rest.skip, None) if rest.columns is None else rest.columns
-    new = kwargs["input_ids"].shape[1]
-    trimmed = {
-        name: kwargs[name][..., kept]
-        for name in _PER_TOKEN
-        if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
-    }
-    keep = kwargs.get("logits_to_keep")
-    if isinstance(keep, Tensor):  # counted from the end, which stays where it is
-        trimmed["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
-    if rest.columns is not None:
-        trimmed |= {"position_ids": rest.positions, "attention_mask": rest.mask}
-    return {**kwargs, **trimmed}
-
-
-_PARAMETERS: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+    def _handle(self, error: Exception) -> None:
+        self.context.handle_store_error(error, self.report)

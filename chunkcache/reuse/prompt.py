@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.errors import SettingError
-from chunkcache.reuse.prefill import ForwardCall
+from chunkcache.reuse.hook import ForwardCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Prompt:
 
     def as_call(self) -> ForwardCall:
         """The forward that `generate()` would make of it."""
-        return ForwardCall(self.ids, self.mask, self.positions, keep=1, whole="", opaque="")
+        return ForwardCall(self.ids, self.mask, self.positions, keep=1, whole="", bypass_reason="")
 
     def followed_by(self, ids: Tensor) -> Prompt:
         """The prompt with `[batch, new]` more ids behind it."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
-from chunkcache.reuse.prefill import ForwardCall, first_row
+from chunkcache.reuse.hook import ForwardCall, first_row
 from chunkcache.tokens.transcript import Transcript
 
 _REMEDY = (

@@ -92,6 +92,17 @@ class Transcript:
                 None if end is None or end >= columns else end for end in self.exact_until
             ]
 
+    def exact_lengths(self, certain: int) -> list[int]:
+        """Tokens from the start of each row whose K/V may be kept under exact keys.
+
+        `certain` is the number of columns that nobody will take back.
+        """
+        last = certain if self.text_until is None else min(certain, self.text_until)
+        return [
+            max((last if end is None else min(end, last)) - pad, 0)
+            for pad, end in zip(self.pads, self.exact_until, strict=True)
+        ]
+
     def take_rows(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken more than once."""
         if not self.pads:

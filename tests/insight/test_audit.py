@@ -293,7 +293,7 @@ def test_bad_arguments() -> None:
         cache.audit("a text")
     with pytest.raises(SettingError, match="continuation"):
         cache.audit(random_ids(9), continuation="more")
-    cache._setup.model.train()
+    cache._context.model.train()
     with pytest.raises(UnsupportedCallError, match=r"model\.eval"):
         cache.audit(random_ids(9))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from servers import Server
 
 from chunkcache import RedisChunkCache, SettingError, StoreError
+from chunkcache.anywhere.matching import SHORTEST_RUN
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight import elsewhere
 from chunkcache.insight import fates as reasons
@@ -20,7 +21,6 @@ from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
-from chunkcache.tokens.matching import SHORTEST_RUN
 from chunkcache.tokens.plan import TOO_SHORT, Span
 from tests.models import tiny
 from tests.models import tokens as random_ids
@@ -407,8 +407,8 @@ def test_what_would_not_pay_is_told(llama, store) -> None:
     prefill(llama, store, ids)
     cache = RedisChunkCache(llama, store, min_gain=1.0)
     for _ in range(8):
-        cache._setup.gauge.note_read(1_000_000, 1e6)
-        cache._setup.gauge.note_computed(300, 1.0)
+        cache._context.gauge.note_read(1_000_000, 1e6)
+        cache._context.gauge.note_computed(300, 1.0)
     explanation = cache.explain(ids)
     assert explanation.reused == 0
     assert explanation.bytes_to_read == 0
@@ -436,7 +436,7 @@ def test_nothing_is_run_and_nothing_is_written(llama, redis_server: Server) -> N
         assert content() == before
     empty = Noting()  # a proof is not written either, should it be due
     cache = RedisChunkCache(tiny("llama", seed=5).train(), empty)
-    cache._setup.model.eval()
+    cache._context.model.eval()
     assert cache.explain(random_ids(300)).skipped == ""
     assert not empty.keys
 

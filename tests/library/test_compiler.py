@@ -19,10 +19,10 @@ from chunkcache import (
     UnsupportedModelError,
     open_store,
 )
+from chunkcache.anywhere.anchors import WINDOW
 from chunkcache.library.compiler import Compiler, Document, batches, pieces
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.tokens.anchors import WINDOW
 from chunkcache.tokens.chunking import Grid
 from tests.models import tiny
 from tests.models import tokens as random_ids

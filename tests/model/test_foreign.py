@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from accelerate import cpu_offload
+from chunkcache.reuse.sequence import Sequence
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.models.llama.modeling_llama import rotate_half
@@ -15,8 +16,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
-from chunkcache.reuse.prefill import install
-from chunkcache.reuse.sequence import Sequence
+from chunkcache.reuse.hook import install
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
 from tests.models import tokens as random_ids

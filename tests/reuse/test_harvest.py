@@ -52,7 +52,7 @@ def test_what_is_told_of_a_chunk(store):
     chunks, index = store.take()
     assert index == []  # nobody will look for it elsewhere
     first, second = chunks
-    origin = cache._sequence._held.origin
+    origin = cache._conversation._held.origin
     hashes = [c.hash for c in cut(ids[0].numpy(), Grid(), origin.salt, tail=True)]
     assert [first.key, second.key] == [origin.key(name) for name in hashes]
     fields = dict(second.metadata)
@@ -123,7 +123,7 @@ def test_what_was_computed_behind_moved_text_is_marked_and_has_keys_of_its_own(s
     assert positions(chunks, "approximate") == [
         "128-200", f"{stops[0]}-{stops[1]}", f"{last}-{last + 128}", f"{last + 128}-{last + 181}",
     ]  # fmt: skip
-    exact = {c.hash for c in cut(ids[0].numpy(), Grid(), cache._sequence._salt, tail=True)}
+    exact = {c.hash for c in cut(ids[0].numpy(), Grid(), cache._conversation._salt, tail=True)}
     names = {e.key.rpartition("@")[2]: e for e in chunks}
     assert {n for n, e in names.items() if e.metadata["context"] == "approximate"}.isdisjoint(exact)
     assert names.keys() == {name for entry in index for name in entry.metadata}

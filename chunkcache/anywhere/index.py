@@ -10,52 +10,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 
 import numpy as np
 
+from chunkcache.anywhere.anchors import REACH, WINDOW, anchors
+from chunkcache.anywhere.matching import Piece, StoredChunk, laid, long_enough
 from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.keys import ANCHOR_FORMAT
-from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec, Form
-from chunkcache.model.identity import ModelIdentity
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry, first_position
-from chunkcache.tokens.anchors import REACH, WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.listed import from_text
-from chunkcache.tokens.matching import Piece, StoredChunk, laid, long_enough
 
 # Texts that every prompt has (a system prompt) collect variants; the newest are enough.
 MOST_VARIANTS = 8
 # And some texts are one window over and over again.
 MOST_PLACES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where chunks of one model and namespace are found, by which hashes, and in which form."""
-
-    store: ChunkStore
-    identity: ModelIdentity
-    salt: bytes = field(repr=False)
-    codec: Codec
-
-    def key(self, chunk_hash: str) -> str:
-        """The store's key of a chunk."""
-        return str(self.identity.key(chunk_hash, self.codec.format))
-
-    def lossy(self, layout: KVLayout) -> str:
-        """The codec's name if K/V come back rounded, else `""`."""
-        return "" if self.codec.is_exact(layout.dtype) else self.codec.name
-
-    def form(self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
-        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
-        return self.codec.form(layout, tokens, start, chunk_hash, self.key(chunk_hash))
-
-    def anchor_key(self, anchor_hash: str) -> str:
-        """The store's key of an anchor's entry."""
-        return str(self.identity.key(anchor_hash, ANCHOR_FORMAT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +64,8 @@ class Found:
     stale: dict[str, Entry]
 
 
-def created_now() -> str:
-    """When a chunk is made, as metadata and index say it: later ones sort behind earlier ones."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def index_entries(
-    origin: Origin, chunk: Chunk, row: Tokens, created: str, pinned: bool = False
+    keys: KeySpace, chunk: Chunk, row: Tokens, created: str, pinned: bool = False
 ) -> list[Entry]:
     """The anchor entries by which a chunk of a row of tokens will be found.
 
@@ -108,7 +74,7 @@ def index_entries(
     """
     begin, size = max(chunk.start - REACH, 0), chunk.stop - chunk.start
     offsets: defaultdict[str, list[int]] = defaultdict(list)
-    for anchor in anchors(row[begin : chunk.stop + REACH], origin.salt):
+    for anchor in anchors(row[begin : chunk.stop + REACH], keys.salt):
         offsets[anchor.hash].append(begin + anchor.start - chunk.start)
 
     def outside(offset: int) -> int:
@@ -116,7 +82,7 @@ def index_entries(
 
     return [
         Entry(
-            origin.anchor_key(name),
+            _key(keys, name),
             {chunk.hash: f"{min(found, key=outside)} {created}"},
             memoryview(b""),
             merge=True,
@@ -126,25 +92,30 @@ def index_entries(
     ]
 
 
-def search(origin: Origin, passages: Sequence[Passage]) -> Found:
+def _key(keys: KeySpace, anchor_hash: str) -> str:
+    """The store's key of an anchor's entry."""
+    return keys.key(anchor_hash, ANCHOR_FORMAT)
+
+
+def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Found:
     """Which parts of the passages the store has K/V for, computed anywhere.
 
     Raises:
         StoreError: The store failed.
     """
-    places = _anchor_places(origin, passages)
+    places = _anchor_places(keys, passages)
     if not places:
         return Found([[] for _ in passages], [[] for _ in passages], {})
-    entries = origin.store.read_metadata([origin.anchor_key(anchor) for anchor in places])
+    entries = store.read_metadata([_key(keys, anchor) for anchor in places])
     answers = [fields or {} for fields in entries]
     newest = [_newest(fields) for fields in answers]
     hashes = list(dict.fromkeys(name for variants in newest for name in variants))
-    records = origin.store.read_metadata([origin.key(name) for name in hashes]) if hashes else []
+    records = store.read_metadata([keys.key(name) for name in hashes]) if hashes else []
     chunks: dict[str, StoredChunk] = {}
     sealed: set[str] = set()  # with another key: of no use here, and good for others
     for name, fields in zip(hashes, records, strict=True):
         try:
-            if fields and (chunk := _read_record(origin, name, fields)):
+            if fields and (chunk := _read_record(keys, name, fields)):
                 chunks[name] = chunk
         except SealedBlobError:
             sealed.add(name)
@@ -154,7 +125,7 @@ def search(origin: Origin, passages: Sequence[Passage]) -> Found:
         good = {name: offset for name, offset in variants.items() if name in chunks}
         kept = [name for name in variants if name in good or name in sealed]
         if len(kept) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
-            key = origin.anchor_key(anchor)
+            key = _key(keys, anchor)
             rest = {name: fields[name] for name in kept}
             pinned = any(chunks[name].pinned for name in good)
             stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
@@ -183,13 +154,13 @@ def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
     return bool(chunks) and chunks[-1].hash == piece.chunk.hash
 
 
-def _anchor_places(origin: Origin, passages: Sequence[Passage]) -> dict[str, list[tuple[int, int]]]:
+def _anchor_places(keys: KeySpace, passages: Sequence[Passage]) -> dict[str, list[tuple[int, int]]]:
     """Each anchor's hash, and where it stands: numbers of passages, and positions."""
     places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, passage in enumerate(passages):
         if passage.start >= passage.stop:
             continue
-        for anchor in anchors(passage.tokens[passage.start : passage.stop], origin.salt):
+        for anchor in anchors(passage.tokens[passage.start : passage.stop], keys.salt):
             there = places[anchor.hash]
             if len(there) < MOST_PLACES or there[-MOST_PLACES][0] != number:
                 there.append((number, passage.start + anchor.start))
@@ -207,13 +178,13 @@ def _newest(fields: Mapping[str, str]) -> dict[str, int]:
     return variants
 
 
-def _read_record(origin: Origin, chunk_hash: str, fields: dict[str, str]) -> StoredChunk | None:
+def _read_record(keys: KeySpace, chunk_hash: str, fields: dict[str, str]) -> StoredChunk | None:
     """A chunk's metadata as a candidate. Only a hint: the blob is checked against it later.
 
     Raises SealedBlobError if its tokens are sealed with another key.
     """
     try:
-        ids = from_text(origin.codec.reveal(fields["token_ids"], origin.key(chunk_hash)))
+        ids = from_text(keys.codec.reveal(fields["token_ids"], keys.key(chunk_hash)))
         start = first_position(fields["positions"])
     except SealedBlobError:
         raise

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.tokens.anchors import ONE_IN, WINDOW, Anchor, anchors
+from chunkcache.anywhere.anchors import ONE_IN, WINDOW, Anchor, anchors
 
 
 @given(st.integers(0, 40), st.integers(0, 5))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from chunkcache.anywhere.matching import Piece
 from chunkcache.tokens.chunking import Tokens
-from chunkcache.tokens.matching import Piece
 
 LOOK = 8  # tokens on each side of a border that are compared as text
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from chunkcache.anywhere.probes import Probes
 from chunkcache.errors import RepairError
 from chunkcache.model.proof import cache_of, growing_layers
-from chunkcache.reuse.probes import Probes
 from tests.models import tiny, tokens
 from tests.prompts import logits
 

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from chunkcache import RedisChunkCache
+from chunkcache.anywhere.matching import Piece, StoredChunk
+from chunkcache.insight.seams import Seam, find_seams
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.tokens.matching import Piece, StoredChunk
-from chunkcache.tokens.seams import Seam, find_seams
 from tests.models import tiny
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz .\n"]

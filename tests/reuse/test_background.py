@@ -469,5 +469,5 @@ def test_hidden_reading_is_not_free(store: ChunkStore) -> None:
     cache = ask(model, ids, Gated(store, slow))
     report = cache.report
     assert report.hidden_ms > 0
-    ((_, noted),) = cache._setup.gauge._read
+    ((_, noted),) = cache._context.gauge._read
     assert noted == pytest.approx(report.read_ms + report.hidden_ms, rel=0.2)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from chunkcache.reuse.step import Setup
 
 from chunkcache.errors import BlobError, RepairError, StoreError
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.reuse.step import Setup
 from chunkcache.settings import Settings
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid

@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.reuse.test_index import Identity
 
+from chunkcache.anywhere.index import Origin, Passage
+from chunkcache.anywhere.matching import Piece, StoredChunk
+from chunkcache.anywhere.relocate import fill_pieces
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
 from chunkcache.model.moving import prove_moving
 from chunkcache.model.proof import growing_layers, prove
-from chunkcache.reuse.index import Origin, Passage
-from chunkcache.reuse.relocate import fill_pieces
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.tokens.matching import Piece, StoredChunk
 from tests.models import tiny
-from tests.reuse.test_index import Identity
 
 PLAIN = Codec()
 MODEL = tiny("deepseek_v3", num_hidden_layers=2)

@@ -14,10 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from chunkcache import RedisChunkCache, UnsupportedModelError
+from chunkcache.anywhere.probes import Probes
 from chunkcache.kv.rope import KeyMover
 from chunkcache.repair import Repair
 from chunkcache.reuse import recall
-from chunkcache.reuse.probes import Probes
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from chunkcache.reuse.restore import Filling, known_chunks
+from tests.reuse.test_index import Identity
 
+from chunkcache.anywhere.index import Origin
 from chunkcache.errors import StoreError
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
-from chunkcache.reuse.index import Origin
-from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Chunk, Grid, cut
 from chunkcache.tokens.plan import plan_row
-from tests.reuse.test_index import Identity
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 4, 2, 4), None, LayerShape(1, 4, 1, 2)))
 GRID = Grid(4)

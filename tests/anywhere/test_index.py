@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.kv.coding import Codec
-from chunkcache.reuse.index import (
+from chunkcache.anywhere.anchors import WINDOW, anchors
+from chunkcache.anywhere.index import (
     MOST_PLACES,
     MOST_VARIANTS,
     Origin,
@@ -21,9 +21,9 @@ from chunkcache.reuse.index import (
     is_exact,
     search,
 )
+from chunkcache.kv.coding import Codec
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.tokens.anchors import WINDOW, anchors
 from chunkcache.tokens.chunking import Chunk, Grid, cut
 
 NOTHING = memoryview(b"")

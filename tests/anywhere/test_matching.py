@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.tokens.matching import SHORTEST_RUN, StoredChunk, cover, grow, runs
+from chunkcache.anywhere.matching import SHORTEST_RUN, StoredChunk, cover, grow, runs
 
 small = st.lists(st.integers(0, 3), min_size=0, max_size=200).map(lambda x: np.array(x, np.int64))
 

@@ -1,0 +1,302 @@
+"""AnywherePrefill: a prompt whose text may have stood elsewhere when its K/V were computed.
+
+Behind the exact beginning of each row, runs of known text are put in place, their keys turned to
+their new positions, and repaired as `repair` has it. What is left to the model is then scattered:
+columns that some row does not know or has to compute again. They go through it in one pass, in
+every row (see `model/scatter.py`); what a row knows of them already is computed again, which is
+never less exact.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkcache.anywhere.index import Passage, is_exact, search
+from chunkcache.anywhere.matching import SHORTEST_RUN, runs
+from chunkcache.anywhere.moved import MovedText
+from chunkcache.anywhere.probes import Probes
+from chunkcache.anywhere.relocate import fill_pieces
+from chunkcache.errors import RepairError, StoreError, UnsupportedModelError
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.rope import KeyMover
+from chunkcache.model.scatter import open_layers, scatter_mask
+from chunkcache.repair import Head, Mask
+from chunkcache.reuse.conversation import Conversation
+from chunkcache.reuse.harvest import ByText
+from chunkcache.reuse.hook import TrimSpec
+from chunkcache.reuse.prefill import Prefill
+from chunkcache.stores.base import Entry
+from chunkcache.tokens.chunking import Chunk, Tokens, keyed_hash
+from chunkcache.tokens.plan import Kind, computed_too
+
+
+class AnywherePrefill(Prefill):
+    """See the module, and `Prefill` for the way of a prompt.
+
+    Attributes:
+        moved: What is known of the distinct rows by their text.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.moved: list[MovedText] = []
+        self._mover: KeyMover | None = None
+        self._stale: dict[str, Entry] = {}
+        # Start and stop of each stretch of tokens that were found nowhere, row by row.
+        self._fresh: list[list[tuple[int, int]]] = []
+
+    @staticmethod
+    def check_model(conversation: Conversation) -> None:
+        """Raise UnsupportedModelError if the model's K/V may not be moved."""
+        find_mover(conversation)
+
+    # ------------------------------------------------------------------ what is known
+
+    def plan(self, dry: bool = False) -> None:
+        """Ask which chunks are known where they stand, and then which text is known elsewhere."""
+        if self.limit > self.held and self.conversation.transcript.text_until is None:
+            try:
+                self._mover = find_mover(self.conversation)
+            except UnsupportedModelError as error:  # its attention was changed since it was made
+                self._handle(error)
+        super().plan(dry)
+        self._search()
+
+    @property
+    def _reads_together(self) -> bool:
+        return self._mover is None
+
+    def _search(self) -> None:
+        """Look up the text behind the exact beginnings, and what of it would spare a column."""
+        if self._mover is None or self.context.settings.reuse == "off":
+            return
+        began = perf_counter()
+        passages = _passages(self.conversation.transcript.ids(), self.pads, self.stops, self.limit)
+        try:
+            self.moved, stale = find_moved(self, passages)
+            self._stale |= stale
+        except StoreError as error:
+            self._handle(error)
+            self.moved = []
+        computed = self._any_row(lambda text: text.unknown(text.found))
+        for text in self.moved:
+            here = computed[text.passage.pad :]
+            text.wanted = [p for p in text.found if not here[p.start : p.stop].all()]
+        self.report.lookup_ms += 1e3 * (perf_counter() - began)
+
+    def _any_row(self, mask_of: Callable[[MovedText], Mask]) -> Mask:
+        """`[columns]`, True where a mask is in any of the rows."""
+        mask = np.zeros(self.total, dtype=bool)
+        for text in self.moved:
+            mask[text.passage.pad :] |= mask_of(text)
+        return mask
+
+    # ------------------------------------------------------------------ into the layers
+
+    def load(self) -> None:
+        """Bring what is known into the layers: the exact beginnings, then what is moved."""
+        super().load()
+        assert self._loader is not None
+        if self._mover is None:
+            return
+        if self._loader.failed:
+            self._search()  # behind what is left of them
+        began = perf_counter()
+        placed = fill_pieces(
+            self._reader, self.conversation.layers, self._mover,
+            [(text.passage, text.wanted) for text in self.moved],
+            self.sizes, self.forms, self._loader.at_hand,
+        )  # fmt: skip
+        for text in self.moved:
+            text.placed = [piece for piece in text.wanted if piece in placed]
+        self._count_read()
+        self.report.move_ms += 1e3 * (perf_counter() - began)
+        if any(text.placed for text in self.moved):
+            for layer in self.conversation.layers:
+                if isinstance(layer, GrowingLayer):
+                    layer.hold(self.total)
+                    for text in self.moved:
+                        _blank(layer, text)
+            for text in self.moved:
+                text.again = self._pick(text)
+
+    def _pick(self, text: MovedText) -> Mask:
+        """What the strategy picks; should its probes fail on this model, the heads of the runs."""
+        passage, repair = text.passage, self.context.settings.strategy
+        if not text.moving():
+            return text.moved()
+        layers = [
+            layer.one_row(passage.rows[0], passage.pad, len(passage.tokens))
+            if isinstance(layer, GrowingLayer)
+            else layer
+            for layer in self.conversation.layers
+        ]
+        ids, known = torch.from_numpy(passage.tokens)[None], ~text.unknown(text.placed)
+        spans = [(run[0].start, run[-1].stop) for run in runs(text.moving())]
+        model = self.context.model
+        probes = Probes(model, layers, ids, torch.from_numpy(known), passage.start, spans)
+        try:
+            picked = repair.pick(probes)
+        except Exception as error:  # a probe runs a model in a way its authors did not foresee
+            self._handle(RepairError(f"repair {repair} failed, head:4 was used: {error}"))
+            picked = Head().pick(probes)
+        self.report.charged += probes.charged
+        return picked & text.moved()
+
+    # ------------------------------------------------------------------ what is left
+
+    def trim(self) -> TrimSpec:
+        """Declare what is known to be held. Returns what is left to compute."""
+        if not any(text.placed for text in self.moved):
+            trim = super().trim()
+            begin = self.past + trim.skip
+            self._fresh = [[(max(begin - pad, 0), self.total - pad)] for pad in self.pads]
+            return trim
+        transcript, pads = self.conversation.transcript, self.pads
+        computed = self._any_row(lambda text: text.again | text.unknown(text.placed))
+        columns = torch.from_numpy(np.flatnonzero(computed))
+        self.spans, self._fresh = [[] for _ in pads], [[] for _ in pads]
+        for text in self.moved:
+            here, start = computed[text.passage.pad :], text.passage.start
+            spans, exact_until = text.spans(here), text.exact_until(here)
+            again = sum(span.tokens for span in spans if span.kind is Kind.RECOMPUTED)
+            self.report.charged += len(text.passage.rows) * again
+            for row in text.passage.rows:
+                reused = [s for s in self.plans[row].spans(start) if s.stop <= start]
+                self.spans[row] = computed_too(reused, computed[pads[row] :]) + spans
+                self._fresh[row] = text.not_found()
+                if transcript.exact_until[row] is None:
+                    transcript.exact_until[row] = exact_until
+        self._hold(self.total)
+        if taken := np.flatnonzero(~computed[self.held :]).tolist():
+            self._note_rounding(self.held + taken[0])
+        exact = min(self.stops)
+        if rows := self._checked_rows(exact):
+            columns = torch.cat([torch.tensor([exact - 1]), columns])
+        assert self.call.ids is not None
+        columns = columns.to(self.call.ids.device)
+        open_layers(self.conversation.layers, columns, self.total)
+        self._watch(exact - 1, rows)
+        first = torch.tensor(pads, device=columns.device)[:, None]
+        mask = scatter_mask(self.context.model, columns, self.total, len(pads), pads)
+        positions = (columns - first).clamp(min=0)
+        return TrimSpec(columns=columns - self.past, positions=positions, mask=mask)
+
+    # ------------------------------------------------------------------ the model has computed
+
+    def _by_text(self, certain: int) -> ByText:
+        """Chunks that were computed behind moved ones, and index entries to put right."""
+        grid, salt, transcript = self.context.grid, self.keys.salt, self.conversation.transcript
+        chunks: list[list[Chunk]] = []
+        lengths = transcript.exact_lengths(certain)
+        for row, (pad, length) in enumerate(zip(self.pads, lengths, strict=True)):
+            exact = max((stop for _, stop in grid.spans(length)), default=0)
+            tokens = transcript.ids()[row, pad:].numpy()
+            chunks.append([])
+            for start, stop in self._fresh[row]:
+                begin, end = max(start, exact), min(stop, certain - pad)
+                chunks[-1] += _approximate(tokens, begin, end, grid.size, salt)
+        return ByText(chunks, self._stale)
+
+
+def find_mover(conversation: Conversation) -> KeyMover:
+    """The model's proven rotation.
+
+    Raises:
+        UnsupportedModelError: Its K/V may not be moved.
+    """
+    context = conversation.context
+    mover: KeyMover | str = conversation.obstacle
+    if not mover:
+        assert conversation.keys is not None
+        keys = conversation.keys
+        mover = context.state.mover(keys.identity, keys.layout, context.store)
+    if isinstance(mover, str):
+        raise UnsupportedModelError(
+            f"reuse='anywhere' is not possible with {context.model.__class__.__name__}: "
+            f"{mover}. Use reuse='prefix'"
+        )
+    return mover
+
+
+def find_moved(
+    prefill: Prefill, passages: Sequence[Passage]
+) -> tuple[list[MovedText], dict[str, Entry]]:
+    """What the store knows of passages of a prompt by their text, and index entries to put right.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    context, keys, sizes = prefill.context, prefill.keys, prefill.sizes
+    found = search(context.store, keys, passages)
+    chunks = {piece.chunk.hash: piece.chunk for pieces in found.pieces for piece in pieces}
+    names = [name for name in chunks if name not in sizes]
+    if names:
+        nbytes = context.store.sizes([keys.key(name) for name in names])
+        sizes |= dict(zip(names, nbytes, strict=True))
+    for name, chunk in chunks.items():
+        if name not in prefill.forms:
+            prefill.note_form(name, keys.form(chunk.tokens.tolist(), chunk.start, name))
+    moved = [
+        MovedText(
+            passage,
+            [piece for piece in pieces if sizes[piece.chunk.hash]],
+            [piece for piece in pieces if not sizes[piece.chunk.hash]],
+            short,
+            {p for p in pieces if is_exact(p, passage.tokens, context.grid, keys.salt)},
+        )
+        for passage, pieces, short in zip(passages, found.pieces, found.short, strict=True)
+    ]
+    return moved, found.stale
+
+
+def _passages(ids: Tensor, pads: Sequence[int], starts: Sequence[int], stop: int) -> list[Passage]:
+    """The distinct rows of a batch. Equal ones (beams, several answers) are one passage.
+
+    Args:
+        ids: `[batch, columns]` token ids, on the CPU.
+        pads: Columns of left padding of each row.
+        starts: Column where the exact beginning of each row ends.
+        stop: Column where the tokens begin whose outputs are wanted.
+    """
+    alike: defaultdict[bytes, list[int]] = defaultdict(list)
+    for row, pad in enumerate(pads):
+        alike[ids[row, pad:].numpy().tobytes()].append(row)
+    passages = []
+    for rows in alike.values():
+        pad, start = pads[rows[0]], min(starts[row] for row in rows)
+        tokens = ids[rows[0], pad:].numpy()
+        passages.append(Passage(tokens, max(start - pad, 0), stop - pad, tuple(rows), pad))
+    return passages
+
+
+def _blank(layer: GrowingLayer, text: MovedText) -> None:
+    """Zero what is not known: memory may hold anything, and a masked NaN is still a NaN."""
+    pad = text.passage.pad
+    where = torch.from_numpy(pad + np.flatnonzero(text.unknown(text.placed))).to(layer.device)
+    for row in text.passage.rows:
+        layer.keys[row].index_fill_(1, where, 0)
+        layer.values[row].index_fill_(1, where, 0)
+
+
+def _approximate(tokens: Tokens, start: int, stop: int, size: int, salt: bytes) -> list[Chunk]:
+    """Chunks for tokens that were computed behind moved ones.
+
+    Their K/V are not those of their prefix, so their hashes can never be those of exact chunks:
+    they are found by their text alone.
+    """
+    chunks = []
+    for begin in range(start, stop if stop - start >= SHORTEST_RUN else start, size):
+        end = min(begin + size, stop)
+        before = np.ascontiguousarray(tokens[:end], dtype="<i8").tobytes()
+        place = begin.to_bytes(8, "little")
+        digest = keyed_hash(salt, b"chunkcache/approximate/2", place, before)
+        chunks.append(Chunk(begin, end, digest.hex()))
+    return chunks

@@ -1,0 +1,82 @@
+"""Relocation: chunks brought to where their text stands now.
+
+Blobs are read and checked, their keys turned to the new positions, and put into the layers, each
+once for all rows and places that need it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chunkcache.anywhere.index import Passage
+from chunkcache.anywhere.matching import Piece, StoredChunk
+from chunkcache.kv.codec import LayerKV
+from chunkcache.kv.coding import Form
+from chunkcache.kv.layers import peek_all
+from chunkcache.kv.rope import KeyMover
+from chunkcache.reuse.blobs import BlobReader, PendingChunk
+
+
+def fill_pieces(
+    reader: BlobReader,
+    layers: Sequence[Any],
+    mover: KeyMover,
+    wanted: Iterable[tuple[Passage, Sequence[Piece]]],
+    sizes: Mapping[str, int],
+    forms: Mapping[str, Form],
+    at_hand: Mapping[str, tuple[int, int]],
+) -> set[Piece]:
+    """Put pieces into the layers' room, their keys turned. Each chunk is read once.
+
+    Args:
+        reader: Reads and checks the blobs.
+        layers: Cache layers with room for the whole prompt.
+        mover: The model's proven rotation.
+        wanted: Passages and their pieces.
+        sizes: Bytes of each chunk's blob, by hash.
+        forms: The forms of these blobs, likewise.
+        at_hand: Row and column of chunks whose K/V are in the layers already, by hash.
+
+    Returns:
+        The pieces that are in place; others stay holes.
+    """
+    uses: defaultdict[StoredChunk, list[tuple[Passage, Piece]]] = defaultdict(list)
+    for passage, pieces in wanted:
+        for piece in pieces:
+            uses[piece.chunk].append((passage, piece))
+    placed: set[Piece] = set()
+    reads = {}
+    for chunk, users in uses.items():
+        if chunk.hash in at_hand:
+            _place(layers, peek_all(layers, *at_hand[chunk.hash], len(chunk.tokens)), mover, users)
+            placed |= {piece for _, piece in users}
+        else:
+            name = chunk.hash
+            reads[chunk] = PendingChunk(name, forms[name], sizes[name])
+    for chunk, pending in zip(reads, reader.read(list(reads.values())), strict=True):
+        if not pending.failure:
+            _place(layers, pending.kv, mover, uses[chunk])
+            placed |= {piece for _, piece in uses[chunk]}
+        pending.kv = []
+    reader.discard()
+    return placed
+
+
+def _place(
+    layers: Sequence[Any],
+    kv: Sequence[LayerKV | None],
+    mover: KeyMover,
+    users: Sequence[tuple[Passage, Piece]],
+) -> None:
+    for passage, piece in users:
+        tokens = piece.stop - piece.start
+        inside = slice(piece.offset, piece.offset + tokens)
+        part = [(pair[0][:, inside], pair[1][:, inside]) if pair else None for pair in kv]
+        old, new = (torch.arange(p, p + tokens) for p in (piece.old_start, piece.start))
+        for row in passage.rows:
+            target = peek_all(layers, row, passage.pad + piece.start, tokens)
+            mover.move_into(target, part, old, new)

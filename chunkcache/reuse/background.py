@@ -1,0 +1,132 @@
+"""BackgroundLoad: K/V that travel while the model computes already.
+
+The model needs a layer's K/V when it comes to that layer, not before. So a thread reads the chunks
+of a prompt a few layers at a time, of all chunks the first ones first, and each layer waits for its
+own part only. Checksums are taken as the bytes come in, and compared before the forward's outputs
+are believed: should a blob be missing or damaged, the forward is done again.
+
+CacheGen (https://arxiv.org/abs/2310.07240) and LMCache overlap loading and computing likewise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from contextvars import copy_context
+from functools import partial
+from time import perf_counter
+
+from chunkcache.errors import StoreError
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.reuse.blobs import BlobReader, PendingChunk
+from chunkcache.stores.base import nbytes_of
+from chunkcache.stores.locks import Latch, start_thread
+
+# Of each chunk, read at once: more commands for smaller groups, a longer wait for larger ones.
+GROUP_BYTES = 1 << 20
+# Less than this is there before a thread would have begun.
+LEAST_BYTES = 4 << 20
+
+
+class BackgroundLoad:
+    """The reading of chunks into layers, begun and not waited for.
+
+    Args:
+        reader: Counts what has come, and is told what is wrong with it.
+        chunks: What is read, straight to where it belongs.
+        layers: The layers it belongs to.
+
+    Attributes:
+        waited_ms: Milliseconds that layers, and whoever finished, have waited.
+        busy_ms: Milliseconds from the beginning of the reading to its end.
+
+    Raises:
+        RuntimeError: There are no more threads, or the interpreter is ending.
+    """
+
+    def __init__(
+        self, reader: BlobReader, chunks: Sequence[PendingChunk], layers: Sequence[GrowingLayer]
+    ) -> None:
+        self.waited_ms = self.busy_ms = 0.0
+        self._reader, self._chunks = reader, chunks
+        self._missing: set[int] = set()
+        self._error: StoreError | None = None
+        self._stopped = False
+        largest = max(chunks, key=lambda chunk: chunk.nbytes)
+        self._groups = _groups([nbytes_of(layer) for layer in largest.runs])
+        self._here = [Latch() for _ in self._groups]
+        self._end = Latch()
+        self._pid = os.getpid()
+        context = copy_context()  # in which calls to the store are counted for this prompt
+        start_thread(partial(context.run, self._read), "chunkcache-load")
+        for here, group in zip(self._here, self._groups, strict=True):
+            for number in group:
+                layers[number].arriving = partial(self._wait, here)
+
+    def finish(self) -> bool:
+        """Wait for all of it, and check it. True if every chunk is here and as it must be."""
+        self._wait(self._end)
+        if self._pid != os.getpid():
+            self._error = StoreError("the process was forked while K/V were on their way")
+        if self._error:
+            self._reader.handle_error(self._error)
+            return False
+        for number, chunk in enumerate(self._chunks):
+            self._reader.conclude(chunk, number not in self._missing)
+        self._reader.discard()
+        return not any(chunk.failure for chunk in self._chunks)
+
+    def stop(self) -> None:
+        """Read no further than the part that is on its way. The layers must not be used."""
+        self._stopped = True
+
+    def _wait(self, sign: Latch) -> None:
+        if sign.is_open:
+            return
+        begun = perf_counter()
+        try:
+            sign.wait()
+        except BaseException:  # interrupted: nobody wants the rest
+            self.stop()
+            raise
+        self.waited_ms += 1e3 * (perf_counter() - begun)
+
+    def _read(self) -> None:
+        begun = perf_counter()
+        try:
+            self._read_groups()
+        except StoreError as error:
+            # Its frames refer to this object: as a circle, both would outlive the prompt.
+            self._error = error.with_traceback(None)
+            self._error.__cause__ = self._error.__context__ = None
+        except Exception as error:  # in a thread, nobody else would notice
+            self._error = StoreError(f"reading failed unexpectedly: {error!r}")
+        finally:
+            self.busy_ms = 1e3 * (perf_counter() - begun)
+            for sign in (*self._here, self._end):  # nobody may wait for what does not come
+                sign.open()
+
+    def _read_groups(self) -> None:
+        parts = [[chunk.part(group) for chunk in self._chunks] for group in self._groups]
+        with closing(self._reader.store.fetch([p for group in parts for p in group])) as answers:
+            for here, group in zip(self._here, parts, strict=True):
+                for number, part in enumerate(group):
+                    if self._stopped:
+                        return
+                    if not next(answers):
+                        self._missing.add(number)
+                    part.place.complete()  # type: ignore[attr-defined]
+                here.open()
+
+
+def _groups(sizes: Sequence[int]) -> list[range]:
+    """Numbers of layers that are read together, for layers of these sizes in bytes."""
+    groups = []
+    begin = total = 0
+    for number, size in enumerate(sizes):
+        if number > begin and total + size > GROUP_BYTES:
+            groups.append(range(begin, number))
+            begin, total = number, 0
+        total += size
+    return [*groups, range(begin, len(sizes))]

@@ -1,0 +1,192 @@
+"""Blobs on their way from the store: read, checked, and removed where they are damaged.
+
+All reading of K/V is here, whether a prompt waits for it, text is moved, or K/V arrive while the
+model computes (`background.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
+
+import numpy as np
+
+from chunkcache.errors import BlobError, SealedBlobError, StoreError
+from chunkcache.kv.codec import Checksum, LayerKV
+from chunkcache.kv.coding import Form
+from chunkcache.stores.base import ChunkStore, Part, Place, nbytes_of
+
+# Of blobs that are not read straight to where they belong, so many bytes at once.
+BYTES_AT_ONCE = 64 << 20
+GONE = "it went from the store before it was read"
+WRONG_SIZE = "the blob is damaged: it has not the length that it must have"
+
+
+class PendingChunk:
+    """The blob of one chunk, and the memory that it is read into.
+
+    A blob that is a header and then the very bytes of the layers may be read straight to where
+    they belong; any other goes into memory of its own.
+
+    Attributes:
+        chunk_hash: The chunk's hash.
+        form: The form of the blob.
+        nbytes: Bytes that it has.
+        runs: Of each layer in turn, where its keys and values belong; empty for memory of its own.
+        kv: Keys and values per layer, once they have come into memory of its own.
+        failure: Why it is of no use, once that is known.
+    """
+
+    def __init__(
+        self, chunk_hash: str, form: Form, nbytes: int, runs: Sequence[Sequence[memoryview]] = ()
+    ) -> None:
+        self.chunk_hash, self.form, self.nbytes, self.runs = chunk_hash, form, nbytes, runs
+        self.kv: list[LayerKV | None] = []
+        self.failure = ""
+        self._head = memoryview(b"")  # what stands before the tensor data, or all of it
+        self._checksum = Checksum()
+        self._checked = 0  # bytes that it was taken of
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is read straight to where it belongs."""
+        return bool(self.runs)
+
+    def part(self, layers: range | None = None) -> Part:
+        """All of it, or what belongs to some of the layers; the header comes with the first."""
+        if layers is None or not layers.start:
+            size = len(self.form.file.header) if self.runs else self.nbytes
+            self._head = np.empty(size, dtype=np.uint8).data
+        if not self.runs:
+            return Part(self.form.key, 0, [self._head])
+        chosen = self.runs if layers is None else self.runs[layers.start : layers.stop]
+        views = [view for run in chosen for view in run]
+        if layers is None or not layers.start:
+            return Part(self.form.key, 0, _Target(self, [self._head, *views], len(self._head)))
+        start = len(self._head) + sum(map(nbytes_of, self.runs[: layers.start]))
+        return Part(self.form.key, start, _Target(self, views, 0))
+
+    def note_bytes(self, piece: memoryview) -> None:
+        """Take the checksum of bytes of the tensor data, in order."""
+        self._checksum.update(piece)
+        self._checked += piece.nbytes
+
+    def check(self) -> None:
+        """Make sure that what has come is the chunk.
+
+        Raises:
+            SealedBlobError: It is sealed with another key.
+            BlobError: It is not this chunk's, or it is damaged.
+        """
+        if not self.runs:
+            self.kv, self._head = self.form.decode(self._head), memoryview(b"")
+            return None
+        file = self.form.file
+        if self._checked == self.nbytes - len(self._head):
+            with suppress(BlobError):  # a part came twice, perhaps: only all of it tells
+                return file.check_sum(self._head, self._checksum)
+        return file.check(self._head, [view for run in self.runs for view in run])
+
+
+class _Target(Place):
+    """Where a part of a blob goes. Its checksum is taken while it is in the processor's cache."""
+
+    def __init__(self, chunk: PendingChunk, views: Sequence[memoryview], head: int) -> None:
+        super().__init__(views)
+        self._chunk, self._head, self._seen = chunk, head, 0
+
+    def filled(self, pieces: Sequence[memoryview]) -> None:
+        """Take the checksum of what is behind the header."""
+        for piece in pieces:
+            header = self._head - self._seen
+            self._chunk.note_bytes(piece if header <= 0 else piece[header:])
+            self._seen += piece.nbytes
+
+    def complete(self) -> None:
+        """The same for stores that do not tell what has come."""
+        if not self._seen:
+            self.filled(self)
+
+
+class BlobReader:
+    """Reads the chunks of one prompt.
+
+    Args:
+        store: Where they are.
+        handle_error: Told of a failing store and of damaged blobs; may raise.
+
+    Attributes:
+        bytes_read: Bytes of blobs that have come.
+        bytes_saved: How many more they would be as the model has them.
+        bad: Hashes of chunks whose blob is missing or damaged.
+    """
+
+    def __init__(self, store: ChunkStore, handle_error: Callable[[Exception], None]) -> None:
+        self.store = store
+        self.handle_error = handle_error
+        self.bytes_read = self.bytes_saved = 0
+        self.bad: set[str] = set()
+        self._damaged: list[str] = []
+
+    def read(self, chunks: Sequence[PendingChunk]) -> Generator[PendingChunk]:
+        """Yield each chunk when it has come, or when it is known that it will not.
+
+        The iteration may end early. `discard` is to be called afterwards.
+        """
+        for batch in _batches(chunks):
+            done = 0
+            try:
+                with closing(self.store.fetch([chunk.part() for chunk in batch])) as answers:
+                    for chunk, is_here in zip(batch, answers, strict=True):
+                        self.conclude(chunk, is_here)
+                        done += 1
+                        yield chunk
+            except StoreError as error:
+                self.handle_error(error)
+                for chunk in batch[done:]:
+                    chunk.failure = str(error)
+                    yield chunk
+
+    def conclude(self, chunk: PendingChunk, is_here: bool) -> None:
+        """Check a chunk that has come, or take note that it has not."""
+        if not is_here:
+            chunk.failure = GONE
+            self.bad.add(chunk.chunk_hash)
+            return
+        self.bytes_read += chunk.nbytes
+        self.bytes_saved += chunk.form.spared(chunk.nbytes)
+        try:
+            chunk.check()
+        except BlobError as error:
+            self.reject(chunk, error)
+
+    def reject(self, chunk: PendingChunk, error: BlobError) -> None:
+        """Take note that a blob is not what it must be."""
+        chunk.failure = str(error)
+        if not isinstance(error, SealedBlobError):  # which is good for others
+            self.bad.add(chunk.chunk_hash)
+            self._damaged.append(chunk.form.key)
+        self.handle_error(error)
+
+    def discard(self) -> None:
+        """Remove what is damaged: others would read it too, or take it for what is written anew."""
+        damaged, self._damaged = self._damaged, []
+        try:
+            if damaged:
+                self.store.delete(damaged)
+        except StoreError as error:
+            self.handle_error(error)
+
+
+def _batches(chunks: Sequence[PendingChunk]) -> Iterator[list[PendingChunk]]:
+    batch: list[PendingChunk] = []
+    size = 0
+    for chunk in chunks:
+        own = 0 if chunk.is_direct else chunk.nbytes
+        if batch and size + own > BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(chunk)
+        size += own
+    if batch:
+        yield batch

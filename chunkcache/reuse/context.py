@@ -1,0 +1,100 @@
+"""CacheContext: what a cache object is made with, and what all its prompts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from chunkcache.errors import StoreError
+from chunkcache.gain import Gauge
+from chunkcache.keys import INT8
+from chunkcache.kv.codec import KVLayout
+from chunkcache.kv.coding import Codec
+from chunkcache.model.identity import ModelIdentity
+from chunkcache.model.state import ModelState
+from chunkcache.report import Report
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.settings import OBSERVERS, Settings
+from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.calls import calls_of_prompt
+from chunkcache.stores.readonly import ReadOnly
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens
+from chunkcache.tokens.token_text import Decoder
+
+Indexer = Callable[[KeySpace, Chunk, Tokens, str, bool], list[Entry]]
+"""Entries by which a chunk of a row of tokens, made at a time and perhaps pinned, will be found."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheContext:
+    """Model, store and settings of one cache object.
+
+    Attributes:
+        tokenizer: For its reports.
+        indexer: What makes stored chunks known by their text, if that is wanted.
+    """
+
+    model: nn.Module
+    state: ModelState
+    store: ChunkStore
+    settings: Settings
+    grid: Grid
+    indexer: Indexer | None = None
+    tokenizer: Decoder | None = None
+
+    def keyspace(self, identity: ModelIdentity, layout: KVLayout) -> KeySpace:
+        """Where chunks of that identity, the model's present one, are found and kept."""
+        chosen = self.settings
+        codec = Codec(chosen.codec, chosen.sealing)
+        if codec.numbers == INT8:
+            codec = replace(codec, mover=self.state.rotation(identity))
+        salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
+        return KeySpace(identity, layout, salt, codec)
+
+    @property
+    def gauge(self) -> Gauge:
+        """What reading from the store and computing with the model took lately."""
+        store = self.store.store if isinstance(self.store, ReadOnly) else self.store
+        return self.state.gauges.setdefault(store, Gauge())
+
+    @property
+    def foreign_code(self) -> str:
+        """Code of others that would see a trimmed prompt, as a reason to bypass; or `""`."""
+        found = self.state.foreign
+        if not found or self.vouches_for_hooks:
+            return ""
+        return (
+            f"{found} would see a trimmed prompt: if it only looks, and need not see reused "
+            f"tokens, set hooks={OBSERVERS!r}"
+        )
+
+    @property
+    def vouches_for_hooks(self) -> bool:
+        """Whether the user has promised that hooks of others only look."""
+        return self.settings.hooks == OBSERVERS
+
+    @property
+    def may_do_again(self) -> bool:
+        """Whether a forward may begin that has to be done again if the store has promised too much.
+
+        Not where errors are to be raised, nor with other processes beside it, which would have to
+        do it again too.
+        """
+        return self.settings.on_error == "compute" and self.state.ranks.size == 1
+
+    def handle_store_error(self, error: Exception, report: Report) -> None:
+        """A store failed or held a bad blob: count it, and raise only if that was asked for."""
+        report.note_error(error)
+        if self.settings.on_error == "raise" and isinstance(error, StoreError):
+            raise error
+
+    @contextmanager
+    def store_calls(self, report: Report) -> Iterator[None]:
+        """Around a prompt's calls to the store, to report what failed in a part of it too."""
+        with calls_of_prompt() as calls:
+            yield
+        for error in calls.errors:
+            self.handle_store_error(error, report)

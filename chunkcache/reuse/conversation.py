@@ -1,0 +1,455 @@
+"""Conversation: the tokens whose K/V a cache object holds, in which layers, and whose they are.
+
+It lives as long as tokens are held: a prompt (`Prefill`) takes it over and leaves it longer, and
+each token written behind is added here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from chunkcache.errors import StoreError, UnsupportedCallError
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.sample import Sample
+from chunkcache.model.foreign import hooks_registered
+from chunkcache.model.identity import ModelIdentity, numerics
+from chunkcache.model.proof import Proof, growing_layers
+from chunkcache.model.scatter import close_layers
+from chunkcache.report import Report
+from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.harvest import ByText, harvest
+from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
+from chunkcache.tokens.transcript import Transcript
+
+_EDITED = (
+    "K/V in the cache were changed by others: what they made is used, and nothing of it is stored"
+)
+_NEW_HOOKS = "forward hooks were registered while these tokens were computed"
+_NOT_TEXT = (
+    "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
+    "positions count each row's tokens from 0"
+)
+
+
+class Conversation:
+    """See the module.
+
+    Attributes:
+        context: Model, store and settings.
+        layers: The list that the cache object works on.
+        transcript: The tokens whose K/V they hold.
+        bypass_reason: Why K/V of these tokens can be neither taken from the store nor put there;
+            the model then computes as with a plain cache.
+        beyond: The same, where more than tokens is held (as an image).
+        edited: Whether others have changed what is held.
+        keys: Under which keys chunks are found and kept, once the model may have any.
+        known: Hashes of chunks that are in the store or on their way there.
+        surplus: Columns held after a forward beyond those given: some models are odd.
+    """
+
+    def __init__(self, context: CacheContext) -> None:
+        self.context = context
+        self.transcript = Transcript()
+        self.bypass_reason = self.beyond = ""
+        self.edited = False
+        self.keys: KeySpace | None = None
+        self.known: set[str] = set()
+        self.surplus = 0
+        # What the model was when it was looked at last.
+        self._identity: ModelIdentity | None = None
+        self._proof = Proof()
+        self._foreign_code = self._numerics = ""
+        self._hooks_registered = 0
+        # What is held, as it was left.
+        self.layers: list[Any] = self._new_layers()
+        self._fed = 0  # columns given, of which nobody will take back the certain ones
+        self._certain = 0
+        self._ends_at: tuple[Tensor | None, int] = (None, 0)  # positions, and columns with them
+        self._sample: Sample | None = None
+        # Since the last chunk that was complete.
+        self._complete: list[int] = []
+        self._checks: list[Tensor | bool] = []
+
+    @property
+    def length(self) -> int:
+        """Columns whose K/V are held."""
+        for layer in self.layers:
+            if isinstance(layer, CacheLayerMixin):
+                return int(layer.get_seq_length())
+        return self._fed  # recurrent layers do not count
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no forward has been given it yet."""
+        return not (self._fed or self.length or self.transcript.pads or self.bypass_reason)
+
+    # ------------------------------------------------------------------ whose tokens these are
+
+    def identify(self) -> bool:
+        """Look at the model. True if it is no longer the one that computed what is held."""
+        state = self.context.state
+        self._hooks_registered = hooks_registered()
+        identity, foreign_code = state.identity(), self.context.foreign_code
+        if (identity, foreign_code) == (self._identity, self._foreign_code):
+            return False
+        changed = self._identity not in (None, identity)
+        self._identity, self._foreign_code = identity, foreign_code
+        self._numerics = numerics(self.context.model)
+        if foreign_code:  # which may go again: no verdict on the model
+            self._proof = Proof(foreign_code)
+            return changed
+        self._proof = state.proof(identity, self.context.store)
+        if not self._proof.obstacle:
+            assert self._proof.layout is not None
+            self.keys = self.context.keyspace(identity, self._proof.layout)
+        return changed
+
+    @property
+    def obstacle(self) -> str:
+        """Why K/V of the model may not be reused, as far as it was looked at; or `""`."""
+        return self._proof.obstacle
+
+    @property
+    def distrust(self) -> str:
+        """Why the store is not believed in what it has of this model, or `""`."""
+        return self.context.state.distrust.get(self._digest, "")
+
+    @distrust.setter
+    def distrust(self, reason: str) -> None:
+        distrust = self.context.state.distrust
+        if reason:
+            distrust[self._digest] = reason
+        else:
+            distrust.pop(self._digest, None)
+
+    @property
+    def _digest(self) -> str:
+        return self._identity.digest if self._identity else ""
+
+    def check_edited(self, thoroughly: bool = False) -> None:
+        """Look whether others have changed K/V that are held, since the last forward.
+
+        `thoroughly` is at the values too, which takes a millisecond.
+        """
+        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        if any(layer.check_edited() for layer in growing) or (
+            thoroughly and self._sample is not None and self._sample.differs(self.layers)
+        ):
+            self.edited = True
+            self.bypass_reason = _EDITED
+            self._sample = None
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether others have changed how many tokens the layers hold.
+
+        Nobody can tell then which ones, so that the object does as a `DynamicCache` does.
+        """
+        return self.edited and self.length != self.transcript.columns
+
+    # ------------------------------------------------------------------ generate() brings a prompt
+
+    def continues(self, call: ForwardCall) -> bool:
+        """Whether the ids given to `generate()` are only those behind what is held.
+
+        Then the mask covers more than the ids, or, an all-ones mask being dropped, the positions
+        do not start at 0.
+
+        Raises:
+            UnsupportedCallError: It cannot be told.
+        """
+        held = self.length
+        if call.mask is not None and call.ids is not None:
+            columns = call.mask.shape[-1]
+            if columns not in (call.new, held + call.new):
+                raise UnsupportedCallError(
+                    f"attention_mask covers {columns} tokens, but the cache holds {held} and "
+                    f"input_ids bring {call.new}: pass the whole prompt, or a mask over both"
+                )
+            return columns != call.new
+        if not held:
+            return False
+        first = call.first_position()
+        if first in (held, self._follows_at(held)):  # as a plain cache has it, or an image
+            return True
+        if first != 0 and call.ids is not None and not self._begins_like(call):
+            why = "this model takes no position_ids"
+            if first is not None:
+                why = f"position_ids begin with {first}, and this cache holds {held} tokens"
+            raise UnsupportedCallError(
+                f"{why}, so it cannot be told whether input_ids are a new prompt or continue what "
+                "the cache holds: call cache.reset() before a new prompt, pass the whole text to "
+                "continue"
+            )
+        return False
+
+    def kept_columns(self, module: nn.Module, call: ForwardCall) -> tuple[int, bool]:
+        """Columns of a whole prompt that are held, and whether its ids do not name them.
+
+        Raises:
+            UnsupportedCallError: It cannot be told, or the positions are for something else.
+        """
+        held = self.length
+        if not held:
+            return 0, False
+        if not self.edited and (columns := self._plain_columns(module, call, held)):
+            return columns, True
+        return self._common_columns(call), False
+
+    def _plain_columns(self, module: nn.Module, call: ForwardCall, held: int) -> int:
+        """Columns to keep as a `DynamicCache` would, as `resume.py` has it."""
+        if self.transcript.columns != held and not self.surplus:
+            raise UnsupportedCallError(
+                "this cache holds K/V of tokens that no forward of the model has brought, so it "
+                "cannot be told whether a whole prompt continues them: call cache.reset() before a "
+                "new prompt; to continue, pass input_ids of the new tokens alone and an "
+                "attention_mask over all"
+            )
+        columns = 0
+        if self.beyond or call.beyond:
+            columns = plain_columns(module, call, self.transcript, held, self._follows_at(held))
+        if not columns:
+            check_anew(module, call)
+        return columns
+
+    def _common_columns(self, call: ForwardCall) -> int:
+        """Columns with the same tokens, the last ones that must be computed left out."""
+        if call.bypass_reason or call.whole:
+            return 0
+        if not self.edited and (self.bypass_reason or self.identify() or self.obstacle):
+            return 0
+        assert call.ids is not None
+        pads = call.pads()
+        common = self.transcript.common_columns(call.ids, pads)
+        if self.edited:
+            check_not_a_part(common, call, self.length)
+        common = min(common, call.new - max(call.keep, 1))
+        if not self.edited:
+            if not self._followed:
+                return 0
+            ends = call.text_columns(0, pads), self.transcript.text_until
+            common = min(common, *(end for end in ends if end is not None))
+        return max(0, common)
+
+    def _begins_like(self, call: ForwardCall) -> bool:
+        assert call.ids is not None
+        return self.transcript.common_columns(call.ids, self.transcript.pads) > 0
+
+    def _follows_at(self, held: int) -> int:
+        """Position of the token behind the `held` columns, in the first row."""
+        positions, columns = self._ends_at
+        if positions is None:
+            return held - (self.transcript.pads or [0])[0]
+        return int(first_row(positions)[-1]) + 1 + held - columns
+
+    def begin_prompt(
+        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
+    ) -> None:
+        """Look at a prompt, and set `bypass_reason` where it must be computed as usual.
+
+        Args:
+            module: The model that was called.
+            call: The prompt.
+            past: Columns that stand before the ids given.
+            held: Columns that are held; more than `past` where a whole prompt was given.
+            total: Columns when it is done.
+        """
+        self.beyond = self.beyond or call.beyond
+        self.bypass_reason = (
+            self.bypass_reason
+            or call.bypass_reason
+            or self._why_bypass(module, call, past, held, total)
+        )
+        if not self.context.state.ranks.all(not self.bypass_reason):
+            self.bypass_reason = (
+                self.bypass_reason or "another process of this model falls back to normal prefill"
+            )
+
+    def _why_bypass(
+        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
+    ) -> str:
+        if module is not self.context.model:
+            if not held:
+                config: Any = module.config
+                self._empty(DynamicCache(config=config).layers)
+            return "this cache was made for another model"
+        if self.identify() and held:
+            return "the model changed after a part of this sequence was computed"
+        if not held:
+            self.empty()
+        if self.obstacle:
+            return self.obstacle
+        if not held:
+            self.transcript.start(call.pads())
+        if self.transcript.columns != held:
+            return "the cache holds K/V of tokens that it has not seen"
+        if past and call.mask is not None and len(self.transcript.pads) == len(call.mask):
+            self.transcript.more_padding(call.pads())
+        for name, types in call.types.items():
+            if not bool(self._is_untyped(name, types)):
+                self.beyond = may_change(name)
+                return self.beyond
+        columns = call.text_columns(past, self.transcript.pads)
+        if not self._followed or columns <= min(self.transcript.pads):
+            return _NOT_TEXT
+        if columns < total:
+            known = self.transcript.text_until
+            self.transcript.text_until = columns if known is None else min(known, columns)
+        return ""
+
+    def empty(self) -> None:
+        """Hold nothing, in layers that fit the model."""
+        self._empty(self._new_layers())
+
+    def _empty(self, layers: list[Any]) -> None:
+        self.layers[:] = layers
+        self._sample = None
+
+    def _new_layers(self) -> list[Any]:
+        """Ours where the model is proven, else those of a plain `DynamicCache`."""
+        ours = None if self.obstacle else growing_layers(self.context.model)
+        config: Any = self.context.model.config
+        return ours or DynamicCache(config=config).layers
+
+    def record(self, call: ForwardCall, past: int, held: int, total: int) -> None:
+        """Take down the tokens of a forward that is not known by them alone."""
+        if not held:
+            self.transcript.start(call.pads())
+        if len(self.transcript.pads) != call.shape[0]:
+            return
+        if call.ids is None:
+            self.transcript.append_unnamed(call.new)
+        else:
+            self.transcript.append(call.ids[:, held - past :])
+        if call.positions is not None:
+            self._ends_at = call.positions[..., -1:], total
+
+    # ------------------------------------------------------------------ one token after another
+
+    def begin_step(self, call: ForwardCall, past: int) -> TrimSpec:
+        """A decoding step begins: take down its tokens. Never waits for a GPU."""
+        self._fed, self._certain = past + call.new, past + call.new - call.drafts
+        self.bypass_reason = self.bypass_reason or call.bypass_reason
+        self.beyond = self.beyond or call.beyond
+        if self.bypass_reason:
+            self.record(call, past, past, past + call.new)
+            return NOTHING_TRIMMED
+        assert call.ids is not None
+        self.transcript.append(call.ids)
+        if self.transcript.text_until is None:
+            self._checks.append(call.follows(past, self.transcript.pads))
+        self._checks += [self._is_untyped(*item) for item in call.types.items()]
+        return NOTHING_TRIMMED
+
+    def end_step(self, report: Report) -> None:
+        """It has come back: hand over the chunks that it has completed, if any."""
+        self.check_edited()
+        self.bypass_reason = self.bypass_reason or self.distrust
+        self.end_forward(self._fed)
+        if not self.bypass_reason and self.may_store(self._fed, self._certain):
+            self.store(self._certain, report)
+
+    # ------------------------------------------------------------------ a forward has come back
+
+    def end_forward(self, total: int) -> None:
+        """The layers have grown to so many columns, or should have."""
+        self._fed = total
+        self.surplus = self.length - total
+        close_layers(self.layers)
+
+    def end_prompt(self) -> None:
+        """Remember what the K/V are, to see later whether others have changed them."""
+        self._sample = None if self.bypass_reason else Sample(self.layers)
+
+    def note_written(self) -> None:
+        """What is in the layers now is ours."""
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer) and not self.edited:
+                layer.note_written()
+
+    def store(
+        self, certain: int, report: Report, tail: bool = False, by_text: ByText | None = None
+    ) -> None:
+        """Hand over chunks that are complete, certain and not in the store, if there are any.
+
+        Args:
+            certain: Columns that nobody will take back.
+            report: Takes what was done.
+            tail: Store a last, shorter chunk too.
+            by_text: What else `reuse="anywhere"` has to store.
+
+        Raises:
+            StoreError: The store failed, and `on_error="raise"` was asked for.
+        """
+        assert self.keys is not None
+        with self.context.store_calls(report):
+            entries = harvest(
+                self.context, self.keys, self.layers, self.transcript, self.known,
+                certain, tail, by_text,
+            )  # fmt: skip
+            size, taken = sum(entry.nbytes for entry in entries), 0
+            try:
+                taken = self.context.store.write(entries) if entries else 0
+            except StoreError as error:
+                self.context.handle_store_error(error, report)
+            report.bytes_written += taken
+            report.bytes_dropped += size - taken
+
+    def may_store(self, total: int, certain: int, prompt: bool = False, tail: bool = False) -> bool:
+        """Whether a chunk is complete that may be stored; sets `bypass_reason` if none may.
+
+        `prompt`: these are columns of a prompt. `tail`: its last, shorter chunk counts.
+        """
+        if self.length != total:
+            self.bypass_reason = "the model cached another number of tokens than it was given"
+            return False
+        lengths = self.transcript.exact_lengths(certain)
+        complete = [self.context.grid.complete(length) for length in lengths]
+        if complete == self._complete and not tail:
+            return False  # no chunk ends here: nearly every step of decoding
+        self._complete = complete
+        if not prompt:
+            self.check_edited(thoroughly=True)
+            if self.edited:
+                return False
+            self._sample = Sample(self.layers)
+        if not self._followed:
+            self.bypass_reason = _NOT_TEXT
+        elif hooks_registered() != self._hooks_registered and not self.context.vouches_for_hooks:
+            self.bypass_reason = _NEW_HOOKS
+        elif numerics(self.context.model) != self._numerics:
+            self.bypass_reason = (
+                "autocast, attention or matrix precision changed in the course of it"
+            )
+        else:
+            self._checks.clear()
+            return self.context.settings.write
+        return False
+
+    @property
+    def _followed(self) -> bool:
+        """Whether all forwards since the last prompt were those of text."""
+        return all(bool(check) for check in self._checks)
+
+    def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
+        """Whether token type ids are zero, and zeros mean nothing to the model."""
+        assert self._identity is not None
+        return not self.context.state.zeros_matter(self._identity, name) and (types == 0).all()
+
+    # ------------------------------------------------------------------ changes by Transformers
+
+    def crop(self, columns: int) -> None:
+        """The layers hold the first `columns` alone."""
+        self.transcript.crop(columns)
+        if self._sample is not None:
+            self._sample.crop(columns)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """The layers hold these rows of what they held."""
+        self.transcript.take_rows(rows)
+        self._sample = None

@@ -1,0 +1,184 @@
+"""ChunkLoader: planned chunks from the store into the layers of one prompt, row by row or together.
+
+A blob that is missing or fails its check ends its rows there: the plans are revised, and what was
+copied behind it is room that will be written over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+
+from chunkcache.kv.coding import Form
+from chunkcache.kv.layers import GrowingLayer, peek_all
+from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
+from chunkcache.reuse.blobs import BlobReader, PendingChunk
+from chunkcache.tokens.chunking import Chunk
+from chunkcache.tokens.plan import RowPlan
+
+# The share of a prompt that may be left to compute when the model runs ahead.
+MOST_LEFT = 1 / 3
+
+
+class ChunkLoader:
+    """See the module.
+
+    Args:
+        reader: Reads and checks the blobs.
+        layers: Cache layers with room for the whole prompt.
+        pads: Columns of left padding of each row.
+        together: A row is not read further than the one that is known least far.
+
+    Attributes:
+        at_hand: Row and column of whole chunks that are in the layers now, by hash.
+        failed: Whether a row is known less far than was planned.
+    """
+
+    def __init__(
+        self, reader: BlobReader, layers: Sequence[Any], pads: Sequence[int], together: bool
+    ) -> None:
+        self.at_hand: dict[str, tuple[int, int]] = {}
+        self.failed = False
+        self._reader, self._layers = reader, layers
+        self._growing = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+        self._pads, self._together = pads, together
+
+    def load(
+        self,
+        plans: list[RowPlan],
+        stops: list[int],
+        sizes: Mapping[str, int],
+        forms: Mapping[str, Form],
+        ahead_of: int = 0,
+    ) -> BackgroundLoad | None:
+        """Read until all is there, or until something fails.
+
+        Args:
+            plans: One per row; replaced where a read fails.
+            stops: Up to which column K/V are wanted of each row; afterwards, up to which they are
+                there.
+            sizes: Bytes of each chunk's blob, by hash.
+            forms: The forms of these blobs, likewise.
+            ahead_of: Columns of the prompt, if the model may begin before all is here.
+
+        Returns:
+            What is still to come, if the model may and need not wait for it.
+        """
+        self._plans, self._stops = plans, stops
+        self._align()
+        # Equal chunks of several rows (beams, few-shot prompts) are read once.
+        users: defaultdict[str, list[int]] = defaultdict(list)
+        chunks: dict[str, Chunk] = {}
+        for row, plan in enumerate(plans):
+            stop = stops[row] - self._pads[row]
+            for chunk in plan.reads(stop) if stop > plan.held else ():
+                users[chunk.hash].append(row)
+                chunks[chunk.hash] = chunk
+        # Nearest the start first: what follows a failure need not be read.
+        reads = [
+            self._open(chunk, users[chunk.hash], forms[chunk.hash], sizes[chunk.hash])
+            for chunk in sorted(chunks.values(), key=lambda c: self._first_column(c, users))
+        ]
+        if reads and self._may_come_later(reads, ahead_of):
+            with suppress(RuntimeError):  # no more threads, or the interpreter is ending
+                return BackgroundLoad(self._reader, [r.pending for r in reads], self._growing)
+        self._read(reads)
+        self._reader.discard()
+        return None
+
+    def covered(self, rows: Iterable[int]) -> int:
+        """Columns whose K/V are in these rows' room: more than `stops` where a chunk has more."""
+        return min(
+            self._pads[row]
+            + max((c.stop for c in plan.reads(self._stops[row] - self._pads[row])), default=0)
+            for row, plan in enumerate(self._plans)
+            if row in rows
+        )
+
+    def _first_column(self, chunk: Chunk, users: dict[str, list[int]]) -> int:
+        return min(self._pads[row] for row in users[chunk.hash]) + chunk.start
+
+    def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
+        """A chunk that is read straight to where it belongs in its first row, if that may be."""
+        row, tokens = rows[0], chunk.stop - chunk.start
+        runs: list[list[memoryview]] = []
+        if (
+            form.is_direct
+            # What is held already must not be overwritten by bytes that are not checked yet.
+            and chunk.start >= self._plans[row].held
+            and self._growing[0].device.type == "cpu"
+        ):
+            column = self._pads[row] + chunk.start
+            runs = [layer.runs(row, column, tokens) for layer in self._growing]
+        return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs))
+
+    def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:
+        """Whether nobody but the layers waits for these chunks, and it is worth a thread.
+
+        And the risk: should something be wrong, what is left to compute is computed twice.
+        """
+        alone = all(read.pending.is_direct and len(read.rows) == 1 for read in reads)
+        return (
+            alone
+            and columns > 0
+            and columns - min(self._stops) <= MOST_LEFT * columns
+            and sum(read.pending.nbytes for read in reads) >= LEAST_BYTES
+            and self._reader.store.reads_parts
+        )
+
+    def _read(self, reads: Sequence[_Read]) -> None:
+        with closing(self._reader.read([read.pending for read in reads])) as answers:
+            for number, (read, pending) in enumerate(zip(reads, answers, strict=True)):
+                if pending.failure:
+                    self._cut(read, pending.failure)
+                elif self._is_wanted(read):
+                    self._spread(read)
+                rest = reads[number + 1 :]
+                if rest and not any(map(self._is_wanted, rest)):
+                    break
+
+    def _is_wanted(self, read: _Read) -> bool:
+        """Whether a row is still to be filled as far as this chunk."""
+        start = read.chunk.start
+        return any(self._pads[row] + start < self._stops[row] for row in read.rows)
+
+    def _spread(self, read: _Read) -> None:
+        """Copy the checked K/V to where they are wanted and not yet."""
+        chunk, rows, kv = read.chunk, read.rows, read.pending.kv
+        if read.pending.is_direct:
+            column = self._pads[rows[0]] + chunk.start
+            self.at_hand[chunk.hash] = rows[0], column
+            kv = peek_all(self._layers, rows[0], column, chunk.stop - chunk.start)
+            rows = rows[1:]
+        for row in rows:
+            begin = max(chunk.start, self._plans[row].held)
+            # One token more than is wanted, where the chunk has it: see `covered`.
+            stop = min(chunk.stop, self._stops[row] - self._pads[row] + 1)
+            inside = slice(begin - chunk.start, stop - chunk.start)
+            for layer, pair in zip(self._layers, kv, strict=True):
+                if pair is not None and begin < stop:
+                    column = self._pads[row] + begin
+                    layer.place(row, column, pair[0][:, inside], pair[1][:, inside])
+        read.pending.kv = []  # what was made of many blobs need not be kept
+
+    def _cut(self, read: _Read, why: str) -> None:
+        self.failed = True
+        for row in read.rows:
+            plan = self._plans[row]
+            self._plans[row] = plan.cut_at(max(read.chunk.start, plan.held), why)
+            self._stops[row] = min(self._stops[row], self._pads[row] + self._plans[row].reach)
+        self._align()
+
+    def _align(self) -> None:
+        if self._together:
+            self._stops[:] = [min(self._stops)] * len(self._stops)
+
+
+class _Read(NamedTuple):
+    """A chunk on its way to these rows."""
+
+    chunk: Chunk
+    rows: list[int]
+    pending: PendingChunk

@@ -35,7 +35,7 @@ from chunkcache.reuse.index import Origin, Passage, index_entries, search
 from chunkcache.reuse.restore import Filling, known_chunks
 from chunkcache.settings import Settings
 from chunkcache.stores import OPENERS, _bytes_parameter, _folder, open_store
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import Entry, Part
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
 from chunkcache.tokens.chunking import Grid, cut
@@ -439,9 +439,10 @@ class CannedStore(RedisStore):
         return redis.ConnectionPool(**options)
 
 
-def read_into(store: RedisStore) -> bool:
+def fetch(store: RedisStore) -> bool:
     place = [memoryview(bytearray(size)) for size in (2, 3)]
-    return all(isinstance(arrived, bool) for arrived in store.read_into(["a", "b"], [place] * 2))
+    parts = [Part("a", 0, place), Part("b", 0, place), Part("b", 7, place)]
+    return all(isinstance(arrived, bool) for arrived in store.fetch(parts))
 
 
 def write(store: RedisStore) -> bool:
@@ -455,8 +456,7 @@ def strings(fields: dict[str, str] | None) -> bool:
 
 # Each says whether the answer is of the kind that it must be.
 READING: dict[str, Callable[[RedisStore], bool]] = {
-    "read": lambda store: all(view is None or len(view) > 0 for view in store.read(["a", "b"])),
-    "read_into": read_into,
+    "fetch": fetch,
 }
 OTHERS: dict[str, Callable[[RedisStore], bool]] = {
     "sizes": lambda store: all(isinstance(n, int) and n >= 0 for n in store.sizes(["a", "b"])),

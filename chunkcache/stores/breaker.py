@@ -57,21 +57,12 @@ class Guarded(StaysHere, ChunkStore):
     def sizes(self, keys: Sequence[str]) -> list[int]:
         return self._look_up(lambda: self._store.sizes(keys)) if keys else []
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        return self._iterate(keys, lambda: self._store.read(keys))
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        return self._iterate(keys, lambda: self._store.read_into(keys, places))
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        return self._iterate(parts, lambda: self._store.fetch(parts))
 
     @property
     def reads_parts(self) -> bool:
         return self._store.reads_parts
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        keys = [part.key for part in parts]
-        return self._iterate(keys, lambda: self._store.read_parts(parts))
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self._look_up(lambda: self._store.read_metadata(keys)) if keys else []
@@ -120,8 +111,8 @@ class Guarded(StaysHere, ChunkStore):
             self._warn(cause)
         return result
 
-    def _iterate(self, keys: Sequence[str], verb: Callable[[], Iterator[T]]) -> Generator[T]:
-        if not keys:
+    def _iterate(self, asked: Sequence[object], verb: Callable[[], Iterator[T]]) -> Generator[T]:
+        if not asked:
             return
         self._enter_reading()
         with self._watched(self._reading):

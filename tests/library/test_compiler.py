@@ -26,6 +26,7 @@ from chunkcache.tokens.anchors import WINDOW
 from chunkcache.tokens.chunking import Grid
 from tests.models import tiny
 from tests.models import tokens as random_ids
+from tests.scripted import Scripted
 
 PREFIX = np.array([1, 40, 41, 42, 43])
 
@@ -214,20 +215,13 @@ def test_a_blob_that_lost_its_metadata_is_written_anew(valkey_server):
 
 
 def test_a_store_that_forgets_is_noticed():
-    class Forgetful(MemoryStore):
-        def write(self, entries):
-            return sum(entry.nbytes for entry in entries)
-
+    forgetful = Scripted(write=lambda entries: sum(entry.nbytes for entry in entries))
     with pytest.raises(StoreError, match="has not kept"):
-        add(compiler(store=Forgetful()), texts(300))
+        add(compiler(store=forgetful), texts(300))
 
 
 def test_a_store_that_takes_nothing_is_noticed_before_the_work():
-    class Full(MemoryStore):
-        def check_writable(self):
-            raise StoreError("full")
-
-    tool = compiler(store=Full())
+    tool = compiler(store=Scripted(check_writable=StoreError("full")))
     with pytest.raises(StoreError, match="full"):
         add(tool, texts(300))
     assert tool.computed == 0

@@ -135,7 +135,7 @@ class Arrival:
     def _read_groups(self) -> None:
         parts = [[_part(chunk, group) for chunk in self.chunks] for group in self._groups]
         flat = [part for group in parts for part in group]
-        with closing(self._store.read_parts(flat)) as answers:
+        with closing(self._store.fetch(flat)) as answers:
             for here, group in zip(self._here, parts, strict=True):
                 for chunk, part in zip(self.chunks, group, strict=True):
                     if self._stopped:

@@ -18,7 +18,7 @@ from chunkcache.kv.layers import peek_all
 from chunkcache.kv.rope import KeyMover
 from chunkcache.reuse.index import Origin, Passage
 from chunkcache.reuse.restore import discard
-from chunkcache.stores.base import end_iteration
+from chunkcache.stores.base import end_iteration, read_blobs
 from chunkcache.tokens.matching import Piece, StoredChunk
 
 
@@ -63,7 +63,7 @@ def fill_pieces(
     answers: Iterator[memoryview | None] = iter(())
     try:
         if reads:
-            answers = origin.store.read([origin.key(chunk.hash) for chunk in reads])
+            answers = read_blobs(origin.store, [origin.key(chunk.hash) for chunk in reads])
         for chunk, blob in zip(reads, answers, strict=True):
             if blob is None:
                 continue

@@ -16,7 +16,7 @@ from chunkcache.kv.codec import BlobForm, Checksum, KVLayout, LayerKV
 from chunkcache.kv.layers import GrowingLayer, peek_all
 from chunkcache.reuse.arrival import LEAST_BYTES, Arrival, Incoming
 from chunkcache.reuse.index import Origin
-from chunkcache.stores.base import ChunkStore, Place
+from chunkcache.stores.base import ChunkStore, Part, Place
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
@@ -159,8 +159,8 @@ class Filling:
             return
         done = 0
         try:
-            answers = self.origin.store.read_into(
-                [read.form.key for read in reads], [read.open_place() for read in reads]
+            answers = self.origin.store.fetch(
+                [Part(read.form.key, 0, read.open_place()) for read in reads]
             )
             with closing(answers):
                 for read, arrived in zip(reads, answers, strict=True):

@@ -35,6 +35,7 @@ from tests.prompts import (
     prefill,
     shuffled_prompt,
 )
+from tests.scripted import Scripted
 
 KINDS = ["llama", "qwen3", "gemma3_text", "cohere", "phi", "gpt_neox", "deepseek_v3", "mixtral"]
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
@@ -208,21 +209,11 @@ def test_damaged_and_lost_chunks_are_holes():
     model, store = build(), MemoryStore()
     meet(model, store)
 
-    class Lossy(MemoryStore):
-        def read(self, keys):
-            for number, blob in enumerate(store.read(keys)):
-                damaged = bytearray(blob) if blob else bytearray()
-                if number % 3 == 1 and damaged:
-                    damaged[-9] ^= 1
-                yield None if number % 3 == 0 else memoryview(damaged)
+    def lose(number, part, there):
+        part.place[-1][-9 % part.place[-1].nbytes] ^= number % 3 == 1
+        return there and number % 3 > 0
 
-        def sizes(self, keys):
-            return store.sizes(keys)
-
-        def read_metadata(self, keys):
-            return store.read_metadata(keys)
-
-    found, report = prefill(model, Lossy(), shuffled_prompt(), repair="full")
+    found, report = prefill(model, Scripted(store, lose), shuffled_prompt(), repair="full")
     assert close(found, logits(model, shuffled_prompt()))
     assert 0 < report.recomputed < 700
     assert "damaged" in report.errors[0]

@@ -8,28 +8,20 @@ import pytest
 import torch
 
 from chunkcache import RedisChunkCache
-from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid, cut
 from tests.models import tokens as random_ids
 from tests.prompts import DOCUMENTS, anywhere, build, joined, logits, meet, padded
+from tests.scripted import Scripted
 
 MODEL = build(num_hidden_layers=2)
 
 
-class Kept(MemoryStore):
+class Kept(Scripted):
     """Notes what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.entries = []
-
-    def write(self, entries):
-        self.entries += entries
-        return super().write(entries)
 
     def take(self):
         """The entries given since the last time: chunks and index."""
-        entries, self.entries = [e for e in self.entries if "proof" not in e.key], []
+        entries, self.written = [e for e in self.written if "proof" not in e.key], []
         entries = [e for e in entries if not e.key.startswith("moving")]
         chunks = [e for e in entries if e.nbytes]
         assert entries[: len(chunks)] == chunks  # what points to them comes behind

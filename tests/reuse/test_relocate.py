@@ -15,30 +15,15 @@ from chunkcache.model.proof import growing_layers, prove
 from chunkcache.reuse.index import Origin, Passage
 from chunkcache.reuse.relocate import fill_pieces
 from chunkcache.stores.base import Entry
-from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.matching import Piece, StoredChunk
 from tests.models import tiny
 from tests.reuse.test_index import Identity
+from tests.scripted import Scripted, blobs, fail_at
 
 PLAIN = Codec()
 MODEL = tiny("deepseek_v3", num_hidden_layers=2)
 LAYOUT = prove(MODEL).layout
 MOVER = prove_moving(MODEL, LAYOUT)
-
-
-class Reads(MemoryStore):
-    """Notes the keys asked for, call by call; fails after a number of answers."""
-
-    def __init__(self, fail_after=None):
-        super().__init__()
-        self.asked, self.fail_after = [], fail_after
-
-    def read(self, keys):
-        self.asked.append(list(keys))
-        for number, blob in enumerate(super().read(keys)):
-            if number == self.fail_after:
-                raise StoreError("gone")
-            yield blob
 
 
 def random_kv(tokens, seed):
@@ -100,7 +85,7 @@ class Filling:
 
 
 def test_a_chunk_is_read_once_for_all_rows_and_places():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 40)
     twins = Passage(np.arange(100), 0, 90, rows=(0, 2))
     other = Passage(np.arange(95), 0, 85, rows=(1,), pad=5)
@@ -108,7 +93,7 @@ def test_a_chunk_is_read_once_for_all_rows_and_places():
     moved = Piece(30, 45, a, 5)
     filling = Filling(store)
     placed, bytes_read, _ = filling.fill([(twins, pieces), (other, [moved])])
-    assert store.asked == [["safetensors@m@1@0@a"]]
+    assert store.asked("fetch") == ["safetensors@m@1@0@a"]
     assert bytes_read == store.sizes(["safetensors@m@1@0@a"])[0]
     assert placed == {*pieces, moved}
     for row in (0, 2):
@@ -121,28 +106,28 @@ def test_a_chunk_is_read_once_for_all_rows_and_places():
 
 
 def test_what_is_in_the_layers_is_not_read():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 8)
     filling = Filling(store)
     for layer, pair in zip(filling.layers, kv, strict=True):
         layer.place(1, 10, *pair)
     passage = Passage(np.arange(100), 0, 90, rows=(0,))
     placed, bytes_read, _ = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
-    assert (len(placed), bytes_read, store.asked) == (1, 0, [])
+    assert (len(placed), bytes_read, store.asked("fetch")) == (1, 0, [])
     assert filling.holds(0, 60, kv, slice(0, 20), 8, 60)
     assert filling.holds(1, 10, kv, slice(0, 20), 8, 8)
 
 
 @pytest.mark.parametrize("harm", ["bit", "short", "long", "other", "empty"])
 def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
-    store = Reads()
+    store = Scripted()
     (a, _), (b, kv) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
-    blob = bytearray(next(iter(store.read(["safetensors@m@1@0@a"]))))
+    blob = bytearray(blobs(store, "safetensors@m@1@0@a")[0])
     if harm == "bit":
         blob[-3] ^= 1
     blob = {"short": blob[:-4], "long": blob + b"1234", "empty": blob[:9]}.get(harm, blob)
     if harm == "other":
-        blob = bytes(next(iter(store.read(["safetensors@m@1@0@b"]))))
+        blob = blobs(store, "safetensors@m@1@0@b")[0]
     store.write([Entry("safetensors@m@1@0@a", {}, memoryview(bytes(blob)))])
     filling = Filling(store)
     passage = Passage(np.arange(100), 0, 90)
@@ -155,7 +140,7 @@ def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
 
 
 def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
-    store = Reads()
+    store = Scripted()
     ours, theirs = (Codec(seal=Seal((key * 32,))) for key in (b"o", b"t"))
     (a, _), (b, kv) = (
         chunk(store, "a", 0, seed=1, codec=theirs),
@@ -171,7 +156,7 @@ def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
 
 
 def test_a_store_that_fails_half_way_leaves_holes():
-    store = Reads(fail_after=1)
+    store = Scripted(answer=fail_at(1, StoreError("gone")))
     (a, kv), (b, _) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
     filling = Filling(store)
     pieces = [Piece(30, 50, a, 0), Piece(50, 70, b, 0)]
@@ -183,18 +168,18 @@ def test_a_store_that_fails_half_way_leaves_holes():
 
 
 def test_a_chunk_that_went_is_a_hole_and_no_trouble():
-    store = Reads()
+    store = Scripted()
     a, _ = chunk(store, "a", 0)
     store.delete(["safetensors@m@1@0@a"])
     filling = Filling(store)
     assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0, 0)
     assert filling.troubles == []
     assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0, 0)
-    assert len(store.asked) == 1  # nothing to read, nothing asked
+    assert len(store.asked("fetch")) == 1  # nothing to read, nothing asked
 
 
 def test_a_move_by_nothing_changes_no_bit():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 30)
     filling = Filling(store)
     filling.fill([(Passage(np.arange(100), 0, 90), [Piece(30, 50, a, 0)])])

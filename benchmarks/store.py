@@ -148,7 +148,7 @@ class Prompt:
         ids = np.random.default_rng(0).integers(0, 49_152, self.tokens)
         self.ids = torch.from_numpy(ids)[None]
         self.chunks = cut(ids, Grid(CHUNK), b"benchmark")
-        self.identity = ModelIdentity("benchmark", "", "", "0" * 64, ())
+        self.identity = ModelIdentity("benchmark", "", "", "0" * 64, (("class", "Benchmark"),))
         self.layers = self.new_layers()
         for layer in self.layers:
             layer.hold(self.tokens)

@@ -54,7 +54,7 @@ from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import restore
 from chunkcache.reuse.harvest import blob_of
@@ -171,7 +171,7 @@ class Prompt:
         chunk = self.chunks[number]
         return blob_of(self.forms[number], self.layers, 0, chunk.start, chunk.stop)
 
-    def new_layers(self, memory: SpareMemory | None = None) -> list[Any]:
+    def new_layers(self, memory: BufferPool | None = None) -> list[Any]:
         """Layers with room for the prompt, in memory of an earlier one if there is any."""
         layers = [GrowingLayer() for _ in self.layout.layers]
         settle_all(layers, self.layout, 1, self.tokens, torch.device("cpu"), memory)
@@ -270,7 +270,7 @@ def arms(prompt: Prompt, server: Server, transport: str, floor: Floor) -> Iterat
             prompt.blank()
             way()
             assert prompt.is_as_it_was(), "the layers do not hold what was stored"
-        memory = SpareMemory()  # as `RedisChunkCache` has it for the prompts of one model
+        memory = BufferPool()  # as `RedisChunkCache` has it for the prompts of one model
 
         # What is there already would not be written again.
         def delete() -> None:

@@ -27,7 +27,7 @@ _END = object()
 T = TypeVar("T")
 
 
-class Guarded(StaysHere, ChunkStore):
+class CircuitBreaker(StaysHere, ChunkStore):
     """`store` behind a breaker: after an error, calls fail at once for `cooldown` seconds.
 
     A failed read stops everything, and so do lookups that have cost one prompt more than
@@ -52,7 +52,7 @@ class Guarded(StaysHere, ChunkStore):
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"Guarded({self._store!r})"
+        return f"CircuitBreaker({self._store!r})"
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         return self._look_up(lambda: self._store.sizes(keys)) if keys else []
@@ -171,7 +171,7 @@ class Guarded(StaysHere, ChunkStore):
         return StoreError(
             f"{self._store!r} is not asked until "
             f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}: {opened.cause}",
-            "left_alone",
+            "circuit_open",
         )
 
     @contextmanager

@@ -107,7 +107,7 @@ class ClusterStore(StaysHere, ChunkStore):
         primaries = self._topology.primaries
         for server in primaries:
             try:
-                server.guarded.check_writable()
+                server.breaker.check_writable()
             except StoreError as error:
                 refusals.append(error)
         if refusals and len(refusals) == len(primaries):
@@ -126,20 +126,20 @@ class ClusterStore(StaysHere, ChunkStore):
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         """As in `ChunkStore`, one server after the other."""
         self._topology.refresh()
-        pages = (server.guarded.scan(prefix) for server in self._topology.primaries)
+        pages = (server.breaker.scan(prefix) for server in self._topology.primaries)
         return chain.from_iterable(pages)
 
     def server_info(self) -> list[dict[str, Any]]:
         self._topology.refresh()
         primaries = self._topology.primaries
-        return [info for server in primaries for info in server.guarded.server_info()]
+        return [info for server in primaries for info in server.breaker.server_info()]
 
     def flush(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         done = True
         for server in self._topology.primaries:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done &= server.guarded.flush(left)
+            done &= server.breaker.flush(left)
         return done
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class _Team:
 
     def _serve(self, server: Server, end: Latch) -> None:
         try:
-            self._work(server.guarded, self.shares[server])
+            self._work(server.breaker, self.shares[server])
         except StoreError as error:
             self._errors[server] = error
         finally:

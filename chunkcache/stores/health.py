@@ -13,7 +13,7 @@ from typing import Any
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, Part
-from chunkcache.stores.patient import insist
+from chunkcache.stores.patient import retry_until
 
 LOOKS = 20
 BLOBS, BLOB_BYTES = 8, 4 << 20
@@ -84,7 +84,7 @@ def measure_speed(store: ChunkStore) -> Speed:
         there = list(store.fetch(parts))
         read = perf_counter()
     finally:
-        insist(lambda: store.delete(keys))
+        retry_until(lambda: store.delete(keys))
     if not all(there):
         store.check_writable()  # knows why
         raise StoreError(

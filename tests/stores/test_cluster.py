@@ -17,7 +17,7 @@ from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import topology
 from chunkcache.stores.base import Entry, read_blobs
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.redis import RedisStore
@@ -36,7 +36,7 @@ def running() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setattr(topology, "Guarded", partial(Guarded, cooldown=COOLDOWN))
+    monkeypatch.setattr(topology, "CircuitBreaker", partial(CircuitBreaker, cooldown=COOLDOWN))
     monkeypatch.setattr(topology, "REFRESH_SECONDS", 0.0)
     yield running
     running.reset()
@@ -268,7 +268,7 @@ def test_a_cluster_that_was_never_reached_is_a_store_error() -> None:
 def test_a_server_that_answers_late_is_left_alone(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "Guarded", Guarded)  # with its own cool-down
+    monkeypatch.setattr(topology, "CircuitBreaker", CircuitBreaker)  # with its own cool-down
     with ClusterStore(cluster.url, read_timeout=5.0, max_delay=0.1) as store:
         fill(store)
         late = cluster.owner(slot_of(KEYS[0]))
@@ -399,7 +399,7 @@ def test_prompts_go_on_when_a_server_dies(store: ClusterStore, cluster: Cluster)
         assert torch.equal(out, plain)
         return cache
 
-    behind = WriteBehind(Guarded(store, COOLDOWN))
+    behind = WriteBehind(CircuitBreaker(store, COOLDOWN))
     assert ask(behind).flush(5)
     assert ask(behind).report.reused == 299
     victim = next(s for s in cluster.servers if s.client().keys("safetensors@*@kv_bytes"))

@@ -10,7 +10,7 @@ from scripted import Scripted, entry, fetch
 from servers import FakeServer, Server
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.redis import RedisStore
 
@@ -113,9 +113,9 @@ def test_the_permission_that_is_missing_is_named(redis_server: Server, missing: 
 
 def test_a_store_that_is_left_alone(scripted: Scripted) -> None:
     scripted.error = StoreError("gone", "timeout")
-    store = Guarded(scripted)
+    store = CircuitBreaker(scripted)
     assert cause(lambda: store.sizes(["a"])) == "timeout"
-    assert cause(lambda: store.sizes(["a"])) == "left_alone"
+    assert cause(lambda: store.sizes(["a"])) == "circuit_open"
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

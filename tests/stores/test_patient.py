@@ -5,7 +5,7 @@ from scripted import Scripted, blobs, fetch
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import Entry
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.patient import PatientStore
 from chunkcache.stores.tiered import TieredStore
@@ -41,7 +41,7 @@ def test_what_never_fits_is_an_error_with_a_remedy() -> None:
 
 
 def test_failures_behind_a_queue_are_raised() -> None:
-    store = PatientStore(WriteBehind(Guarded(broken())))
+    store = PatientStore(WriteBehind(CircuitBreaker(broken())))
     store.check_writable()
     store.write([entry(1)])
     with pytest.raises(StoreError, match="no space left"):
@@ -60,12 +60,12 @@ def test_the_error_of_the_furthest_tier_is_raised() -> None:
 
 
 def test_failures_behind_queues_of_tiers_are_raised() -> None:
-    near, far = WriteBehind(Guarded(MemoryStore())), WriteBehind(Guarded(broken()))
+    near, far = WriteBehind(CircuitBreaker(MemoryStore())), WriteBehind(CircuitBreaker(broken()))
     store = PatientStore(TieredStore([near, far]))
     store.write([entry(1)])
     with pytest.raises(StoreError, match="no space left"):
         store.flush()
-    store = PatientStore(TieredStore([WriteBehind(Guarded(broken())), near]))
+    store = PatientStore(TieredStore([WriteBehind(CircuitBreaker(broken())), near]))
     store.write([entry(1)])
     assert store.flush()  # the furthest has it
 

@@ -16,7 +16,7 @@ from servers import Cluster, FakeServer, Server, wait_until
 from chunkcache.errors import StoreError
 from chunkcache.stores import commands
 from chunkcache.stores.base import ChunkStore, Entry, Listed
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
@@ -71,7 +71,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             return {
                 "memory": store,
                 "tiers": TieredStore([MemoryStore(**options), store]),
-                "behind": WriteBehind(Guarded(store)),
+                "behind": WriteBehind(CircuitBreaker(store)),
                 "read only": ReadOnly(store),
                 "patient": PatientStore(store),
             }[kind]
@@ -246,7 +246,7 @@ def test_a_tier_that_fails_is_an_error(scripted: Scripted) -> None:
 
 def test_a_failure_is_a_store_error_and_opens_the_breaker(scripted: Scripted) -> None:
     scripted.error = RuntimeError("broken")
-    store = Guarded(scripted)
+    store = CircuitBreaker(scripted)
     with pytest.raises(StoreError, match="broken"):
         keys_of(store)
     scripted.error = None

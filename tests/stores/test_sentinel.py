@@ -12,7 +12,7 @@ from servers import SERVICE, FakeServer, Server, Watched, free_port, redis_binar
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import Entry
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.sentinel import SentinelStore
 from chunkcache.stores.writer import WriteBehind
 
@@ -117,7 +117,7 @@ def test_prompts_go_on_while_a_primary_dies() -> None:
         return cache
 
     with Watched() as watched:
-        store = WriteBehind(Guarded(SentinelStore(watched.url), cooldown=0.1))
+        store = WriteBehind(CircuitBreaker(SentinelStore(watched.url), cooldown=0.1))
         assert ask().flush(5)
         assert ask().report.reused == 299
         with watched.primary.client() as client:

@@ -21,7 +21,7 @@ from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import ChunkStore, Entry, locks, open_store
 from chunkcache.stores.base import Part
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
@@ -267,7 +267,7 @@ def test_a_far_server_that_is_killed_amid_a_read(redis_server: Server) -> None:
         redis.write([entry(f"far{n}", BLOB * 40) for n in range(20)])
         near = MemoryStore()
         near.write([entry("near", BLOB)])
-        store = TieredStore([near, Guarded(redis)])
+        store = TieredStore([near, CircuitBreaker(redis)])
         keys = [*(f"far{n}" for n in range(20)), "near"]
         memory = rooms(*[40 * len(BLOB)] * 20, len(BLOB))
         with calls_of_prompt() as noted:

@@ -14,7 +14,7 @@ from servers import Server
 from chunkcache.errors import StoreError
 from chunkcache.stores import writer
 from chunkcache.stores.base import Entry, Part, read_blobs
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind
 
@@ -205,7 +205,7 @@ def test_fields_to_add_do_not_hide_the_blob_that_is_there(scripted: Scripted) ->
 
 
 def test_nothing_is_taken_while_the_store_is_known_to_fail(redis_server: Server) -> None:
-    behind = WriteBehind(Guarded(RedisStore(redis_server.tcp_url)))
+    behind = WriteBehind(CircuitBreaker(RedisStore(redis_server.tcp_url)))
     redis_server.stop()
     assert behind.write([entry("a", b"1")]) == 1  # nobody knows yet
     assert behind.flush(10)

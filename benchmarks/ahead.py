@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.corpus import documents
 from benchmarks.quality import write
 from benchmarks.rag import first_token
-from chunkcache.reuse import restore
+from chunkcache.reuse import load
 from chunkcache.samples import load_smollm2
 from tests.servers import Server, redis_binary
 
@@ -99,8 +99,8 @@ def main() -> None:
                     run = uuid.uuid4().hex
                     first_token(model, prompt[:, :KNOWN], server.unix_url, namespace=run)
                     for ahead in (True, False) if repeat % 2 else (False, True):
-                        least = restore.LEAST_BYTES if ahead else NEVER
-                        with mock.patch.object(restore, "LEAST_BYTES", least):
+                        least = load.LEAST_BYTES if ahead else NEVER
+                        with mock.patch.object(load, "LEAST_BYTES", least):
                             took, report = first_token(
                                 model, prompt, url, namespace=run, write=False
                             )

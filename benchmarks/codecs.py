@@ -75,11 +75,11 @@ def gigabytes(nbytes: int, work: Callable[[], Any]) -> float:
 
 def speeds(cache: Any, truth: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     """Encoding and decoding of one chunk, and the size of its blob."""
-    held = cache._conversation._held
+    keys = cache._conversation.keys
     tokens = list(range(CHUNK))
-    form = held.origin.form(held.layout, tokens, 0, "0" * 64)
-    kv = [(keys[0, :, :CHUNK], values[0, :, :CHUNK]) for keys, values in truth]
-    nbytes, blob = CHUNK * held.layout.token_bytes, form.encode(kv)
+    form = keys.form(tokens, 0, "0" * 64)
+    kv = [(k[0, :, :CHUNK], v[0, :, :CHUNK]) for k, v in truth]
+    nbytes, blob = CHUNK * keys.layout.token_bytes, form.encode(kv)
     return {
         "encode": gigabytes(nbytes, lambda: form.encode(kv)),
         "decode": gigabytes(nbytes, lambda: form.decode(blob)),

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkcache.stores import open_store
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, read_blobs
 from tests.servers import Server, redis_binary, valkey_binary
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,7 +138,7 @@ def play(kind: str, stream: list[Prompt], room: int, pause: float) -> int:
             time.sleep(max(0.0, begun + at * pause - time.monotonic()))
             there = [key for key, size in zip(prompt, store.sizes(prompt), strict=True) if size]
             usable = prompt[: hits_of(prompt, set(there))]
-            hits += sum(view is not None for view in store.read(usable))
+            hits += sum(view is not None for view in read_blobs(store, usable))
             new = []
             for n, key in enumerate(prompt):
                 if key not in there:

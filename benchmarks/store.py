@@ -45,23 +45,23 @@ import numpy as np
 import redis
 import safetensors.torch
 import torch
-from chunkcache.reuse.restore import Filling
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.anywhere.index import Origin
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.reuse import restore
+from chunkcache.reuse import blobs
+from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.harvest import blob_of
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.load import ChunkLoader
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
-from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid, cut
 from chunkcache.tokens.plan import plan_row
 from tests.servers import Server, free_port, redis_binary, valkey_binary
@@ -146,32 +146,27 @@ class Prompt:
         self.layout, self.tokens = layout, count * CHUNK
         self.nbytes = self.tokens * layout.token_bytes
         ids = np.random.default_rng(0).integers(0, 49_152, self.tokens)
-        self.ids = torch.from_numpy(ids)[None]
         self.chunks = cut(ids, Grid(CHUNK), b"benchmark")
-        self.identity = ModelIdentity("benchmark", "", "", "0" * 64, ())
+        self.identity = ModelIdentity("benchmark", "", "", "0" * 64, (("class", "Benchmark"),))
         self.layers = self.new_layers()
         for layer in self.layers:
             layer.hold(self.tokens)
             layer.keys.normal_()
             layer.values.normal_()
-        nowhere = self.origin(MemoryStore())
+        keys = KeySpace(self.identity, layout, b"benchmark", Codec())
         self.forms = [
-            nowhere.form(layout, ids[c.start : c.stop].tolist(), c.start, c.hash)
-            for c in self.chunks
+            keys.form(ids[c.start : c.stop].tolist(), c.start, c.hash) for c in self.chunks
         ]
         self.sealed = SEAL.seal(self.encode(0), "benchmark")
         self.sizes = {c.hash: f.file.size for c, f in zip(self.chunks, self.forms, strict=True)}
         self.truth = [(layer.keys.clone(), layer.values.clone()) for layer in self.layers]
-
-    def origin(self, store: ChunkStore) -> Origin:
-        return Origin(store, self.identity, b"benchmark", Codec())
 
     def encode(self, number: int) -> memoryview:
         """The blob of a chunk, as it is in the layers."""
         chunk = self.chunks[number]
         return blob_of(self.forms[number], self.layers, 0, chunk.start, chunk.stop)
 
-    def new_layers(self, memory: SpareMemory | None = None) -> list[Any]:
+    def new_layers(self, memory: BufferPool | None = None) -> list[Any]:
         """Layers with room for the prompt, in memory of an earlier one if there is any."""
         layers = [GrowingLayer() for _ in self.layout.layers]
         settle_all(layers, self.layout, 1, self.tokens, torch.device("cpu"), memory)
@@ -188,18 +183,16 @@ class Prompt:
     def load(self, store: ChunkStore, layers: Sequence[Any] = ()) -> None:
         """Read all chunks into these layers, or into those that are there."""
         layers = layers or self.layers
-        plan = plan_row(self.chunks, self.tokens, 0, self.sizes, "")
-        filling = Filling(
-            self.origin(store), self.sizes, layers, self.layout, self.ids, [0], [plan],
-            [plan.reach], True, fail,
-        )  # fmt: skip
-        filling.run()
-        assert filling.plans[0].reach == self.tokens, "not all was found"
+        plans = [plan_row(self.chunks, self.tokens, 0, self.sizes, "")]
+        forms = {c.hash: form for c, form in zip(self.chunks, self.forms, strict=True)}
+        loader = ChunkLoader(BlobReader(store, fail), layers, [0], True)
+        loader.load(plans, [plans[0].reach], self.sizes, forms)
+        assert plans[0].reach == self.tokens, "not all was found"
 
     def load_unchecked(self, store: ChunkStore) -> None:
         """The same as `load`, but for the checksums."""
         with (
-            mock.patch.object(restore, "Checksum", NoChecksum),
+            mock.patch.object(blobs, "Checksum", NoChecksum),
             mock.patch.object(BlobForm, "check_sum"),
         ):
             self.load(store)
@@ -270,7 +263,7 @@ def arms(prompt: Prompt, server: Server, transport: str, floor: Floor) -> Iterat
             prompt.blank()
             way()
             assert prompt.is_as_it_was(), "the layers do not hold what was stored"
-        memory = SpareMemory()  # as `RedisChunkCache` has it for the prompts of one model
+        memory = BufferPool()  # as `RedisChunkCache` has it for the prompts of one model
 
         # What is there already would not be written again.
         def delete() -> None:

@@ -26,7 +26,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from chunkcache.reuse.recall import Recall
 from rich.console import Console
 from rich.table import Table
 from transformers import AttentionInterface
@@ -36,6 +35,7 @@ from transformers.models.llama import modeling_llama
 from chunkcache import RedisChunkCache
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import ModelState
+from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.witness import ROUNDING, Witness
 from chunkcache.samples import document, load_smollm2
 from chunkcache.stores.memory import MemoryStore
@@ -194,8 +194,8 @@ def cost(rounds: int) -> Iterator[dict[str, Any]]:
         times: dict[str, list[float]] = {"with": [], "without": []}
         for turn in range(2 * rounds + 4):
             arm = "with" if turn % 2 else "without"
-            shown = Recall._witnesses if arm == "with" else lambda self, known: []
-            with patch.object(Recall, "_witnesses", shown):
+            shown = Prefill._checked_rows if arm == "with" else lambda self, known: []
+            with patch.object(Prefill, "_checked_rows", shown):
                 begin = time.perf_counter()
                 cache = RedisChunkCache(model, server.unix_url, write=False)
                 generate(model, ids, cache, new=1)

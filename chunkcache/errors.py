@@ -38,7 +38,7 @@ class StoreError(ChunkCacheError):
     """A store could not be reached or answered with an error. Raised to users only on request.
 
     `cause` is `"connection"`, `"timeout"`, `"authentication"`, `"full"`, `"read_only"`,
-    `"wrong_url"`, `"server"` (any other error of a server), `"disk"`, `"left_alone"` (it failed
+    `"wrong_url"`, `"server"` (any other error of a server), `"disk"`, `"circuit_open"` (it failed
     before, and was not asked) or `"other"`.
     """
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from scripted import Scripted
 from servers import Server, redis_binary, valkey_binary
-from shelf import Shelf
 
 # Tiny models compute faster than anything can be read: what is known shall be read all the same.
 os.environ["CHUNKCACHE_MIN_GAIN"] = "0"
@@ -49,12 +49,12 @@ def server_url(request: pytest.FixtureRequest, server: Server) -> str:
 
 
 @pytest.fixture
-def shelf() -> Iterator[Shelf]:
-    """A store in a dict, let go at the end, whatever the test held back."""
-    shelf = Shelf()
-    yield shelf
-    shelf.error = None
-    shelf.gate.set()
+def scripted() -> Iterator[Scripted]:
+    """A store in memory, let go at the end, whatever the test held back."""
+    scripted = Scripted()
+    yield scripted
+    scripted.error = None
+    scripted.gate.set()
 
 
 @pytest.fixture(autouse=True)

@@ -23,19 +23,21 @@ from urllib.parse import urlsplit
 import numpy as np
 import redis
 import torch
-from chunkcache.reuse.restore import Filling, known_chunks
 from redis.connection import AbstractConnection
 
-from chunkcache.anywhere.index import Origin, Passage, index_entries, search
+from chunkcache.anywhere.index import Passage, index_entries, search
 from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.keys import CODECS, ChunkKey
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, peek_all, settle_all
 from chunkcache.kv.seal import Seal
+from chunkcache.reuse.blobs import BlobReader
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.load import ChunkLoader
 from chunkcache.settings import Settings
 from chunkcache.stores import OPENERS, _bytes_parameter, _folder, open_store
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import Entry, Part
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
 from chunkcache.tokens.chunking import Grid, cut
@@ -143,9 +145,9 @@ class Named:
         return str(ChunkKey(format, "m", 1, 0, chunk_hash))
 
 
-def origin_of(codec: Codec, store: Any = None) -> Origin:
+def keys_of(codec: Codec) -> KeySpace:
     named: Any = Named()
-    return Origin(store or MemoryStore(), named, b"salt", codec)
+    return KeySpace(named, LAYOUT, b"salt", codec)
 
 
 def numbers(seed: int) -> list[LayerKV | None]:
@@ -169,31 +171,29 @@ class Blobs:
     """One chunk in a store, its blob, and those of other chunks and codecs."""
 
     def __init__(self, codec: Codec) -> None:
-        self.origin = origin_of(codec)
+        self.keys, self.store = keys_of(codec), MemoryStore()
         self.chunk = cut(TOKENS, Grid(len(TOKENS)), b"salt")[0]
-        form = self.origin.form(LAYOUT, TOKENS, 0, self.chunk.hash)
+        form = self.keys.form(TOKENS, 0, self.chunk.hash)
         self.key = form.key
         self.good = bytes(form.encode(numbers(0)))
         # Nobody can tell which of a chunk's two sound blobs is right; a mixture of them is neither.
         self.twin = bytes(form.encode(numbers(1)))
         self.truths = [form.decode(memoryview(blob)) for blob in (self.good, self.twin)]
-        other = self.origin.form(LAYOUT, TOKENS, 4, "ab" * 32)
+        other = self.keys.form(TOKENS, 4, "ab" * 32)
         self.others = [self.good, self.twin, bytes(other.encode(numbers(0)))]
 
     def feed(self, blob: bytes) -> None:
         """Read a blob into layers, as a prompt does."""
-        self.origin.store.write([Entry(self.key, {}, memoryview(blob))])
+        self.store.write([Entry(self.key, {}, memoryview(blob))])
         layers: list[Any] = [GrowingLayer() if shape else object() for shape in LAYOUT.layers]
         settle_all(layers, LAYOUT, 1, len(TOKENS), torch.device("cpu"))
-        known = known_chunks(self.origin.store, [[self.chunk]], [0], self.origin.key)
-        plan = plan_row([self.chunk], len(TOKENS), 0, known, "not there")
-        ids, troubles = torch.tensor([TOKENS]), list[Exception]()
-        filling = Filling(
-            self.origin, known, layers, LAYOUT, ids, [0], [plan], [plan.reach], True,
-            troubles.append,
-        )  # fmt: skip
-        filling.run()
-        if filling.plans[0].reach == 0:
+        name, troubles = self.chunk.hash, list[Exception]()
+        known = {name: size for size in self.store.sizes([self.key]) if size}
+        plans = [plan_row([self.chunk], len(TOKENS), 0, known, "not there")]
+        forms = {name: self.keys.form(TOKENS, 0, name)}
+        loader = ChunkLoader(BlobReader(self.store, troubles.append), layers, [0], True)
+        loader.load(plans, [plans[0].reach], known, forms)
+        if plans[0].reach == 0:
             assert all(isinstance(error, BlobError) for error in troubles), troubles
             return
         assert not troubles
@@ -246,13 +246,13 @@ class Answers:
 
 def kept(codec: Codec) -> dict[str, dict[str, str]]:
     """What a prompt leaves in the store: metadata of its chunks, and index entries."""
-    origin, fields = origin_of(codec), dict[str, dict[str, str]]()
+    keys, fields = keys_of(codec), dict[str, dict[str, str]]()
     for chunk in cut(ROW, Grid(48), b"salt"):
-        key = origin.key(chunk.hash)
+        key = keys.key(chunk.hash)
         text = codec.hide(str(ROW[chunk.start : chunk.stop].tolist()), key)
         positions = f"{chunk.start}-{chunk.stop}"
         fields[key] = {"token_ids": text, "positions": positions, "context": "exact"}
-        for entry in index_entries(origin, chunk, ROW, "1"):
+        for entry in index_entries(keys, chunk, ROW, "1"):
             fields.setdefault(entry.key, {}).update(entry.metadata)
     return fields
 
@@ -284,7 +284,7 @@ def make_metadata(source: Random) -> tuple[str, dict[str, dict[str, str]]]:
 
 def feed_metadata(given: tuple[str, dict[str, dict[str, str]]]) -> None:
     codec, good = INDEXED[given[0]]
-    found = search(origin_of(codec, Answers(given[1])), [Passage(ROW, 0, len(ROW))])
+    found = search(Answers(given[1]), keys_of(codec), [Passage(ROW, 0, len(ROW))])
     for piece in found.pieces[0]:
         its = piece.chunk.tokens[piece.offset : piece.offset + piece.stop - piece.start]
         assert np.array_equal(ROW[piece.start : piece.stop], its), "another text"
@@ -439,9 +439,10 @@ class CannedStore(RedisStore):
         return redis.ConnectionPool(**options)
 
 
-def read_into(store: RedisStore) -> bool:
+def fetch(store: RedisStore) -> bool:
     place = [memoryview(bytearray(size)) for size in (2, 3)]
-    return all(isinstance(arrived, bool) for arrived in store.read_into(["a", "b"], [place] * 2))
+    parts = [Part("a", 0, place), Part("b", 0, place), Part("b", 7, place)]
+    return all(isinstance(arrived, bool) for arrived in store.fetch(parts))
 
 
 def write(store: RedisStore) -> bool:
@@ -455,8 +456,7 @@ def strings(fields: dict[str, str] | None) -> bool:
 
 # Each says whether the answer is of the kind that it must be.
 READING: dict[str, Callable[[RedisStore], bool]] = {
-    "read": lambda store: all(view is None or len(view) > 0 for view in store.read(["a", "b"])),
-    "read_into": read_into,
+    "fetch": fetch,
 }
 OTHERS: dict[str, Callable[[RedisStore], bool]] = {
     "sizes": lambda store: all(isinstance(n, int) and n >= 0 for n in store.sizes(["a", "b"])),

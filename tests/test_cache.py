@@ -25,6 +25,7 @@ from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import cut
 from tests.models import tiny
 from tests.models import tokens as random_ids
+from tests.scripted import Scripted, blobs, fail_at
 
 KINDS = [
     "llama",  # grouped queries, half-split RoPE
@@ -563,41 +564,16 @@ def test_training_mode_stands_aside(store):
 # ---------------------------------------------------------------------- stores in trouble
 
 
-class Broken(MemoryStore):
-    """A store that fails when told to."""
-
-    failing: tuple[str, ...] = ()
-
-    def _check(self, verb):
-        if verb in self.failing:
-            raise StoreError(f"{verb} failed")
-
-    def sizes(self, keys):
-        self._check("sizes")
-        return super().sizes(keys)
-
-    def read(self, keys):
-        for number, blob in enumerate(super().read(keys)):
-            if number == 1:
-                self._check("read")
-            yield blob
-
-    def read_metadata(self, keys):
-        self._check("read_metadata")
-        return super().read_metadata(keys)
-
-    def write(self, entries):
-        self._check("write")
-        return super().write(entries)
-
-
-@pytest.mark.parametrize("verb", ["sizes", "read", "read_metadata", "write"])
+@pytest.mark.parametrize("verb", ["sizes", "fetch", "read_metadata", "write"])
 def test_a_failing_store_is_a_miss(llama, verb):
-    store = Broken()
+    store = Scripted()
     ids, plain = random_ids(300), generate(llama, random_ids(300))
     if verb != "write":
         generate(llama, ids, RedisChunkCache(llama, store))
-    store.failing = (verb,)
+    if verb == "fetch":
+        store.answer = fail_at(1, StoreError("fetch failed"))
+    else:
+        store.script[verb] = StoreError(f"{verb} failed")
     cache = RedisChunkCache(llama, store)
     assert torch.equal(generate(llama, ids, cache), plain)
     if verb != "read_metadata":
@@ -605,40 +581,29 @@ def test_a_failing_store_is_a_miss(llama, verb):
         assert cache.report.errors == [f"{verb} failed"]
         with pytest.raises(StoreError):
             generate(llama, ids, RedisChunkCache(llama, store, on_error="raise"))
-    assert cache.report.reused == {"sizes": 0, "read": 128, "read_metadata": 299, "write": 0}[verb]
+    assert cache.report.reused == {"sizes": 0, "fetch": 128, "read_metadata": 299, "write": 0}[verb]
 
 
-class Lying(MemoryStore):
-    """A store whose second chunk is not what was stored."""
-
-    lie = staticmethod(lambda blob: blob)
-
-    def read(self, keys):
-        for number, blob in enumerate(super().read(keys)):
-            yield self.lie(blob) if number == 1 else blob
+def flip(place):
+    place[-1][-1000 % place[-1].nbytes] ^= 4
 
 
-def flipped(blob):
-    damaged = bytearray(blob)
-    damaged[-1000] ^= 4
-    return memoryview(damaged)
+def zeros(place):
+    for view in place:
+        view[:] = bytes(view.nbytes)
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [flipped, lambda b: None, lambda b: b[:-1], lambda b: memoryview(bytes(b.nbytes))],
-    ids=["bit flip", "gone", "cut short", "zeros"],
-)
+@pytest.mark.parametrize("lie", [flip, zeros, lambda place: False], ids=["flip", "zeros", "gone"])
 def test_a_damaged_blob_is_a_miss_and_is_written_anew(llama, lie):
-    store = Lying()
+    store = Scripted()
     ids, plain = random_ids(300), generate(llama, random_ids(300))
     generate(llama, ids, RedisChunkCache(llama, store))
-    store.lie = lie
+    truth, store.answer = store.answer, lambda n, part, _: lie(part.place) if n == 1 else None
     cache = RedisChunkCache(llama, store)
     assert torch.equal(generate(llama, ids, cache), plain)
     assert cache.report.reused == 128
     assert cache.report.bytes_written > 0
-    store.lie = lambda blob: blob
+    store.answer = truth
     cache = RedisChunkCache(llama, store)
     assert torch.equal(generate(llama, ids, cache), plain)
     assert cache.report.reused == 299
@@ -649,9 +614,9 @@ def test_swapped_blobs_are_misses(llama):
     ids = random_ids(300)
     cache = RedisChunkCache(llama, store)
     generate(llama, ids, cache)
-    origin = cache._conversation._held.origin
-    keys = [origin.key(c.hash) for c in cut(ids[0].numpy(), cache._context.grid, origin.salt)]
-    first, second = (memoryview(bytes(blob)) for blob in store.read(keys))
+    space = cache._conversation.keys
+    keys = [space.key(c.hash) for c in cut(ids[0].numpy(), cache._context.grid, space.salt)]
+    first, second = map(memoryview, blobs(store, *keys))
     store.write([Entry(keys[0], {}, second), Entry(keys[1], {}, first)])
     cache = RedisChunkCache(llama, store)
     assert torch.equal(generate(llama, ids, cache), generate(llama, ids))

@@ -12,7 +12,7 @@ from servers import Server
 from chunkcache import RedisChunkCache, SettingError, Settings, open_store
 from chunkcache.errors import SealedBlobError
 from chunkcache.keys import CODECS
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, read_blobs
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny
@@ -73,7 +73,7 @@ def entries(store, begin=""):
     """All entries of a store: metadata and blob by key."""
     keys = sorted(each.key for page in store.scan(begin) for each in page)
     fields = store.read_metadata(keys)
-    blobs = [blob and bytes(blob) for blob in store.read(keys)]
+    blobs = [blob and bytes(blob) for blob in read_blobs(store, keys)]
     return dict(zip(keys, zip(fields, blobs, strict=True), strict=True))
 
 
@@ -325,9 +325,9 @@ def test_secrets_and_keys_are_not_shown(model, store, monkeypatch):
     cache = RedisChunkCache(model, store)
     generate(model, IDS, cache)
     assert cache.settings.secret == SECRET
-    salt = cache._conversation._salt
+    salt = cache._conversation.keys.salt
     shown = [
-        repr(cache.settings), repr(cache._context), repr(cache._conversation._held), repr(cache),
+        repr(cache.settings), repr(cache._context), repr(cache._conversation.keys), repr(cache),
         json.dumps(cache.report.to_dict()), str(cache.report), str(entries(store)),
     ]  # fmt: skip
     for text in shown:

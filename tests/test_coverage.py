@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.coverage import NOT_RUN, TABLE, WRONG, cover
 from chunkcache import RedisChunkCache
+from chunkcache.anywhere import prefill
 from chunkcache.keys import ChunkKey
 from chunkcache.kv.rope import KeyMover
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.scatter import scatter_mask
-from chunkcache.reuse import recall
 from chunkcache.reuse.hook import ForwardCall
 from chunkcache.reuse.witness import Witness
 from chunkcache.stores.memory import MemoryStore
@@ -109,7 +109,7 @@ def wrong_window(patch: pytest.MonkeyPatch) -> None:
         model.config.sliding_window = window
         return mask
 
-    patch.setattr(recall, "scatter_mask", wide)
+    patch.setattr(prefill, "scatter_mask", wide)
 
 
 @pytest.mark.parametrize(

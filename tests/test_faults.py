@@ -11,7 +11,7 @@ from servers import Proxy, Server, free_port, redis_binary
 from torch import Tensor, nn
 
 from chunkcache import RedisChunkCache
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind
 
@@ -42,7 +42,7 @@ def store(redis_server: Server, model: nn.Module) -> Iterator[WriteBehind]:
 
 
 def open_it(url: str) -> WriteBehind:
-    return WriteBehind(Guarded(RedisStore(url, read_timeout=0.2), cooldown=0.0))
+    return WriteBehind(CircuitBreaker(RedisStore(url, read_timeout=0.2), cooldown=0.0))
 
 
 def generate(model: nn.Module, cache: RedisChunkCache | None) -> Tensor:

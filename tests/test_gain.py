@@ -10,8 +10,9 @@ import torch
 
 from chunkcache import RedisChunkCache
 from chunkcache.gain import ENOUGH, NO_GAIN, TRY_AGAIN, Gauge
-from chunkcache.stores.memory import MemoryStore
+from chunkcache.stores.base import Part
 from tests.models import tiny, tokens
+from tests.scripted import Scripted
 
 
 def gauge(read: float = 1.0, compute: float = 1.0, size: int = 1000) -> Gauge:
@@ -62,17 +63,12 @@ def test_a_read_is_tried_again_now_and_then() -> None:
     assert tries == 2 * ([False] * TRY_AGAIN + [True])
 
 
-class Slow(MemoryStore):
-    """A store behind a slow link."""
-
-    def read(self, keys: Any) -> Any:
-        for blob in super().read(keys):
-            time.sleep(0.2)  # a loaded machine may take half a second to compute
-            yield blob
+def slowly(number: int, part: Part, there: bool) -> None:
+    time.sleep(0.2)  # a loaded machine may take half a second to compute
 
 
 def test_chunks_that_take_longer_to_read_are_computed_and_the_report_says_so() -> None:
-    model, store, ids = tiny("llama"), Slow(), tokens(400)
+    model, store, ids = tiny("llama"), Scripted(answer=slowly), tokens(400)
     plain = model.generate(ids, max_new_tokens=4, do_sample=False)
 
     def ask(**settings: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import UnsupportedCallError
-from chunkcache.reuse import arrival
+from chunkcache.reuse import background, load
 from chunkcache.stores.base import ChunkStore
 from tests.models import tiny, tokens
 from tests.servers import Server
@@ -53,8 +53,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | list[str]:
 @pytest.fixture
 def store(url: str | list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[ChunkStore]:
     """That store; K/V are read in the background where that can be done."""
-    monkeypatch.setattr(arrival, "LEAST_BYTES", 0)
-    monkeypatch.setattr(arrival, "GROUP_BYTES", 1 << 14)
+    monkeypatch.setattr(load, "LEAST_BYTES", 0)
+    monkeypatch.setattr(background, "GROUP_BYTES", 1 << 14)
     with open_store(url, max_delay=10.0, read_timeout=5.0) as store:
         yield store
 
@@ -109,7 +109,11 @@ def check_goes_on(prompts: Prompts, cache: RedisChunkCache) -> None:
         assert "cache.reset()" in str(error)  # noqa: PT017
         return
     finally:
-        before = cache._conversation.transcript.ids()[0] if cache._conversation.transcript.columns else None
+        before = (
+            cache._conversation.transcript.ids()[0]
+            if cache._conversation.transcript.columns
+            else None
+        )
     assert before is not None
     full = prompts.model(before[None]).logits[:, -1]
     assert (out.logits[:, -1] - full).abs().max() < 1e-3

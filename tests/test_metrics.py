@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny, tokens
-from shelf import Shelf, entry
+from scripted import Scripted, entry
 
 from chunkcache import RedisChunkCache, metrics
 from chunkcache.errors import BlobError, SettingError, StoreError
@@ -157,14 +157,14 @@ def test_the_cause_of_an_error(error: Exception, cause: str) -> None:
     assert report.causes == {cause: 2}
 
 
-def test_what_became_of_what_was_written_in_the_background(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf, max_bytes=3)
+def test_what_became_of_what_was_written_in_the_background(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted, max_bytes=3)
     behind.write([entry("a", b"1"), entry("b", b"too long")])
     assert behind.flush(10)
-    shelf.error = StoreError("gone", "full")
+    scripted.error = StoreError("gone", "full")
     behind.write([entry("c", b"1")])
     assert behind.flush(10)
-    shelf.error = RuntimeError("what nobody expects")
+    scripted.error = RuntimeError("what nobody expects")
     behind.write([entry("d", b"1")])
     assert behind.flush(10)
     now = metrics.snapshot()

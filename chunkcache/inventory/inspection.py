@@ -17,7 +17,7 @@ from safetensors import SafetensorError, deserialize
 
 from chunkcache.errors import SettingError
 from chunkcache.keys import ChunkKey
-from chunkcache.stores.base import ChunkStore, Listed
+from chunkcache.stores.base import ChunkStore, Listed, read_blobs
 from chunkcache.tokens.listed import from_text
 
 # The types that keys and values have as they are, and what reads them.
@@ -71,7 +71,7 @@ def inspect(store: ChunkStore, key: str) -> Inspection:
         return Inspection({}, (), "this is not the key of a chunk")
     if "+" in form:
         return Inspection({}, (), f"a blob of the format {form} is read by caches only")
-    (blob,) = (None if view is None else bytes(view) for view in store.read([key]))
+    (blob,) = (None if view is None else bytes(view) for view in read_blobs(store, [key]))
     if blob is None:
         return Inspection({}, (), "the blob is not there")
     try:

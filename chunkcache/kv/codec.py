@@ -24,7 +24,7 @@ import xxhash
 from torch import Tensor
 
 from chunkcache.errors import BlobError
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 
 LAYOUT = "[kv_heads, tokens, head_dim]"
 # Tensor data begins on a cache line, whatever the header's length.
@@ -102,7 +102,7 @@ Arrange = Callable[[KVLayout, int], list[Slot]]
 """The tensors of a blob for so many tokens of a layout, without a gap between them."""
 
 # Blobs are gone as soon as they are written; here is room for those of a prompt.
-_SPARE = SpareMemory(pieces=16, most_bytes=20 << 20)
+_SPARE = BufferPool(pieces=16, most_bytes=20 << 20)
 _NO_CHECKSUM = b"0" * 32
 _CHECKSUM_MARK = b'"checksum":"xxh3_128:'
 Checksum = xxhash.xxh3_128

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from chunkcache.kv.codec import KVLayout, LayerKV
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128
@@ -32,7 +32,7 @@ def with_room(tokens: int) -> int:
 
 
 def allocate(
-    size: int, dtype: torch.dtype, device: torch.device, memory: SpareMemory | None = None
+    size: int, dtype: torch.dtype, device: torch.device, memory: BufferPool | None = None
 ) -> Tensor:
     """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
     if torch.is_inference_mode_enabled():  # whose tensors do not count writes (see WriteCount)
@@ -368,7 +368,7 @@ def settle_all(
     batch: int,
     tokens: int,
     device: torch.device,
-    memory: SpareMemory | None = None,
+    memory: BufferPool | None = None,
 ) -> None:
     """Give all layers room for `tokens` and some more, cut from one piece of memory.
 

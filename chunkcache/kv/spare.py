@@ -15,7 +15,7 @@ import numpy.typing as npt
 Buffer = npt.NDArray[np.uint8]
 
 
-class SpareMemory:
+class BufferPool:
     """Hands out memory, and keeps it for the next one when nothing refers to it any more.
 
     At most `pieces` pieces are kept, each of at most `most_bytes`.

@@ -33,7 +33,7 @@ from chunkcache.library.pack_entry import (
     is_mention,
     most_mentions,
 )
-from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
+from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed, read_blobs
 
 MAX_HEADER = 100_000_000  # what the safetensors library reads
 AT_ONCE = 64  # blobs asked for together
@@ -194,7 +194,7 @@ def _blobs(
     """Each entry with its blob, valid until the next one."""
     for at in range(0, len(found), AT_ONCE):
         part = found[at : at + AT_ONCE]
-        with closing(store.read([entry.key for entry in part])) as blobs:  # type: ignore[type-var]
+        with closing(read_blobs(store, [entry.key for entry in part])) as blobs:
             yield from zip(part, blobs, strict=True)
 
 

@@ -16,7 +16,7 @@ from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.rope import KeyMover
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup
@@ -47,7 +47,7 @@ class ModelState:
     _model: weakref.ref[nn.Module]
     _locks: ForkSafeLock = field(default_factory=ForkSafeLock)
     foreign: str = ""  # hooks and the like of others, when the model was looked at last
-    memory: SpareMemory = field(default_factory=SpareMemory)
+    memory: BufferPool = field(default_factory=BufferPool)
     gauges: weakref.WeakKeyDictionary[ChunkStore, Gauge] = field(
         default_factory=weakref.WeakKeyDictionary
     )

@@ -38,6 +38,7 @@ class BackgroundLoad:
         layers: The layers it belongs to.
 
     Attributes:
+        chunks: As given.
         waited_ms: Milliseconds that layers, and whoever finished, have waited.
         busy_ms: Milliseconds from the beginning of the reading to its end.
 
@@ -49,7 +50,7 @@ class BackgroundLoad:
         self, reader: BlobReader, chunks: Sequence[PendingChunk], layers: Sequence[GrowingLayer]
     ) -> None:
         self.waited_ms = self.busy_ms = 0.0
-        self._reader, self._chunks = reader, chunks
+        self._reader, self.chunks = reader, chunks
         self._missing: set[int] = set()
         self._error: StoreError | None = None
         self._stopped = False
@@ -72,10 +73,10 @@ class BackgroundLoad:
         if self._error:
             self._reader.handle_error(self._error)
             return False
-        for number, chunk in enumerate(self._chunks):
+        for number, chunk in enumerate(self.chunks):
             self._reader.conclude(chunk, number not in self._missing)
         self._reader.discard()
-        return not any(chunk.failure for chunk in self._chunks)
+        return not any(chunk.failure for chunk in self.chunks)
 
     def stop(self) -> None:
         """Read no further than the part that is on its way. The layers must not be used."""
@@ -108,7 +109,7 @@ class BackgroundLoad:
                 sign.open()
 
     def _read_groups(self) -> None:
-        parts = [[chunk.part(group) for chunk in self._chunks] for group in self._groups]
+        parts = [[chunk.part(group) for chunk in self.chunks] for group in self._groups]
         with closing(self._reader.store.fetch([p for group in parts for p in group])) as answers:
             for here, group in zip(self._here, parts, strict=True):
                 for number, part in enumerate(group):

@@ -256,11 +256,11 @@ def _files(folder: Path, max_bytes: int | None, limits: _Limits) -> ChunkStore:
 
 def _behind(store: ChunkStore, limits: _Limits, **breaker: float) -> ChunkStore:
     """What every store outside of this process gets: a breaker, and writes behind."""
-    from chunkcache.stores.breaker import Guarded
+    from chunkcache.stores.breaker import CircuitBreaker
     from chunkcache.stores.writer import WriteBehind
 
-    guarded = Guarded(store, max_delay=limits.max_delay, **breaker)
-    return WriteBehind(guarded, max_bytes=limits.write_queue_bytes)
+    circuit = CircuitBreaker(store, max_delay=limits.max_delay, **breaker)
+    return WriteBehind(circuit, max_bytes=limits.write_queue_bytes)
 
 
 def _folder(parts: SplitResult) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,7 @@ from chunkcache.stores.calls import note_partial
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
+READ_BYTES = 64 << 20  # of whole blobs that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,13 @@ class Place(list[memoryview]):
 
 
 class Part(NamedTuple):
-    """A part of a blob that is to be read: where it begins, and the views that its bytes fill."""
+    """A part of a blob that is wanted, all of it perhaps.
+
+    Attributes:
+        key: The blob's key.
+        start: The first byte of the blob that is wanted.
+        place: Writable views of bytes, which it fills one after the other; may be a `Place`.
+    """
 
     key: str
     start: int
@@ -107,12 +115,12 @@ def nbytes_of(views: Iterable[memoryview]) -> int:
     return views.nbytes if isinstance(views, Place) else sum(view.nbytes for view in views)
 
 
-def copy_into(blob: memoryview | None, place: Sequence[memoryview]) -> bool:
-    """Copy a blob to the views of its place, if it is there and as long as they are together."""
-    if blob is None or blob.nbytes != nbytes_of(place):
+def copy_part(blob: memoryview | None, part: Part) -> bool:
+    """Copy a part of a blob to its place, if the blob is there and long enough."""
+    at = part.start
+    if blob is None or blob.nbytes < max(at + nbytes_of(part.place), 1):
         return False
-    at = 0
-    for view in place:
+    for view in part.place:
         view[:] = blob[at : at + view.nbytes]
         at += view.nbytes
     return True
@@ -174,39 +182,19 @@ class ChunkStore(ABC):
         """Bytes of each key's blob, 0 where there is none. One round trip for all keys."""
 
     @abstractmethod
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        """Yield each key's blob in the order of `keys`, `None` where it is missing.
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        """Copy parts of blobs to their places, in order, and yield whether each is there now.
 
-        A yielded view is valid only until the next one is asked for: stores reuse its memory. The
-        iterator may be closed early.
+        False means that the blob is missing or too short for the part; the place holds anything
+        then. That a blob is longer than what is asked for shows in `sizes` only. Places are the
+        caller's own again when the iteration has ended, early or not. Keys that are fetched in one
+        call count as used together; those of a prompt come in its order.
         """
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        """Copy each key's blob to its place, and yield whether it is there now.
-
-        A place is a list of writable views of bytes that the blob fills one after the other, and
-        may be a `Place`, to which stores that can tell what has come.
-        False means that the blob is missing or not exactly as long as its place, which then holds
-        anything. Places are the caller's own again when the iteration has ended, early or not.
-        Stores that can let the kernel do the only copy. Keys that are read in one call, here and in
-        `read`, count as used together; those of a prompt come in its order.
-        """
-        for place, blob in zip(places, self.read(keys), strict=True):
-            yield copy_into(blob, place)
 
     @property
     def reads_parts(self) -> bool:
-        """Whether parts of blobs can be read, and a part costs only its share."""
+        """Whether a part of a blob costs only its share: then it is worth it to read in parts."""
         return False
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        """Copy parts of blobs to their places, in order, and yield whether each is there now.
-
-        As `read_into`; for stores that say `reads_parts`.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
@@ -279,20 +267,12 @@ class ReadsFrom(ChunkStore):
     def sizes(self, keys: Sequence[str]) -> list[int]:
         return self.store.sizes(keys)
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        return self.store.read(keys)
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        return self.store.read_into(keys, places)
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        return self.store.fetch(parts)
 
     @property
     def reads_parts(self) -> bool:
         return self.store.reads_parts
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        return self.store.read_parts(parts)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self.store.read_metadata(keys)
@@ -302,3 +282,25 @@ class ReadsFrom(ChunkStore):
 
     def server_info(self) -> list[dict[str, Any]]:
         return self.store.server_info()
+
+
+def read_blobs(store: ChunkStore, keys: Sequence[str]) -> Generator[memoryview | None]:
+    """Yield each key's blob in the order of `keys`, `None` where it is missing.
+
+    Blobs of 64 MiB together are read at once, or one that is larger. Raises StoreError.
+    """
+    sizes = store.sizes(keys)
+    at = 0
+    while at < len(keys):
+        parts: list[Part] = []
+        left = READ_BYTES
+        while at < len(keys) and (not parts or sizes[at] <= left):
+            try:
+                parts.append(Part(keys[at], 0, [memoryview(bytearray(sizes[at]))]))
+            except MemoryError:
+                raise StoreError(f"no memory for a blob of {sizes[at]:,} bytes") from None
+            left -= sizes[at]
+            at += 1
+        with closing(store.fetch(parts)) as answers:
+            for part, there in zip(parts, answers, strict=True):
+                yield part.place[0].toreadonly() if there and part.place[0] else None

@@ -27,7 +27,7 @@ _END = object()
 T = TypeVar("T")
 
 
-class Guarded(StaysHere, ChunkStore):
+class CircuitBreaker(StaysHere, ChunkStore):
     """`store` behind a breaker: after an error, calls fail at once for `cooldown` seconds.
 
     A failed read stops everything, and so do lookups that have cost one prompt more than
@@ -52,26 +52,17 @@ class Guarded(StaysHere, ChunkStore):
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"Guarded({self._store!r})"
+        return f"CircuitBreaker({self._store!r})"
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
         return self._look_up(lambda: self._store.sizes(keys)) if keys else []
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        return self._iterate(keys, lambda: self._store.read(keys))
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        return self._iterate(keys, lambda: self._store.read_into(keys, places))
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        return self._iterate(parts, lambda: self._store.fetch(parts))
 
     @property
     def reads_parts(self) -> bool:
         return self._store.reads_parts
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        keys = [part.key for part in parts]
-        return self._iterate(keys, lambda: self._store.read_parts(parts))
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self._look_up(lambda: self._store.read_metadata(keys)) if keys else []
@@ -120,8 +111,8 @@ class Guarded(StaysHere, ChunkStore):
             self._warn(cause)
         return result
 
-    def _iterate(self, keys: Sequence[str], verb: Callable[[], Iterator[T]]) -> Generator[T]:
-        if not keys:
+    def _iterate(self, asked: Sequence[object], verb: Callable[[], Iterator[T]]) -> Generator[T]:
+        if not asked:
             return
         self._enter_reading()
         with self._watched(self._reading):
@@ -180,7 +171,7 @@ class Guarded(StaysHere, ChunkStore):
         return StoreError(
             f"{self._store!r} is not asked until "
             f"{time.strftime('%H:%M:%S', time.localtime(opened.retry_at))}: {opened.cause}",
-            "left_alone",
+            "circuit_open",
         )
 
     @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import CLUSTER, read_url
-from chunkcache.stores.base import ChunkStore, Entry, Listed, StaysHere, end_iteration
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, StaysHere
 from chunkcache.stores.breaker import MAX_DELAY
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.locks import Latch, start_thread
@@ -58,40 +58,19 @@ class ClusterStore(StaysHere, ChunkStore):
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         return self._look_up(keys, lambda node, some: node.read_metadata(some), None)
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        streams: list[Iterator[memoryview | None]] = [iter(())] * len(keys)
-        for server, positions in self._topology.share_out(keys).items():
-            stream = iter(server.guarded.read([keys[at] for at in positions]))
-            for at in positions:
-                streams[at] = stream
-        try:
-            for stream in streams:
-                view = None
-                try:
-                    view = next(stream, None)  # after an error it has ended
-                except StoreError as error:
-                    note_partial(error)
-                yield view
-        finally:
-            for stream in streams:
-                end_iteration(stream)
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
         """As in `ChunkStore`.
 
         Places are filled in any order, so they are the caller's again only when the iteration has
         ended, early or not.
         """
-        here = [Latch() for _ in keys]
-        found = [False] * len(keys)
+        here = [Latch() for _ in parts]
+        found = [False] * len(parts)
         ended = Latch()
 
         def fill(node: ChunkStore, positions: list[int]) -> None:
-            some = [keys[at] for at in positions]
             try:
-                with closing(node.read_into(some, [places[at] for at in positions])) as answers:
+                with closing(node.fetch([parts[at] for at in positions])) as answers:
                     for at, arrived in zip(positions, answers, strict=True):
                         found[at] = arrived
                         here[at].open()
@@ -100,8 +79,8 @@ class ClusterStore(StaysHere, ChunkStore):
             finally:
                 _give_up(here, positions)
 
-        team = _Team(self._topology, keys, fill)
-        _give_up(here, set(range(len(keys))).difference(*team.shares.values()))
+        team = _Team(self._topology, [part.key for part in parts], fill)
+        _give_up(here, set(range(len(parts))).difference(*team.shares.values()))
         try:
             team.start(list(team.shares))
             for at, latch in enumerate(here):
@@ -128,7 +107,7 @@ class ClusterStore(StaysHere, ChunkStore):
         primaries = self._topology.primaries
         for server in primaries:
             try:
-                server.guarded.check_writable()
+                server.breaker.check_writable()
             except StoreError as error:
                 refusals.append(error)
         if refusals and len(refusals) == len(primaries):
@@ -147,20 +126,20 @@ class ClusterStore(StaysHere, ChunkStore):
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         """As in `ChunkStore`, one server after the other."""
         self._topology.refresh()
-        pages = (server.guarded.scan(prefix) for server in self._topology.primaries)
+        pages = (server.breaker.scan(prefix) for server in self._topology.primaries)
         return chain.from_iterable(pages)
 
     def server_info(self) -> list[dict[str, Any]]:
         self._topology.refresh()
         primaries = self._topology.primaries
-        return [info for server in primaries for info in server.guarded.server_info()]
+        return [info for server in primaries for info in server.breaker.server_info()]
 
     def flush(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         done = True
         for server in self._topology.primaries:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done &= server.guarded.flush(left)
+            done &= server.breaker.flush(left)
         return done
 
     def close(self) -> None:
@@ -243,7 +222,7 @@ class _Team:
 
     def _serve(self, server: Server, end: Latch) -> None:
         try:
-            self._work(server.guarded, self.shares[server])
+            self._work(server.breaker, self.shares[server])
         except StoreError as error:
             self._errors[server] = error
         finally:

@@ -1,4 +1,4 @@
-"""Chunks as files in a folder, read through memory maps, within a budget and a time to live."""
+"""Chunks as files in a folder, within a budget and a time to live."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, merged
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, merged
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
@@ -87,25 +87,14 @@ class DiskStore(ChunkStore):
         with self._errors("look up"):
             return [self._size(key) for key in keys]
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        self._use(keys)
-        for key in keys:
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        self._use(list(dict.fromkeys(part.key for part in parts)))
+        for part in parts:
             with self._errors("read"):
-                mapped = self._folder.map(key) if self._is_young(key) else None
-            if mapped is None:
-                yield None
-                continue
-            if self._ttl and self._refresh:
-                self._folder.touch(key, METADATA, self._touch_seconds)
-            view = memoryview(mapped)
-            try:
-                yield view
-            finally:
-                # Refused while the reader holds a view of this view; then it goes with that one.
-                with contextlib.suppress(BufferError):
-                    view.release()
-                    mapped.close()
-                del view, mapped
+                there = self._is_young(part.key) and self._folder.read(*part)
+            if there and self._ttl and self._refresh:
+                self._folder.touch(part.key, METADATA, self._touch_seconds)
+            yield there
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         with self._errors("read"):

@@ -5,8 +5,8 @@
     FOLDER/tmp/…                                      files being written
 
 Several processes may share the folder, and nothing is ever changed in place: a file is written
-under `tmp` and renamed, so that a reader, and a map already open, sees the old file or the new one.
-There are no locks, so a process that forks or is killed leaves none behind.
+under `tmp` and renamed, so that a reader sees the old file or the new one. There are no locks, so a
+process that forks or is killed leaves none behind.
 
 A blob's modification time is that of its last use. Files of pinned entries are write-protected.
 
@@ -20,14 +20,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import secrets
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from chunkcache.stores.base import nbytes_of
 
 BLOB = ".safetensors"
 METADATA = ".json"
@@ -114,19 +116,22 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def map(self, key: str) -> mmap.mmap | None:
-        """A memory map of an entry's blob."""
-        try:
-            descriptor = os.open(self.file(key, BLOB), os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            return None
-        try:
-            size = os.fstat(descriptor).st_size
-            if size == 0:  # no blob has no bytes; a crash of the machine can leave this
-                return None
-            return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
+    def read(self, key: str, start: int, place: Sequence[memoryview]) -> bool:
+        """Fill the views with an entry's blob from a byte on; whether it is there, and so long."""
+        with contextlib.suppress(FileNotFoundError), open(self.file(key, BLOB), "rb", 0) as file:
+            # No blob has no bytes; a crash of the machine can leave this.
+            if os.fstat(file.fileno()).st_size < max(start + nbytes_of(place), 1):
+                return False
+            file.seek(start)
+            for view in place:
+                at = 0
+                while at < view.nbytes:  # the kernel reads 2 GB at once
+                    count = file.readinto(view[at:])
+                    if not count:
+                        return False
+                    at += count
+            return True
+        return False
 
     def json(self, file: Path) -> dict[str, object]:
         """What the file holds; nothing if it is not there, or damaged by a crash of the machine."""

@@ -12,8 +12,8 @@ from time import perf_counter
 from typing import Any
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.stores.patient import insist
+from chunkcache.stores.base import ChunkStore, Entry, Part
+from chunkcache.stores.patient import retry_until
 
 LOOKS = 20
 BLOBS, BLOB_BYTES = 8, 4 << 20
@@ -75,15 +75,16 @@ def measure_speed(store: ChunkStore) -> Speed:
     noise = [memoryview(os.urandom(BLOB_BYTES)) for _ in keys]
     entries = [Entry(key, {"doctor": name}, blob) for key, blob in zip(keys, noise, strict=True)]
     places = [memoryview(bytearray(BLOB_BYTES)) for _ in keys]
+    parts = [Part(key, 0, [place]) for key, place in zip(keys, places, strict=True)]
     try:
         started = perf_counter()
         store.write(entries)
         store.flush()
         written = perf_counter()
-        there = list(store.read_into(keys, [[place] for place in places]))
+        there = list(store.fetch(parts))
         read = perf_counter()
     finally:
-        insist(lambda: store.delete(keys))
+        retry_until(lambda: store.delete(keys))
     if not all(there):
         store.check_writable()  # knows why
         raise StoreError(

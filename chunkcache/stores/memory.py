@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from chunkcache.errors import SettingError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, StaysHere, merged, tell_too_large
+from chunkcache.stores.base import (
+    ChunkStore,
+    Entry,
+    Listed,
+    Part,
+    StaysHere,
+    copy_part,
+    merged,
+    tell_too_large,
+)
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.locks import ForkSafeLock
 
@@ -23,8 +32,8 @@ class MemoryStore(StaysHere, ChunkStore):
     Blobs are kept as they are, not copied. An entry that is larger than the whole budget is
     refused, and one that is not pinned also where pinned ones leave no room for it. Entries that
     are not pinned are gone `ttl` seconds (0: never) after they were written or, with
-    `refresh_ttl`, last read. Views that `read` yields stay valid. Raises SettingError when
-    `max_bytes` is not positive.
+    `refresh_ttl`, last read. Raises SettingError when `max_bytes` is not
+    positive.
     """
 
     def __init__(
@@ -51,13 +60,13 @@ class MemoryStore(StaysHere, ChunkStore):
             found = [self._get(key) for key in keys]
         return [kept.entry.nbytes if kept else 0 for kept in found]
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
         with self._lock:
-            self._use(keys)
-        for key in keys:
+            self._use([part.key for part in parts])
+        for part in parts:
             with self._lock:
-                kept = self._get(key)
-            yield kept.entry.blob if kept and kept.entry.nbytes else None
+                kept = self._get(part.key)
+            yield copy_part(kept.entry.blob if kept else None, part)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         with self._lock:

@@ -14,7 +14,7 @@ from chunkcache.stores.base import ChunkStore, Entry, ReadsFrom
 from chunkcache.stores.calls import calls_of_prompt
 
 
-def insist(work: Callable[[], object], seconds: float = 8.0) -> None:
+def retry_until(work: Callable[[], object], seconds: float = 8.0) -> None:
     """Do what a store refuses for a while, such as changes after an error; give up in the end.
 
     For cleaning up: nothing is raised.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
@@ -57,9 +57,9 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
         super().__init__(url)
         self._expire_ms = max(round(ttl * 1000), 1) if ttl else None
         self._renew_ms = self._expire_ms if refresh_ttl else None
-        self._in_parts: bool | None = None
+        self._server_copies: bool | None = None
         self._reader = BulkReader(
-            self._client, url.read_timeout, max_blob_bytes, self._is_faster_in_parts
+            self._client, url.read_timeout, max_blob_bytes, self._copies_replies
         )
 
     def __repr__(self) -> str:
@@ -89,25 +89,15 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
         with self._store_errors():
             return [0 if isinstance(size, redis.ResponseError) else _count(size) for size in sizes]
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
         with self._store_errors():
-            yield from self._reader.read([self._names(key)[1] for key in keys])
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        with self._store_errors():
-            yield from self._reader.read_into([self._names(key)[1] for key in keys], places)
+            yield from self._reader.fetch(
+                [(self._names(part.key)[1], part.start, part.place) for part in parts]
+            )
 
     @property
     def reads_parts(self) -> bool:
         return True
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        with self._store_errors():
-            yield from self._reader.read_parts(
-                [(self._names(part.key)[1], part.start, part.place) for part in parts]
-            )
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         def look(pipe: Any, key: str) -> None:
@@ -156,16 +146,16 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
 
     # ------------------------------------------------------------------ parts of the verbs
 
-    def _is_faster_in_parts(self) -> bool:
-        """Whether large values are to be read in parts: all but Valkey 9 copy each reply first."""
-        if self._in_parts is None:
+    def _copies_replies(self) -> bool:
+        """Whether the server copies each reply before it sends it: all do but Valkey 9."""
+        if self._server_copies is None:
             try:
                 info: Any = self._client.info("server")
             except redis.ResponseError:  # some may not ask
                 info = {}
             version = str(info.get("valkey_version", "")).partition(".")[0]
-            self._in_parts = not version.isdigit() or int(version) < 9
-        return self._in_parts
+            self._server_copies = not version.isdigit() or int(version) < 9
+        return self._server_copies
 
     def _renew(self, pipe: Any, *names: bytes) -> None:
         if self._renew_ms:

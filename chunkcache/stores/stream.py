@@ -1,4 +1,4 @@
-"""Many values of a server read from one socket, with few replies under way at a time.
+"""Many parts of values of a server read from one socket, with few replies under way at a time.
 
 redis-py's parsers copy a reply three to five times. Here a reply's bytes are copied once, by the
 kernel, into the memory that the caller names.
@@ -37,17 +37,21 @@ Seen = Callable[[Sequence[memoryview]], object]
 
 
 class Request(NamedTuple):
-    """What one reply is to hold: a value, or its bytes from `start` to `stop`."""
+    """What one reply is to hold: a value's bytes from `start` to `stop`, or `whole` values.
+
+    Of a whole value, `stop` is how many bytes it is thought to have.
+    """
 
     name: bytes
-    start: int = 0
-    stop: int | None = None
+    start: int
+    stop: int
+    whole: bool = False
 
     def command(self) -> tuple[str | bytes | int, ...]:
-        """As it is sent."""
-        if self.stop is None:
+        """As it is sent: for one byte at least, which shows whether the value is there."""
+        if self.whole:
             return ("GET", self.name)
-        return ("GETRANGE", self.name, self.start, self.stop - 1)
+        return ("GETRANGE", self.name, self.start, max(self.stop - 1, self.start))
 
 
 class GetStream:
@@ -74,11 +78,8 @@ class GetStream:
         self._max_bytes = max_bytes
         self._sent = 0
         self._done = 0  # replies read to their end
-        self._in_parts = any(request.stop is not None for request in requests)
-        self._window = min(window, PARTS_WINDOW_BYTES) if self._in_parts else window
-        # Of the replies so far: our guess of those to come.
-        self._largest = PART_BYTES if self._in_parts else WINDOW_BYTES
-        self._guessed = not self._in_parts
+        is_copied = not all(request.whole for request in requests)
+        self._window = min(window, PARTS_WINDOW_BYTES) if is_copied else window
         self._received = b""  # what was read beyond the last header
         self._patience = timeout  # seconds that all that was asked for may still be waited for
         # TLS sockets have recvmsg_into, but refuse it.
@@ -104,19 +105,25 @@ class GetStream:
             if not text.startswith(("WRONGTYPE ", "MOVED ", "ASK ")):
                 raise redis.ResponseError(text)
         elif line not in (b"$-1", b"_"):
-            raise redis.InvalidResponse("the server's reply to a GET is not a bulk string")
+            raise redis.InvalidResponse("the server's reply is not a bulk string")
         self._finish_reply()
         return None
 
-    def read_body(self, target: Sequence[memoryview], seen: Seen | None = None) -> None:
-        """Fill the views, one after the other, with the body; read the line end after it.
+    def read_body(
+        self, target: Sequence[memoryview], length: int, seen: Seen | None = None
+    ) -> None:
+        """Read a body of `length` bytes, and the line end after it.
 
-        `seen` is told of views as they are full.
+        It fills the views, one after the other; what goes beyond them is dropped. `seen` is told
+        of views as they are full.
         """
         end = memoryview(bytearray(2))
-        full = [view for view in (*target, end) if view.nbytes]
-        views = full.copy()
-        left = nbytes_of(views)
+        rest = length - nbytes_of(target)
+        scratch = memoryview(bytearray(min(rest, SKIP_BYTES)))
+        dropped = [scratch] * (rest // SKIP_BYTES) + [scratch[: rest % SKIP_BYTES]]
+        full = [view for view in target if view.nbytes]
+        views = [*full, *(view for view in dropped if view.nbytes), end]
+        left = length + end.nbytes
         at = 0
         while left:
             count = self._receive_early(views[at]) or self._receive_into(
@@ -128,19 +135,13 @@ class GetStream:
             while at < len(views) and count >= views[at].nbytes:
                 count -= views[at].nbytes
                 at += 1
-            if seen is not None and at > begin:
-                seen(full[begin : min(at, len(full) - 1)])
+            if seen is not None and begin < min(at, len(full)):
+                seen(full[begin : min(at, len(full))])
             if count:
                 views[at] = views[at][count:]
         if bytes(end) != b"\r\n":
-            raise redis.InvalidResponse("a reply to a GET is longer than the server announced")
+            raise redis.InvalidResponse("a reply is longer than the server announced")
         self._finish_reply()
-
-    def skip_body(self, length: int) -> None:
-        """Read a body that nobody wants."""
-        scratch = memoryview(bytearray(min(length, SKIP_BYTES)))
-        pieces = [scratch] * (length // SKIP_BYTES)
-        self.read_body([*pieces, scratch[: length % SKIP_BYTES]])
 
     def _receive_early(self, target: memoryview) -> int:
         """Take what came along with the header."""
@@ -154,9 +155,6 @@ class GetStream:
             raise redis.InvalidResponse("the server announced a reply of no valid length")
         length = int(line[1:])
         check_length(length, self._max_bytes)
-        if length:
-            self._largest = length if self._guessed else max(self._largest, length)
-            self._guessed = False
         self._patience += length / SLOWEST_RATE
         self._send_ahead(length)
         return length
@@ -169,14 +167,18 @@ class GetStream:
         """Ask for as many replies as the window has room for beside `coming` bytes of this one."""
         if self._sent == len(self._requests):
             return
-        current = 1 if coming else 0
-        ahead = self._sent - self._done - current
-        room = min((self._window - coming) // self._largest, WINDOW_REPLIES - current)
-        count = max(room, 1 - current) - ahead
-        if count > 0:
-            requests = self._requests[self._sent : self._sent + count]
-            self._sent += len(requests)
-            packed = self._connection.pack_commands([each.command() for each in requests])
+        under_way = self._sent - self._done
+        ahead = self._requests[self._sent - under_way + (coming > 0) : self._sent]
+        room = self._window - coming - sum(each.stop - each.start for each in ahead)
+        wanted: list[Request] = []
+        for each in self._requests[self._sent : self._sent + WINDOW_REPLIES - under_way]:
+            room -= each.stop - each.start
+            if room < 0 and under_way + len(wanted):
+                break
+            wanted.append(each)
+        if wanted:
+            self._sent += len(wanted)
+            packed = self._connection.pack_commands([each.command() for each in wanted])
             # no health check: its PING would be answered after the replies under way
             self._connection.send_packed_command(packed, check_health=False)
 
@@ -231,5 +233,5 @@ def check_length(length: int, max_bytes: int) -> None:
     """Refuse a value that is too long. Raises redis.InvalidResponse."""
     if length > max_bytes:
         raise redis.InvalidResponse(
-            f"the server announced a value of {length} bytes, more than max_blob_bytes={max_bytes}"
+            f"a value of {length} bytes is longer than max_blob_bytes={max_bytes} allows for"
         )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, end_iteration, nbytes_of
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, nbytes_of
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.locks import ForkSafeLock, Worker
 from chunkcache.stores.memory import MemoryStore
-
-T = TypeVar("T")
 
 
 class TieredStore(ChunkStore):
@@ -41,49 +39,46 @@ class TieredStore(ChunkStore):
         return f"TieredStore({self._tiers!r})"
 
     def sizes(self, keys: Sequence[str]) -> list[int]:
-        found: dict[str, int] = {}
-        errors = []
-        for tier in self._tiers:
-            rest = [key for key in dict.fromkeys(keys) if not found.get(key)]
-            if not rest:
-                break
-            try:
-                found |= zip(rest, tier.sizes(rest), strict=True)
-            except StoreError as error:
-                errors.append(error)
-        self._note(errors)
-        return [found.get(key, 0) for key in keys]
+        found, errors = self._find(keys)
+        self._note(list(errors.values()))
+        return [found[key][1] if key in found else 0 for key in keys]
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        answers = self._walk(keys, lambda tier, at: tier.read([keys[n] for n in at]))
-        with closing(answers):
-            for n, (level, view) in enumerate(answers):
-                if view is not None and level:
-                    self._keep(keys[: n + 1], [view], level)
-                yield view
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
         """As in `ChunkStore`.
 
-        What comes from a far tier is copied to the nearer ones by a thread, while the next blobs
-        are on their way. The places are the caller's own again at the end of the iteration only,
-        so that waits for the last copies: a part of one memory copy of what was read.
+        Whole blobs that come from a far tier are copied to the nearer ones by a thread, while the
+        next ones are on their way. The places are the caller's own again at the end of the
+        iteration only, so that waits for the last copies: a part of one memory copy of what was
+        read. What a tier has lost meanwhile (a small one makes room for what comes in) is asked of
+        those behind it.
         """
-        answers = self._walk(
-            keys, lambda tier, at: tier.read_into([keys[n] for n in at], [places[n] for n in at])
-        )
+        keys = [part.key for part in parts]
+        found, errors = self._find(keys)
+        for error in errors.values():
+            note_partial(error)
+        failed = set(errors)
+        shares: defaultdict[int, list[Part]] = defaultdict(list)
+        for part in parts:
+            if part.key in found:
+                shares[found[part.key][0]].append(part)
+        streams = {level: self._tiers[level].fetch(share) for level, share in shares.items()}
         copier = _Copier(self._keep)
         try:
-            with closing(answers):
-                for n, (place, (level, arrived)) in enumerate(zip(places, answers, strict=True)):
-                    if arrived and level:
-                        copier.waiting.append((keys[: n + 1], place, level))
-                        with suppress(RuntimeError):  # tried again below
-                            copier.start()
-                    yield bool(arrived)
+            for n, part in enumerate(parts):
+                level, size = found.get(part.key, (len(self._tiers), 0))
+                there = size > 0 and self._next(level, streams[level], failed)
+                while not there and level + 1 < len(self._tiers):
+                    level += 1
+                    with closing(self._tiers[level].fetch([part])) as stream:
+                        there = self._next(level, stream, failed)
+                if there and level and not part.start and nbytes_of(part.place) == size:
+                    copier.waiting.append((keys[: n + 1], part.place, level))
+                    with suppress(RuntimeError):  # tried again below
+                        copier.start()
+                yield there
         finally:
+            for stream in streams.values():
+                stream.close()
             with suppress(RuntimeError):  # no more threads, or the interpreter is ending
                 copier.wait(lambda: not copier.waiting)
 
@@ -161,74 +156,36 @@ class TieredStore(ChunkStore):
                     closing_all.callback(tier.close)
         self._tiers = []
 
-    def _walk(
-        self, keys: Sequence[str], ask: Callable[[ChunkStore, list[int]], Iterator[T]]
-    ) -> Generator[tuple[int, T | None]]:
-        """Each key's answer, and the number of the tier that gave it.
+    def _find(
+        self, keys: Sequence[str]
+    ) -> tuple[dict[str, tuple[int, int]], dict[int, StoreError]]:
+        """The nearest tier that has a key, by its number, and the blob's bytes; what failed.
 
-        `ask` opens the stream of a tier's answers for some of the keys, by their numbers. Each
-        tier is asked once for all that it seems to have; what it has lost meanwhile (a small tier
-        makes room for what comes in) is asked of those behind it.
+        Each tier is asked once for all keys that no nearer one has.
         """
-        failed: set[int] = set()
-        holders = self._holders(keys, failed)
-        streams = {}
-        for level in set(holders):
-            at = [n for n, holder in enumerate(holders) if holder == level]
-            streams[level] = ask(self._tiers[level], at)
-        try:
-            for n, level in enumerate(holders):
-                answer = self._next(level, streams[level], failed)
-                if answer:
-                    yield level, answer
-                else:
-                    yield from self._look_behind(level, n, ask, failed)
-        finally:
-            for stream in streams.values():
-                end_iteration(stream)
-
-    def _holders(self, keys: Sequence[str], failed: set[int]) -> list[int]:
-        """The tier of which to ask each key: the nearest that has it, else the furthest."""
-        last = len(self._tiers) - 1
-        holders = dict.fromkeys(keys, last)
-        for level, tier in enumerate(self._tiers[:-1]):
-            rest = [key for key, holder in holders.items() if holder == last]
+        found: dict[str, tuple[int, int]] = {}
+        failed: dict[int, StoreError] = {}
+        for level, tier in enumerate(self._tiers):
+            rest = [key for key in dict.fromkeys(keys) if key not in found]
             try:
                 sizes = tier.sizes(rest) if rest else []
             except StoreError as error:
-                failed.add(level)
-                note_partial(error)
+                failed[level] = error
                 continue
-            holders |= {key: level for key, size in zip(rest, sizes, strict=True) if size}
-        return [holders[key] for key in keys]
-
-    def _look_behind(
-        self, level: int, n: int, ask: Callable[[ChunkStore, list[int]], Iterator[T]],
-        failed: set[int],
-    ) -> Generator[tuple[int, T | None]]:  # fmt: skip
-        """The one answer to key number `n` of the tiers behind `level`."""
-        for behind in range(level + 1, len(self._tiers)):
-            stream = ask(self._tiers[behind], [n])
-            try:
-                answer = self._next(behind, stream, failed)
-                if answer:
-                    yield behind, answer
-                    return
-            finally:
-                end_iteration(stream)
-        yield level, None
+            found |= {key: (level, size) for key, size in zip(rest, sizes, strict=True) if size}
+        return found, failed
 
     @staticmethod
-    def _next(level: int, stream: Iterator[T], failed: set[int]) -> T | None:
-        """A tier's next answer; None from one that has failed once."""
+    def _next(level: int, stream: Generator[bool], failed: set[int]) -> bool:
+        """A tier's next answer; False from one that has failed once."""
         if level in failed:
-            return None
+            return False
         try:
             return next(stream)
         except StoreError as error:
             failed.add(level)
             note_partial(error)
-            return None
+            return False
 
     def _keep(self, keys: Sequence[str], views: Sequence[memoryview], level: int) -> None:
         """Copy the blob of the last key to the tiers nearer than `level`: all the same copy."""
@@ -241,7 +198,7 @@ class TieredStore(ChunkStore):
                 at += part.size
         except MemoryError:
             return
-        *before, key = keys
+        *before, key = dict.fromkeys(keys)
         copy = Entry(key, {"copied": "yes"}, blob.data, merge=True, before=before)
         for tier in self._tiers[:level]:
             with suppress(StoreError):  # it was noted when the tier was asked

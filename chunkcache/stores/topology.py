@@ -14,7 +14,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.calls import note_partial
 from chunkcache.stores.redis import RedisStore
 
@@ -79,7 +79,7 @@ class Server:
     """
 
     node: ClusterNode
-    guarded: Guarded
+    breaker: CircuitBreaker
     failed: bool = False
 
 
@@ -193,6 +193,6 @@ class Topology:
     def _server(self, host: Host) -> Server:
         if host not in self._met:
             node = ClusterNode(self._address.at(*host), self.note_move, **self._options)
-            server = Server(node, Guarded(node, max_delay=self._max_delay))
+            server = Server(node, CircuitBreaker(node, max_delay=self._max_delay))
             return self._met.setdefault(host, server)
         return self._met[host]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import (
@@ -13,16 +13,13 @@ from chunkcache.stores.base import (
     Listed,
     Part,
     StaysHere,
-    copy_into,
+    copy_part,
     end_iteration,
-    nbytes_of,
     tell_too_large,
 )
 from chunkcache.stores.queue import Queue, WriteStats
 
 DRAIN_SECONDS = 5.0  # what a listing, or closing, waits for queued entries
-
-T = TypeVar("T")
 
 
 class WriteBehind(StaysHere, ChunkStore):
@@ -64,39 +61,14 @@ class WriteBehind(StaysHere, ChunkStore):
         found = iter(self.store.sizes(rest) if rest else ())
         return [queued[key].nbytes if key in queued else next(found) for key in keys]
 
-    def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-        queued = self._blobs(keys)  # now, not when the first blob is asked for
-        rest = [key for key in keys if key not in queued]
-        waiting = {key: e.blob.toreadonly() if e.nbytes else None for key, e in queued.items()}
-        return _merge(keys, waiting, iter(self.store.read(rest) if rest else ()))
-
-    def read_into(
-        self, keys: Sequence[str], places: Sequence[Sequence[memoryview]]
-    ) -> Generator[bool]:
-        queued = self._blobs(keys)
-        # Pairs, not a mapping: one key may have several places.
-        rest = [pair for pair in zip(keys, places, strict=True) if pair[0] not in queued]
-        found: Iterator[bool] = iter(())
-        if rest:
-            found = self.store.read_into([key for key, _ in rest], [place for _, place in rest])
-        blobs = [queued[key].blob if key in queued else None for key in keys]
-        return _fill(blobs, places, found)
+    def fetch(self, parts: Sequence[Part]) -> Generator[bool]:
+        queued = self._blobs([part.key for part in parts])  # now, not when the first is asked for
+        rest = [part for part in parts if part.key not in queued]
+        return _fill(parts, queued, self.store.fetch(rest) if rest else iter(()))
 
     @property
     def reads_parts(self) -> bool:
         return self.store.reads_parts
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        queued = self._blobs([part.key for part in parts])
-        rest = [part for part in parts if part.key not in queued]
-        found: Iterator[bool] = self.store.read_parts(rest) if rest else iter(())
-        blobs = [
-            queued[part.key].blob[part.start : part.start + nbytes_of(part.place)]
-            if part.key in queued
-            else None
-            for part in parts
-        ]
-        return _fill(blobs, [part.place for part in parts], found)
 
     def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
         queued = self._queue.find(keys)
@@ -149,23 +121,13 @@ class WriteBehind(StaysHere, ChunkStore):
         return {key: entry for key, entry in queued.items() if entry.nbytes or not entry.merge}
 
 
-def _merge(keys: Sequence[str], queued: Mapping[str, T], found: Iterator[T]) -> Generator[T]:
-    """What was queued, and for the other keys what the store gives, in the order of the keys."""
-    try:
-        for key in keys:
-            yield queued[key] if key in queued else next(found)
-    finally:
-        end_iteration(found)
-
-
 def _fill(
-    queued: Sequence[memoryview | None],
-    places: Sequence[Sequence[memoryview]],
-    found: Iterator[bool],
+    parts: Sequence[Part], queued: Mapping[str, Entry], found: Iterator[bool]
 ) -> Generator[bool]:
-    """Copy what was queued; the store fills the other places, and its answers are passed on."""
+    """Copy what is queued; the store fills the other places, and its answers are passed on."""
     try:
-        for blob, place in zip(queued, places, strict=True):
-            yield next(found) if blob is None else copy_into(blob, place)
+        for part in parts:
+            entry = queued.get(part.key)
+            yield copy_part(entry.blob, part) if entry else next(found)
     finally:
         end_iteration(found)

@@ -14,10 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from chunkcache import RedisChunkCache, UnsupportedModelError
+from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.probes import Probes
 from chunkcache.kv.rope import KeyMover
 from chunkcache.repair import Repair
-from chunkcache.reuse import recall
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny
@@ -35,6 +35,7 @@ from tests.prompts import (
     prefill,
     shuffled_prompt,
 )
+from tests.scripted import Scripted
 
 KINDS = ["llama", "qwen3", "gemma3_text", "cohere", "phi", "gpt_neox", "deepseek_v3", "mixtral"]
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
@@ -208,21 +209,11 @@ def test_damaged_and_lost_chunks_are_holes():
     model, store = build(), MemoryStore()
     meet(model, store)
 
-    class Lossy(MemoryStore):
-        def read(self, keys):
-            for number, blob in enumerate(store.read(keys)):
-                damaged = bytearray(blob) if blob else bytearray()
-                if number % 3 == 1 and damaged:
-                    damaged[-9] ^= 1
-                yield None if number % 3 == 0 else memoryview(damaged)
+    def lose(number, part, there):
+        part.place[-1][-9 % part.place[-1].nbytes] ^= number % 3 == 1
+        return there and number % 3 > 0
 
-        def sizes(self, keys):
-            return store.sizes(keys)
-
-        def read_metadata(self, keys):
-            return store.read_metadata(keys)
-
-    found, report = prefill(model, Lossy(), shuffled_prompt(), repair="full")
+    found, report = prefill(model, Scripted(store, lose), shuffled_prompt(), repair="full")
     assert close(found, logits(model, shuffled_prompt()))
     assert 0 < report.recomputed < 700
     assert "damaged" in report.errors[0]
@@ -256,15 +247,7 @@ def test_nothing_computed_on_moved_text_is_stored_as_exact():
 
 
 def test_it_would_be_noticed_if_it_were(monkeypatch):
-    relocate = recall.relocate
-
-    def forgetful(*args):
-        found = relocate(*args)
-        for moved in found[1] if found else ():
-            object.__setattr__(moved, "exact_until", None)
-        return found
-
-    monkeypatch.setattr(recall, "relocate", forgetful)
+    monkeypatch.setattr(MovedText, "exact_until", lambda self, computed: None)
     assert not all(adversary(build(num_hidden_layers=2), MemoryStore()))
 
 

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import Scripted
 
 from chunkcache.anywhere.anchors import WINDOW, anchors
 from chunkcache.anywhere.index import (
     MOST_PLACES,
     MOST_VARIANTS,
-    Origin,
     Passage,
     _anchor_places,
     index_entries,
     is_exact,
     search,
 )
+from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Chunk, Grid, cut
@@ -38,18 +41,17 @@ class Identity:
         return f"{format}@m@1@0@{chunk_hash}"
 
 
-class Counting(MemoryStore):
-    """Counts the calls."""
+class Place(KeySpace):
+    """A key space, and a store with its keys."""
 
-    calls = 0
-
-    def read_metadata(self, keys):
-        self.calls += 1
-        return super().read_metadata(keys)
+    def __init__(self, store, *args):
+        super().__init__(*args)
+        object.__setattr__(self, "store", store)
 
 
 def origin(store=None, salt=b"salt", codec=None):
-    return Origin(store or MemoryStore(), Identity(), salt, codec or Codec())
+    layout = KVLayout(torch.float32, ())
+    return Place(store or MemoryStore(), Identity(), layout, salt, codec or Codec())
 
 
 def text(tokens, seed=0):
@@ -76,7 +78,7 @@ def keep(place, row, *, created="1", salt=None, grid=GRID, **more):
 
 
 def find_pieces(place, tokens, start, stop):
-    return search(place, [Passage(tokens, start, stop)]).pieces[0]
+    return search(place.store, place, [Passage(tokens, start, stop)]).pieces[0]
 
 
 def covered(pieces):
@@ -104,19 +106,19 @@ def test_nearly_all_of_a_repeated_text_is_found(seed, order, later, size):
 
 
 def test_rows_of_a_batch_share_two_round_trips():
-    place = origin(Counting())
+    place = origin(Scripted())
     a, b = text(300, 1), text(300, 2)
     keep(place, np.concatenate([a, b]))
     rows = [np.concatenate([text(n, 9), a, b[:200], text(20, 8)]) for n in (5, 17, 120)]
-    before = place.store.calls
-    found = search(place, [Passage(row, 0, len(row) - 1) for row in rows])
-    assert place.store.calls == before + 2
+    before = len(place.store.calls)
+    found = search(place.store, place, [Passage(row, 0, len(row) - 1) for row in rows])
+    assert len(place.store.calls) == before + 2
     assert all(covered(pieces) >= 490 for pieces in found.pieces)
     assert not found.stale
-    search(place, [Passage(text(300, 77), 0, 299)])
-    assert place.store.calls == before + 3  # no chunk to ask for
-    search(place, [Passage(rows[0], 320, 320), Passage(rows[0][:10], 0, 9)])
-    assert place.store.calls == before + 3  # nothing to look for
+    search(place.store, place, [Passage(text(300, 77), 0, 299)])
+    assert len(place.store.calls) == before + 3  # no chunk to ask for
+    search(place.store, place, [Passage(rows[0], 320, 320), Passage(rows[0][:10], 0, 9)])
+    assert len(place.store.calls) == before + 3  # nothing to look for
 
 
 def test_only_what_was_asked_for_is_covered():
@@ -165,7 +167,7 @@ def test_records_that_make_no_sense_are_misses(fields):
     place = origin()
     a = text(300)
     keep(place, a, **fields)
-    found = search(place, [Passage(a, 0, 299)])
+    found = search(place.store, place, [Passage(a, 0, 299)])
     assert found.pieces == [[]]
     assert all(not entry.metadata for entry in found.stale.values())
 
@@ -177,7 +179,7 @@ def test_places_that_make_no_sense_are_misses(place_text):
     for chunk in keep(place, a):
         for entry in index_entries(place, chunk, a, "1"):
             place.store.write([Entry(entry.key, {chunk.hash: place_text}, NOTHING)])
-    found = search(place, [Passage(a, 0, 299)])
+    found = search(place.store, place, [Passage(a, 0, 299)])
     assert found.pieces == [[]]
     assert found.stale
     assert all(not entry.metadata for entry in found.stale.values())
@@ -217,7 +219,7 @@ def entries_in(store):
 
 
 def mend(place, passages):
-    found = search(place, passages)
+    found = search(place.store, place, passages)
     place.store.write(list(found.stale.values()))
     return found
 
@@ -233,7 +235,7 @@ def test_entries_of_lost_chunks_are_put_right():
     assert covered(found.pieces[0]) == 399
     names = {name for fields in entries_of(place.store).values() for name in fields or {}}
     assert names.isdisjoint(lost)
-    assert not search(place, [Passage(a, 0, 399)]).stale
+    assert not search(place.store, place, [Passage(a, 0, 399)]).stale
     # And when all are gone, so are the entries.
     place.store.delete([key for key in entries_in(place.store) if key.startswith("safetensors")])
     assert mend(place, [Passage(a, 0, 399)]).pieces == [[]]
@@ -247,7 +249,7 @@ def test_entries_with_too_many_variants_keep_the_newest():
     for n in range(3 * MOST_VARIANTS):
         keep(place, a, created=f"{n:03}", salt=b"%d" % n)
         if n == 2 * MOST_VARIANTS - 1:
-            assert not search(place, [Passage(a, 0, 100)]).stale
+            assert not search(place.store, place, [Passage(a, 0, 100)]).stale
     found = mend(place, [Passage(a, 0, 100)])
     assert covered(found.pieces[0]) == 100
     for fields in entries_of(place.store).values():
@@ -261,7 +263,7 @@ def test_what_replaces_a_pinned_entry_is_pinned():
     keep(place, a, created="1", salt=b"x", pinned="yes")
     kept = keep(place, a, created="2", salt=b"y", pinned="no")
     place.store.delete([place.key(chunk.hash) for chunk in kept])
-    stale = search(place, [Passage(a, 0, 199)]).stale
+    stale = search(place.store, place, [Passage(a, 0, 199)]).stale
     assert stale
     assert all(entry.pinned and entry.metadata and not entry.merge for entry in stale.values())
 

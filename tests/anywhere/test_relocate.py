@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.reuse.test_index import Identity
 
-from chunkcache.anywhere.index import Origin, Passage
+from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.anywhere.relocate import fill_pieces
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
@@ -16,29 +15,17 @@ from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
 from chunkcache.model.moving import prove_moving
 from chunkcache.model.proof import growing_layers, prove
+from chunkcache.reuse.blobs import BlobReader
+from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry
-from chunkcache.stores.memory import MemoryStore
+from tests.anywhere.test_index import Identity
 from tests.models import tiny
+from tests.scripted import Scripted, blobs, fail_at
 
 PLAIN = Codec()
 MODEL = tiny("deepseek_v3", num_hidden_layers=2)
 LAYOUT = prove(MODEL).layout
 MOVER = prove_moving(MODEL, LAYOUT)
-
-
-class Reads(MemoryStore):
-    """Notes the keys asked for, call by call; fails after a number of answers."""
-
-    def __init__(self, fail_after=None):
-        super().__init__()
-        self.asked, self.fail_after = [], fail_after
-
-    def read(self, keys):
-        self.asked.append(list(keys))
-        for number, blob in enumerate(super().read(keys)):
-            if number == self.fail_after:
-                raise StoreError("gone")
-            yield blob
 
 
 def random_kv(tokens, seed):
@@ -56,7 +43,7 @@ def chunk(store, name, start, tokens=20, seed=0, codec=PLAIN):
     """A stored chunk and its K/V."""
     ids = np.arange(tokens) + 100 * seed
     kv = random_kv(tokens, seed)
-    form = Origin(store, Identity(), b"", codec).form(LAYOUT, ids.tolist(), start, name)
+    form = KeySpace(Identity(), LAYOUT, b"", codec).form(ids.tolist(), start, name)
     store.write([Entry(form.key, {"m": "1"}, form.encode(kv))])
     return StoredChunk(name, start, ids), kv
 
@@ -75,10 +62,16 @@ class Filling:
         self.troubles = []
 
     def fill(self, wanted, at_hand=None, codec=PLAIN):
-        origin = Origin(self.store, Identity(), b"", codec)
-        return fill_pieces(
-            origin, self.layers, LAYOUT, MOVER, wanted, at_hand or {}, self.troubles.append
+        keys, reader = (
+            KeySpace(Identity(), LAYOUT, b"", codec),
+            BlobReader(self.store, self.troubles.append),
         )
+        chunks = {piece.chunk.hash: piece.chunk for _, pieces in wanted for piece in pieces}
+        names = [keys.key(name) for name in chunks]
+        sizes = dict(zip(chunks, self.store.inner.sizes(names), strict=True))
+        forms = {n: keys.form(c.tokens.tolist(), c.start, n) for n, c in chunks.items()}
+        placed = fill_pieces(reader, self.layers, MOVER, wanted, sizes, forms, at_hand or {})
+        return placed, reader.bytes_read
 
     def holds(self, row, column, kv, part, old, new):
         """Whether a row has this part of a chunk's K/V, moved, at the column."""
@@ -100,15 +93,15 @@ class Filling:
 
 
 def test_a_chunk_is_read_once_for_all_rows_and_places():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 40)
     twins = Passage(np.arange(100), 0, 90, rows=(0, 2))
     other = Passage(np.arange(95), 0, 85, rows=(1,), pad=5)
     pieces = [Piece(3, 23, a, 0), Piece(50, 60, a, 10)]
     moved = Piece(30, 45, a, 5)
     filling = Filling(store)
-    placed, bytes_read, _ = filling.fill([(twins, pieces), (other, [moved])])
-    assert store.asked == [["safetensors@m@1@0@a"]]
+    placed, bytes_read = filling.fill([(twins, pieces), (other, [moved])])
+    assert store.asked("fetch") == ["safetensors@m@1@0@a"]
     assert bytes_read == store.sizes(["safetensors@m@1@0@a"])[0]
     assert placed == {*pieces, moved}
     for row in (0, 2):
@@ -121,33 +114,33 @@ def test_a_chunk_is_read_once_for_all_rows_and_places():
 
 
 def test_what_is_in_the_layers_is_not_read():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 8)
     filling = Filling(store)
     for layer, pair in zip(filling.layers, kv, strict=True):
         layer.place(1, 10, *pair)
     passage = Passage(np.arange(100), 0, 90, rows=(0,))
-    placed, bytes_read, _ = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
-    assert (len(placed), bytes_read, store.asked) == (1, 0, [])
+    placed, bytes_read = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
+    assert (len(placed), bytes_read, store.asked("fetch")) == (1, 0, [])
     assert filling.holds(0, 60, kv, slice(0, 20), 8, 60)
     assert filling.holds(1, 10, kv, slice(0, 20), 8, 8)
 
 
 @pytest.mark.parametrize("harm", ["bit", "short", "long", "other", "empty"])
 def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
-    store = Reads()
+    store = Scripted()
     (a, _), (b, kv) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
-    blob = bytearray(next(iter(store.read(["safetensors@m@1@0@a"]))))
+    blob = bytearray(blobs(store, "safetensors@m@1@0@a")[0])
     if harm == "bit":
         blob[-3] ^= 1
     blob = {"short": blob[:-4], "long": blob + b"1234", "empty": blob[:9]}.get(harm, blob)
     if harm == "other":
-        blob = bytes(next(iter(store.read(["safetensors@m@1@0@b"]))))
+        blob = blobs(store, "safetensors@m@1@0@b")[0]
     store.write([Entry("safetensors@m@1@0@a", {}, memoryview(bytes(blob)))])
     filling = Filling(store)
     passage = Passage(np.arange(100), 0, 90)
     pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
-    placed, *_ = filling.fill([(passage, pieces)])
+    placed, _ = filling.fill([(passage, pieces)])
     assert placed == {pieces[1]}
     assert filling.untouched(0, *range(20))
     assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
@@ -155,7 +148,7 @@ def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
 
 
 def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
-    store = Reads()
+    store = Scripted()
     ours, theirs = (Codec(seal=Seal((key * 32,))) for key in (b"o", b"t"))
     (a, _), (b, kv) = (
         chunk(store, "a", 0, seed=1, codec=theirs),
@@ -163,7 +156,7 @@ def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
     )
     filling = Filling(store)
     pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
-    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)], codec=ours)
+    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)], codec=ours)
     assert placed == {pieces[1]}
     assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
     assert [type(error) for error in filling.troubles] == [SealedBlobError]
@@ -171,11 +164,11 @@ def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
 
 
 def test_a_store_that_fails_half_way_leaves_holes():
-    store = Reads(fail_after=1)
+    store = Scripted(answer=fail_at(1, StoreError("gone")))
     (a, kv), (b, _) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
     filling = Filling(store)
     pieces = [Piece(30, 50, a, 0), Piece(50, 70, b, 0)]
-    placed, *_ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
+    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
     assert placed == {pieces[0]}
     assert filling.holds(0, 30, kv, slice(0, 20), 0, 30)
     assert filling.untouched(0, *range(50, 70))
@@ -183,18 +176,18 @@ def test_a_store_that_fails_half_way_leaves_holes():
 
 
 def test_a_chunk_that_went_is_a_hole_and_no_trouble():
-    store = Reads()
+    store = Scripted()
     a, _ = chunk(store, "a", 0)
     store.delete(["safetensors@m@1@0@a"])
     filling = Filling(store)
-    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0, 0)
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0)
     assert filling.troubles == []
-    assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0, 0)
-    assert len(store.asked) == 1  # nothing to read, nothing asked
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0)
+    assert len(store.asked("fetch")) == 1  # nothing to read, nothing asked
 
 
 def test_a_move_by_nothing_changes_no_bit():
-    store = Reads()
+    store = Scripted()
     a, kv = chunk(store, "a", 30)
     filling = Filling(store)
     filling.fill([(Passage(np.arange(100), 0, 90), [Piece(30, 50, a, 0)])])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,11 @@ from chunkcache.kv.rope import KeyMover
 from chunkcache.kv.sample import Sample
 from chunkcache.report import Report
 from chunkcache.samples import load_smollm2
-from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
 from tests.models import tiny
 from tests.models import tokens as random_ids
+from tests.scripted import Scripted
 from tests.test_report import WellFormed
 
 KINDS = ["llama", "gemma3_text", "qwen3"]
@@ -279,11 +278,8 @@ def test_a_dead_store(mode: str) -> None:
 
 
 def test_a_store_that_raises_on_writes_is_not_asked_to() -> None:
-    class Full(MemoryStore):
-        def write(self, entries: Sequence[Entry]) -> int:
-            raise StoreError("full")
-
-    audit = RedisChunkCache(build(), Full(), on_error="raise").audit(random_ids(150), new_tokens=2)
+    full = Scripted(write=StoreError("full"))
+    audit = RedisChunkCache(build(), full, on_error="raise").audit(random_ids(150), new_tokens=2)
     assert not audit.report.errors
 
 

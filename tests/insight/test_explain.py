@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from chunkcache.stores.tiered import TieredStore
 from chunkcache.tokens.plan import TOO_SHORT, Span
 from tests.models import tiny
 from tests.models import tokens as random_ids
+from tests.scripted import Scripted
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +32,9 @@ def llama() -> Any:
     return tiny("llama", max_position_embeddings=2048)
 
 
-class Noting(MemoryStore):
-    """Notes the keys of all that is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: list[str] = []
-
-    def write(self, entries: Sequence[Entry]) -> int:
-        self.keys += [entry.key for entry in entries]
-        return super().write(entries)
-
-
 @pytest.fixture
-def store() -> Noting:
-    return Noting()
+def store() -> Scripted:
+    return Scripted()
 
 
 def prefill(model: Any, store: ChunkStore, ids: torch.Tensor, mask: Any = None, **chosen: Any):
@@ -91,7 +80,7 @@ def test_a_new_prompt_and_a_known_one(llama, store) -> None:
         (299, 300, "computed", reasons.LAST_TOKEN),
     ]
     first = explanation.chunks[0]
-    (key,) = [key for key in store.keys if key.endswith(first.key)]
+    (key,) = [key for key in store.asked("write") if key.endswith(first.key)]
     assert [first.bytes] == store.sizes([key])
     assert explanation.exact
     assert told(cache, ids[0].tolist()) == told(cache, ids)
@@ -103,7 +92,7 @@ def test_a_gap_before_what_is_known(llama, store, mode) -> None:
     prefill(llama, store, ids, reuse="anywhere")
     cache = RedisChunkCache(llama, store, reuse=mode)
     gone = cache.explain(ids).chunks[0].key
-    store.delete([key for key in store.keys if key.endswith(gone)])
+    store.delete([key for key in store.asked("write") if key.endswith(gone)])
     fate = ("reused", "") if mode == "anywhere" else ("computed", reasons.GAP_BEFORE)
     assert told(cache, ids) == [
         (0, 128, "computed", reasons.NOT_IN_STORE),
@@ -268,13 +257,11 @@ def test_a_dead_tier_is_named(llama, store) -> None:
 def test_a_store_that_dies_half_way(llama) -> None:
     """What was known exactly is told all the same."""
 
-    class Dying(MemoryStore):
-        def read_metadata(self, keys):
-            if any(key.startswith("anchor@") for key in keys):
-                raise StoreError("gone")
-            return super().read_metadata(keys)
+    def die(keys):
+        if any(key.startswith("anchor@") for key in keys):
+            raise StoreError("gone")
 
-    store, ids = Dying(), random_ids(300)
+    store, ids = Scripted(read_metadata=die), random_ids(300)
     prefill(llama, store, ids[:, :200])
     cache = RedisChunkCache(llama, store)
     explanation = cache.explain(ids)
@@ -391,7 +378,7 @@ def test_metadata_that_hold_nonsense_are_passed_over(llama, store) -> None:
     ids = random_ids(300)
     prefill(llama, store, ids)
     for text in ("", "[", "[" * 100_000, "[1e400]", "[[1]]", '["a"]', "[1]", "{}"):
-        for key in set(store.keys):
+        for key in set(store.asked("write")):
             if key.startswith("safetensors@"):
                 store.write([Entry(key, {"token_ids": text}, memoryview(b"x"))])
         assert reasons.DAMAGED in why_not(RedisChunkCache(llama, store), ids)
@@ -434,11 +421,11 @@ def test_nothing_is_run_and_nothing_is_written(llama, redis_server: Server) -> N
         hook.remove()
         assert not calls
         assert content() == before
-    empty = Noting()  # a proof is not written either, should it be due
+    empty = Scripted()  # a proof is not written either, should it be due
     cache = RedisChunkCache(tiny("llama", seed=5).train(), empty)
     cache._context.model.eval()
     assert cache.explain(random_ids(300)).skipped == ""
-    assert not empty.keys
+    assert not empty.written
 
 
 def test_what_the_cache_holds_stays(llama, store) -> None:

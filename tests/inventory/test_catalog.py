@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import tiny, tokens
+from scripted import Scripted, blobs, keys_of
 from servers import Cluster, Server
-from shelf import Shelf, keys_of
 
 from chunkcache import RedisChunkCache, catalog, open_store
 from chunkcache.errors import StoreError
@@ -217,14 +217,14 @@ def test_prompts_are_forgotten_and_others_not(model: Any, store: ChunkStore) -> 
     assert prompt(fresh, store, shifted, reuse="anywhere", write=False).report.moved > 200
 
 
-def test_what_takes_no_changes_is_an_error_before_anything_is_done(shelf: Shelf) -> None:
-    shelf.write([chunk(1)])
-    store = ReadOnly(shelf)
+def test_what_takes_no_changes_is_an_error_before_anything_is_done(scripted: Scripted) -> None:
+    scripted.write([chunk(1)])
+    store = ReadOnly(scripted)
     for verb in (lambda: delete(store, Filter()), lambda: sweep(store)):
         with pytest.raises(StoreError, match="takes no changes"):
             verb()
     assert delete(store, Filter(), dry_run=True).chunks == 1
-    assert shelf.kept.keys() == keys(chunk(1))
+    assert scripted.kept.keys() == keys(chunk(1))
 
 
 def test_a_store_that_is_down_is_an_error() -> None:
@@ -301,7 +301,7 @@ def test_copies_in_near_tiers_go_too() -> None:
     near, far = MemoryStore(), MemoryStore()
     far.write([chunk(1, tags="x")])
     store = TieredStore([near, far])
-    assert [bytes(view) for view in store.read([chunk(1).key]) if view] == [bytes(10)]
+    assert blobs(store, chunk(1).key) == [bytes(10)]
     assert near.sizes([chunk(1).key]) == [10]
     assert delete(store, Filter(tags="x")).chunks == 1
     assert near.sizes([chunk(1).key]) == [0]
@@ -323,17 +323,10 @@ def test_what_expires_goes_on_expiring(redis_server: Server) -> None:
 
 
 def test_what_was_being_written_is_not_swept() -> None:
-    class Halfway(MemoryStore):
-        """Shows one half at the first look."""
+    def halves(prefix: str) -> list[list[Listed]]:
+        return [[replace(e, metadata=None) for e in page] for page in store.inner.scan(prefix)]
 
-        looks = 0
-
-        def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
-            self.looks += 1
-            for page in super().scan(prefix):
-                yield [replace(e, metadata=None) if self.looks == 1 else e for e in page]
-
-    store = Halfway()
+    store = Scripted(scan=[halves, None])
     store.write([chunk(1)])
     assert sweep(store).chunks == 0
     assert store.sizes([chunk(1).key]) == [chunk(1).nbytes]

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import torch
 
-from chunkcache.kv.spare import SpareMemory
+from chunkcache.kv.spare import BufferPool
 
 
 def address(array: np.ndarray) -> int:
@@ -13,7 +13,7 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_comes_back_when_its_last_user_is_gone() -> None:
-    memory = SpareMemory()
+    memory = BufferPool()
     array = memory.take(1000)
     home = address(array)
     tensor = torch.from_numpy(array)[10:20]
@@ -27,7 +27,7 @@ def test_memory_comes_back_when_its_last_user_is_gone() -> None:
 
 
 def test_only_memory_of_about_that_size_is_used_again() -> None:
-    memory = SpareMemory()
+    memory = BufferPool()
     for first, then, again in ((1000, 1001, False), (1000, 499, False), (1000, 500, True)):
         home = address(memory.take(first))
         array = memory.take(then)
@@ -37,7 +37,7 @@ def test_only_memory_of_about_that_size_is_used_again() -> None:
 
 
 def test_so_many_pieces_are_kept_and_no_large_ones() -> None:
-    memory = SpareMemory(pieces=2, most_bytes=2000)
+    memory = BufferPool(pieces=2, most_bytes=2000)
     arrays = [memory.take(1000) for _ in range(3)]
     homes = [address(array) for array in arrays]
     arrays.clear()
@@ -47,11 +47,11 @@ def test_so_many_pieces_are_kept_and_no_large_ones() -> None:
     del again
     memory.take(2001)
     assert {len(piece) for piece in memory._spare} == {1000}
-    SpareMemory(pieces=0).take(1000)
+    BufferPool(pieces=0).take(1000)
 
 
 def test_no_two_users_have_the_same_memory() -> None:
-    memory = SpareMemory(pieces=4)
+    memory = BufferPool(pieces=4)
     clashes: list[int] = []
 
     def work(number: int) -> None:

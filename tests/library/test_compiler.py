@@ -26,22 +26,19 @@ from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid
 from tests.models import tiny
 from tests.models import tokens as random_ids
+from tests.scripted import Scripted
 
 PREFIX = np.array([1, 40, 41, 42, 43])
 
 
-class Recorder(MemoryStore):
-    """Remembers everything that is written."""
+class Recorder(Scripted):
+    """Tells what was written; a blob may be written once only."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[str, Entry] = {}
-
-    def write(self, entries):
-        for entry in entries:
-            assert not entry.nbytes or entry.key not in self.entries, "written twice"
-            self.entries[entry.key] = entry
-        return super().write(entries)
+    @property
+    def entries(self) -> dict[str, Entry]:
+        blobs = [entry.key for entry in self.written if entry.nbytes]
+        assert len(set(blobs)) == len(blobs), "written twice"
+        return {entry.key: entry for entry in self.written}
 
     def chunks(self) -> dict[str, Entry]:
         return {key: entry for key, entry in self.entries.items() if entry.nbytes}
@@ -141,7 +138,7 @@ def test_only_what_is_missing_is_computed_and_written():
     add(tool, texts(400))
     blob = bytes(store.entries[lost[0]].blob)
     store.delete(lost)
-    store.entries.clear()
+    store.written.clear()
     before = tool.computed
     assert add(tool, texts(400, 500)) == [1]
     assert list(store.entries) == lost
@@ -155,7 +152,7 @@ def test_an_index_entry_that_is_missing_is_written_without_the_model():
     store = tool.store.store
     gone = [key for key in store.entries if key.startswith("anchor@")][::2]
     store.delete(gone)
-    store.entries.clear()
+    store.written.clear()
     before = tool.computed
     assert add(tool, texts(300)) == []
     assert tool.computed == before
@@ -214,20 +211,13 @@ def test_a_blob_that_lost_its_metadata_is_written_anew(valkey_server):
 
 
 def test_a_store_that_forgets_is_noticed():
-    class Forgetful(MemoryStore):
-        def write(self, entries):
-            return sum(entry.nbytes for entry in entries)
-
+    forgetful = Scripted(write=lambda entries: sum(entry.nbytes for entry in entries))
     with pytest.raises(StoreError, match="has not kept"):
-        add(compiler(store=Forgetful()), texts(300))
+        add(compiler(store=forgetful), texts(300))
 
 
 def test_a_store_that_takes_nothing_is_noticed_before_the_work():
-    class Full(MemoryStore):
-        def check_writable(self):
-            raise StoreError("full")
-
-    tool = compiler(store=Full())
+    tool = compiler(store=Scripted(check_writable=StoreError("full")))
     with pytest.raises(StoreError, match="full"):
         add(tool, texts(300))
     assert tool.computed == 0

@@ -18,6 +18,7 @@ from chunkcache.library.unpack import import_pack
 from chunkcache.stores.base import KV_BYTES, METADATA, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
+from tests.scripted import Scripted, blobs
 
 IDS = tokens(300)
 SEAL = "ab" * 32
@@ -134,18 +135,11 @@ def test_pins(source, pack):
 
 
 def test_what_goes_while_it_is_exported(source, tmp_path):
-    class Losing(MemoryStore):
-        def __init__(self):
-            super().__init__()
-            self._free, self._pinned = source._free, source._pinned
+    def lose(number, part, there):
+        part.place[-1][-1] ^= number == 1
+        return there and number > 0
 
-        def read(self, keys):
-            for number, blob in enumerate(super().read(keys)):
-                damaged = bytearray(blob)
-                damaged[-1] ^= 1
-                yield None if number == 0 else memoryview(damaged) if number == 1 else blob
-
-    done = export_pack(Losing(), tmp_path / "a")
+    done = export_pack(Scripted(source, lose), tmp_path / "a")
     assert (done.chunks, done.left_out) == (3, 2)
     assert import_pack(MemoryStore(), tmp_path / "a").chunks == 3
 
@@ -381,7 +375,7 @@ def test_what_export_writes_import_takes(source, tmp_path):
         source.write([Entry(key, place, memoryview(b""), merge=True)])
     first, second, *_ = sorted(catalog.entries(source), key=lambda entry: entry.key)
     for entry, note in ((first, "x" * (1 << 20)), (second, "\ud800")):
-        (blob,) = (bytes(blob or b"") for blob in source.read([entry.key]))
+        (blob,) = blobs(source, entry.key)
         source.write([Entry(entry.key, {**entry.metadata, "note": note}, memoryview(blob))])
     done = export_pack(source, tmp_path / "a")
     assert (done.chunks, done.left_out) == (3, 2)
@@ -391,20 +385,14 @@ def test_what_export_writes_import_takes(source, tmp_path):
 
 
 def test_few_blobs_wait_to_be_written(pack, monkeypatch):
-    class Slow(MemoryStore):
-        waiting = most = 0
+    waiting, most = [], []
 
-        def write(self, entries):
-            self.waiting += sum(entry.nbytes for entry in entries)
-            self.most = max(self.most, self.waiting)
-            return super().write(entries)
-
-        def flush(self, timeout=None):
-            self.waiting = 0
-            return super().flush(timeout)
+    def write(entries):
+        waiting.extend(entry.nbytes for entry in entries)
+        most.append(sum(waiting))
 
     largest = max(part.nbytes for name, part in tensors(pack).items() if name.endswith(KV_BYTES))
     monkeypatch.setattr("chunkcache.library.unpack.MOST_WAITING", largest)
-    with Slow() as target:
+    with Scripted(write=write, flush=lambda timeout: waiting.clear()) as target:
         assert import_pack(target, pack).chunks == 5
-        assert target.most == largest
+        assert max(most) == largest

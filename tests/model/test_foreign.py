@@ -8,7 +8,6 @@ import types
 import pytest
 import torch
 from accelerate import cpu_offload
-from chunkcache.reuse.sequence import Sequence
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.models.llama.modeling_llama import rotate_half
@@ -17,6 +16,7 @@ from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.reuse.hook import install
+from chunkcache.reuse.prefill import Prefill
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
 from tests.models import tokens as random_ids
@@ -221,9 +221,9 @@ def test_hooks_on_the_model_itself_are_applied_once_to_a_forward_done_again(monk
     with torch.no_grad():
         plain = model(IDS, logits_to_keep=1).logits
         inputs.clear(), outputs.clear()
-        answers = iter([True, False])
-        end = Sequence.end
-        monkeypatch.setattr(Sequence, "end", lambda *given: next(answers) or end(*given))
+        answers = iter([False, True])
+        finish = Prefill.finish
+        monkeypatch.setattr(Prefill, "finish", lambda self: next(answers) and finish(self))
         again = model(IDS, past_key_values=cache, logits_to_keep=1).logits
     assert torch.equal(again, plain)
     assert (len(inputs), len(outputs)) == (1, 1)

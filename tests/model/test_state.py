@@ -5,7 +5,7 @@ import gc
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from chunkcache.model import identity, moving, proof
 from chunkcache.model import state as model_state
 from chunkcache.model.proof import Proof, forward
 from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
+from tests.scripted import Scripted
 
 
 class Counter:
@@ -52,17 +53,12 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counter
 
 
-class Down(MemoryStore):
+def down() -> Scripted:
     """A store that cannot be reached."""
-
-    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
-        raise StoreError("no connection")
-
-    def write(self, entries: Sequence[Entry]) -> int:
-        raise StoreError("no connection")
+    return Scripted(read_metadata=StoreError("no connection"), write=StoreError("no connection"))
 
 
-def proof_of(model: PreTrainedModel, store: MemoryStore) -> Proof:
+def proof_of(model: PreTrainedModel, store: ChunkStore) -> Proof:
     state = ModelState.of(model)
     return state.proof(state.identity(), store)
 
@@ -297,7 +293,7 @@ def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> 
 def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
     model = tiny("llama")
     for _ in range(2):
-        assert proof_of(model, Down()).obstacle == ""
+        assert proof_of(model, down()).obstacle == ""
     assert proven.calls == 1
 
 
@@ -349,7 +345,7 @@ def scattered(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counter
 
 
-def mover_of(model: PreTrainedModel, store: MemoryStore) -> KeyMover | str:
+def mover_of(model: PreTrainedModel, store: ChunkStore) -> KeyMover | str:
     state = ModelState.of(model)
     found = state.identity()
     layout = state.proof(found, store).layout
@@ -383,7 +379,7 @@ def test_that_a_model_may_not_be_moved_is_not_kept_in_the_store() -> None:
 def test_a_store_that_is_down_costs_no_more_than_the_test_for_moving(scattered: Counter) -> None:
     model = tiny("llama")
     for _ in range(2):
-        assert isinstance(mover_of(model, Down()), KeyMover)
+        assert isinstance(mover_of(model, down()), KeyMover)
     assert scattered.calls == 1
 
 

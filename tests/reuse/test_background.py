@@ -1,4 +1,4 @@
-"""Arrival: the model runs ahead of the store, and nothing is believed that did not come whole."""
+"""The model runs ahead of the store, and nothing is believed that did not come whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from servers import Server, redis_binary
 
 from chunkcache import RedisChunkCache, StoreError, metrics, open_store
 from chunkcache.kv.layers import GrowingLayer
-from chunkcache.reuse import arrival, restore
+from chunkcache.reuse import background, load
 from chunkcache.stores.base import ChunkStore, ReadsFrom
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -28,21 +28,21 @@ PROMPT = 150
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models have small chunks: let those come a layer at a time, too."""
-    monkeypatch.setattr(restore, "LEAST_BYTES", 1)
-    monkeypatch.setattr(arrival, "GROUP_BYTES", 1)
+    monkeypatch.setattr(load, "LEAST_BYTES", 1)
+    monkeypatch.setattr(background, "GROUP_BYTES", 1)
 
 
 @pytest.fixture
-def arrivals(monkeypatch: pytest.MonkeyPatch) -> list[arrival.Arrival]:
+def arrivals(monkeypatch: pytest.MonkeyPatch) -> list[background.BackgroundLoad]:
     """Every arrival that begins."""
-    begun: list[arrival.Arrival] = []
+    begun: list[background.BackgroundLoad] = []
 
-    class Noted(arrival.Arrival):
+    class Noted(background.BackgroundLoad):
         def __init__(self, *args: Any) -> None:
             begun.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(restore, "Arrival", Noted)
+    monkeypatch.setattr(load, "BackgroundLoad", Noted)
     return begun
 
 
@@ -70,7 +70,7 @@ def ask(model: Any, ids: torch.Tensor, store: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_a_run_without(
-    kind: str, store: ChunkStore, arrivals: list[arrival.Arrival]
+    kind: str, store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny(kind), tokens(PROMPT)
     ask(model, ids, store)
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_a_run_without(
 
 
 def test_rows_of_text_with_padding_come_this_way_too(
-    store: ChunkStore, arrivals: list[arrival.Arrival]
+    store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(80, rows=2)
     mask = torch.ones_like(ids)
@@ -112,9 +112,11 @@ class Gated(ReadsFrom):
         super().__init__(store)
         self.before = before
 
-    def read_parts(self, parts: Any) -> Any:
-        for number, answer in enumerate(super().read_parts(parts)):
-            self.before(number)
+    def fetch(self, parts: Any) -> Any:
+        in_pieces = len({part.key for part in parts}) < len(parts)
+        for number, answer in enumerate(super().fetch(parts)):
+            if in_pieces:
+                self.before(number)
             yield answer
 
     def write(self, entries: Any) -> int:
@@ -128,7 +130,7 @@ class Gated(ReadsFrom):
 
 
 def test_a_layer_waits_for_its_own_part_only(
-    store: ChunkStore, arrivals: list[arrival.Arrival], monkeypatch: pytest.MonkeyPatch
+    store: ChunkStore, arrivals: list[background.BackgroundLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -160,7 +162,7 @@ def test_a_layer_waits_for_its_own_part_only(
 
 @pytest.mark.parametrize("number", [0, 3, 15, 19])
 def test_a_server_killed_at_any_part_changes_no_token(
-    number: int, arrivals: list[arrival.Arrival]
+    number: int, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     with Server(redis_binary()) as server, open_store(server.unix_url) as store:
@@ -192,7 +194,7 @@ def damage(client: Any, byte: int = -1, value: int | None = None) -> tuple[bytes
 
 @pytest.mark.parametrize("byte", [5, 300, -1])
 def test_a_damaged_blob_is_a_miss_and_replaced(
-    byte: int, store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
+    byte: int, store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -212,7 +214,7 @@ def test_a_damaged_blob_is_a_miss_and_replaced(
 
 
 def test_a_blob_that_goes_meanwhile_is_a_miss(
-    store: ChunkStore, arrivals: list[arrival.Arrival]
+    store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -229,7 +231,7 @@ def test_a_blob_that_goes_meanwhile_is_a_miss(
 
 
 def test_a_forward_that_fails_ends_the_reading(
-    store: ChunkStore, arrivals: list[arrival.Arrival], monkeypatch: pytest.MonkeyPatch
+    store: ChunkStore, arrivals: list[background.BackgroundLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -248,7 +250,7 @@ def test_a_forward_that_fails_ends_the_reading(
 
 @pytest.mark.parametrize("settings", [{"reuse": "anywhere"}, {"on_error": "raise"}])
 def test_some_caches_wait(
-    settings: dict[str, Any], store: ChunkStore, arrivals: list[arrival.Arrival]
+    settings: dict[str, Any], store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     for _ in range(2):
@@ -257,7 +259,9 @@ def test_some_caches_wait(
     assert not arrivals
 
 
-def test_stores_that_cannot_give_parts_are_waited_for(arrivals: list[arrival.Arrival]) -> None:
+def test_stores_that_cannot_give_parts_are_waited_for(
+    arrivals: list[background.BackgroundLoad],
+) -> None:
     model, ids, store = tiny("llama"), tokens(PROMPT), MemoryStore()
     for _ in range(2):
         cache = ask(model, ids, store)
@@ -266,7 +270,7 @@ def test_stores_that_cannot_give_parts_are_waited_for(arrivals: list[arrival.Arr
 
 
 def test_a_conversation_that_goes_on_is_waited_for(
-    store: ChunkStore, arrivals: list[arrival.Arrival]
+    store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     """What it holds could not be computed again from the new ids alone."""
     model, ids = tiny("llama"), tokens(PROMPT)
@@ -330,7 +334,7 @@ def test_hooks_on_the_model_are_applied_once(
 
 
 def test_hooks_on_a_part_see_nothing_that_is_thrown_away(
-    store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
+    store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -369,7 +373,7 @@ def test_a_blob_that_makes_the_forward_fail_is_gone_the_next_time(
 
 
 def test_after_an_unsound_arrival_all_is_waited_for(
-    store: ChunkStore, redis_server: Server, arrivals: list[arrival.Arrival]
+    store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -389,13 +393,13 @@ def test_the_forward_that_was_thrown_away_is_in_the_report(
     with redis_server.client() as client:
         damage(client)
     now = iter(range(10_000))
-    monkeypatch.setattr("chunkcache.reuse.sequence.perf_counter", lambda: next(now))
+    monkeypatch.setattr("chunkcache.reuse.prefill.perf_counter", lambda: next(now))
     # Two forwards of a second each, but for what was waited, which another clock has measured.
     assert 1500 < ask(model, ids, store).report.prefill_ms <= 2000
 
 
 def test_with_much_to_compute_all_is_waited_for(
-    store: ChunkStore, arrivals: list[arrival.Arrival]
+    store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -413,12 +417,12 @@ def test_without_a_thread_all_is_waited_for(
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(arrival, "start_thread", refuse)
+    monkeypatch.setattr(background, "start_thread", refuse)
     assert ask(model, ids, store).report.reused == PROMPT - 1
 
 
 def test_an_interrupted_prompt_is_read_no_further(
-    store: ChunkStore, arrivals: list[arrival.Arrival], monkeypatch: pytest.MonkeyPatch
+    store: ChunkStore, arrivals: list[background.BackgroundLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)
@@ -432,7 +436,9 @@ def test_an_interrupted_prompt_is_read_no_further(
     cache = RedisChunkCache(model, Gated(store, hold), chunk_size=16)
     with monkeypatch.context() as patch:
         patch.setattr(
-            arrival.Arrival, "_wait", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            background.BackgroundLoad,
+            "_wait",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             generate(model, ids, cache)
@@ -440,13 +446,13 @@ def test_an_interrupted_prompt_is_read_no_further(
     go.set()
     assert arrivals[0]._end.wait(20)
     assert len(parts) < 5
-    assert cache._step.arrival is None
+    assert cache._prefill is None
     copy.deepcopy(cache)
     assert torch.equal(generate(model, ids, cache), generate(model, ids))
 
 
 def test_what_failed_lets_go_of_its_memory(
-    store: ChunkStore, arrivals: list[arrival.Arrival]
+    store: ChunkStore, arrivals: list[background.BackgroundLoad]
 ) -> None:
     model, ids = tiny("llama"), tokens(PROMPT)
     ask(model, ids, store)

@@ -1,13 +1,13 @@
-"""What a forward works on: trouble is reported, and raised only when that was asked for."""
+"""CacheContext: trouble is reported, and raised only when that was asked for."""
 
 from __future__ import annotations
 
 import pytest
-from chunkcache.reuse.step import Setup
 
 from chunkcache.errors import BlobError, RepairError, StoreError
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
+from chunkcache.reuse.context import CacheContext
 from chunkcache.settings import Settings
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid
@@ -16,21 +16,21 @@ from tests.models import tiny
 MODEL = tiny("llama", num_hidden_layers=1)
 
 
-def setup(**settings):
-    return Setup(MODEL, ModelState.of(MODEL), MemoryStore(), Settings(**settings), Grid())
+def context(**settings):
+    return CacheContext(MODEL, ModelState.of(MODEL), MemoryStore(), Settings(**settings), Grid())
 
 
 @pytest.mark.parametrize("error", [StoreError("down"), BlobError("bad"), RepairError("odd")])
 def test_trouble_is_counted(error):
     report = Report()
     for _ in range(2):
-        setup().trouble(error, report)
+        context().handle_store_error(error, report)
     assert report.errors == [str(error)]
 
 
 def test_a_failing_store_is_raised_when_asked_for_and_nothing_else():
-    report, strict = Report(), setup(on_error="raise")
-    strict.trouble(RepairError("odd"), report)
+    report, strict = Report(), context(on_error="raise")
+    strict.handle_store_error(RepairError("odd"), report)
     with pytest.raises(StoreError, match="down"):
-        strict.trouble(StoreError("down"), report)
+        strict.handle_store_error(StoreError("down"), report)
     assert report.errors == ["odd", "down"]

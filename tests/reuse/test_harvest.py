@@ -8,28 +8,20 @@ import pytest
 import torch
 
 from chunkcache import RedisChunkCache
-from chunkcache.stores.memory import MemoryStore
 from chunkcache.tokens.chunking import Grid, cut
 from tests.models import tokens as random_ids
 from tests.prompts import DOCUMENTS, anywhere, build, joined, logits, meet, padded
+from tests.scripted import Scripted
 
 MODEL = build(num_hidden_layers=2)
 
 
-class Kept(MemoryStore):
+class Kept(Scripted):
     """Notes what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.entries = []
-
-    def write(self, entries):
-        self.entries += entries
-        return super().write(entries)
 
     def take(self):
         """The entries given since the last time: chunks and index."""
-        entries, self.entries = [e for e in self.entries if "proof" not in e.key], []
+        entries, self.written = [e for e in self.written if "proof" not in e.key], []
         entries = [e for e in entries if not e.key.startswith("moving")]
         chunks = [e for e in entries if e.nbytes]
         assert entries[: len(chunks)] == chunks  # what points to them comes behind
@@ -52,14 +44,14 @@ def test_what_is_told_of_a_chunk(store):
     chunks, index = store.take()
     assert index == []  # nobody will look for it elsewhere
     first, second = chunks
-    origin = cache._conversation._held.origin
-    hashes = [c.hash for c in cut(ids[0].numpy(), Grid(), origin.salt, tail=True)]
-    assert [first.key, second.key] == [origin.key(name) for name in hashes]
+    keys = cache._conversation.keys
+    hashes = [c.hash for c in cut(ids[0].numpy(), Grid(), keys.salt, tail=True)]
+    assert [first.key, second.key] == [keys.key(name) for name in hashes]
     fields = dict(second.metadata)
     assert json.loads(fields.pop("token_ids")) == ids[0, 128:].tolist()
     assert fields.pop("created")
     assert fields == {
-        "model": "LlamaForCausalLM", "revision": "", "identity": origin.identity.digest,
+        "model": "LlamaForCausalLM", "revision": "", "identity": keys.identity.digest,
         "dtype": "float32", "codec": "safetensors", "tokens": "72", "positions": "128-200",
         "layers": "2", "bytes": str(second.nbytes), "namespace": "n", "tags": "a=1",
         "context": "exact", "parent": hashes[0], "pinned": "yes",
@@ -123,7 +115,7 @@ def test_what_was_computed_behind_moved_text_is_marked_and_has_keys_of_its_own(s
     assert positions(chunks, "approximate") == [
         "128-200", f"{stops[0]}-{stops[1]}", f"{last}-{last + 128}", f"{last + 128}-{last + 181}",
     ]  # fmt: skip
-    exact = {c.hash for c in cut(ids[0].numpy(), Grid(), cache._conversation._salt, tail=True)}
+    exact = {c.hash for c in cut(ids[0].numpy(), Grid(), cache._conversation.keys.salt, tail=True)}
     names = {e.key.rpartition("@")[2]: e for e in chunks}
     assert {n for n, e in names.items() if e.metadata["context"] == "approximate"}.isdisjoint(exact)
     assert names.keys() == {name for entry in index for name in entry.metadata}

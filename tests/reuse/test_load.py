@@ -1,43 +1,29 @@
-"""Restore: known chunks into the layers, row by row or together, as far as blobs are good."""
+"""ChunkLoader: known chunks into the layers, row by row or together, as far as blobs are good."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from chunkcache.reuse.restore import Filling, known_chunks
-from tests.reuse.test_index import Identity
 
-from chunkcache.anywhere.index import Origin
 from chunkcache.errors import StoreError
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
-from chunkcache.stores.base import Entry
-from chunkcache.stores.memory import MemoryStore
+from chunkcache.reuse.blobs import BlobReader
+from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.load import ChunkLoader
+from chunkcache.stores.base import Entry, Part
 from chunkcache.tokens.chunking import Chunk, Grid, cut
-from chunkcache.tokens.plan import plan_row
+from chunkcache.tokens.plan import RowPlan, plan_row
+from tests.anywhere.test_index import Identity
+from tests.scripted import Scripted, blobs, fail_at
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 4, 2, 4), None, LayerShape(1, 4, 1, 2)))
 GRID = Grid(4)
 CODEC = Codec()
-
-
-class Store(MemoryStore):
-    """Notes the keys asked for; fails after a number of answers."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked: list[str] = []
-        self.fail_after: int | None = None
-
-    def read(self, keys):
-        self.asked += keys
-        for number, blob in enumerate(super().read(keys)):
-            if number == self.fail_after:
-                raise StoreError("gone")
-            yield blob
 
 
 def truth(tokens: list[int], start: int) -> list[LayerKV | None]:
@@ -51,12 +37,20 @@ def truth(tokens: list[int], start: int) -> list[LayerKV | None]:
     ]
 
 
+class Filled(NamedTuple):
+    plans: list[RowPlan]
+    stops: list[int]
+    bytes_read: int
+    bad: set[str]
+    at_hand: dict[str, tuple[int, int]]
+
+
 class Batch:
     """Padded rows, their chunks in a store, and layers to fill."""
 
     def __init__(self, rows: list[list[int]], codec: Codec = CODEC) -> None:
-        self.store = Store()
-        self.origin = Origin(self.store, Identity(), b"", codec)  # type: ignore[arg-type]
+        self.store = Scripted()
+        self.keys = KeySpace(Identity(), LAYOUT, b"", codec)  # type: ignore[arg-type]
         self.rows = rows
         width = max(map(len, rows))
         self.pads = [width - len(row) for row in rows]
@@ -65,28 +59,35 @@ class Batch:
         for row, chunks in zip(rows, self.chunks, strict=True):
             for chunk in chunks:
                 tokens = row[chunk.start : chunk.stop]
-                form = self.origin.form(LAYOUT, tokens, chunk.start, chunk.hash)
+                form = self.keys.form(tokens, chunk.start, chunk.hash)
                 self.store.write([Entry(form.key, {}, form.encode(truth(tokens, chunk.start)))])
         self.layers: list[Any] = [GrowingLayer() if s else object() for s in LAYOUT.layers]
         settle_all(self.layers, LAYOUT, len(rows), width, torch.device("cpu"))
         self.troubles: list[Exception] = []
 
-    def fill(self, limit: int, held: int = 0, together: bool = True) -> Filling:
-        lengths = [max(held - pad, 0) for pad in self.pads]
-        known = known_chunks(self.store, self.chunks, lengths, self.origin.key)
+    def fill(self, limit: int, held: int = 0, together: bool = True) -> Filled:
+        chunks = {
+            c.hash: (c, row) for row, cs in enumerate(self.chunks) for c in cs if c.stop > held
+        }
+        sizes = dict(
+            zip(chunks, self.store.inner.sizes(list(map(self.keys.key, chunks))), strict=True)
+        )
+        known = {name: size for name, size in sizes.items() if size}
         plans = [
-            plan_row(chunks, len(row), length, known, "not in the store")
-            for chunks, row, length in zip(self.chunks, self.rows, lengths, strict=True)
+            plan_row(chunks, len(row), max(held - pad, 0), known, "not in the store")
+            for chunks, row, pad in zip(self.chunks, self.rows, self.pads, strict=True)
         ]
         stops = [
             max(min(limit, p + plan.reach), held) for p, plan in zip(self.pads, plans, strict=True)
         ]
-        filling = Filling(
-            self.origin, known, self.layers, LAYOUT, self.ids, self.pads, plans, stops, together,
-            self.troubles.append,
-        )  # fmt: skip
-        filling.run()
-        return filling
+        forms = {
+            name: self.keys.form(self.rows[row][c.start : c.stop], c.start, name)
+            for name, (c, row) in chunks.items()
+        }
+        reader = BlobReader(self.store, self.troubles.append)
+        loader = ChunkLoader(reader, self.layers, self.pads, together)
+        assert loader.load(plans, stops, known, forms) is None
+        return Filled(plans, stops, reader.bytes_read, reader.bad, loader.at_hand)
 
     def holds(self, row: int, start: int, stop: int) -> bool:
         expected = truth(self.rows[row][start:stop], start)
@@ -99,31 +100,17 @@ class Batch:
         )
 
     def lose(self, *chunks: Chunk) -> None:
-        self.store.delete([self.origin.key(chunk.hash) for chunk in chunks])
+        self.store.delete([self.keys.key(chunk.hash) for chunk in chunks])
 
     def spoil(self, chunk: Chunk) -> None:
-        key = self.origin.key(chunk.hash)
-        blob = bytearray(next(MemoryStore.read(self.store, [key])))
+        key = self.keys.key(chunk.hash)
+        blob = bytearray(blobs(self.store.inner, key)[0])
         blob[-1] ^= 1
         self.store.write([Entry(key, {}, memoryview(blob))])
 
 
 def rows_of(*lengths: int) -> list[list[int]]:
     return [[100 * n + i for i in range(length)] for n, length in enumerate(lengths, 1)]
-
-
-def test_one_call_tells_what_is_known() -> None:
-    batch = Batch(rows_of(10, 6))
-    batch.lose(batch.chunks[0][1])
-    first, second = batch.chunks
-
-    def known(*held: int) -> dict[str, int]:
-        return known_chunks(batch.store, batch.chunks, held, batch.origin.key)
-
-    hashes = {chunk.hash for chunk in (*first, *second)} - {first[1].hash}
-    assert known(0, 0) == {name: batch.store.sizes([batch.origin.key(name)])[0] for name in hashes}
-    assert set(known(8, 6)) == {first[2].hash}
-    assert known(10, 6) == {}
 
 
 def test_rows_are_filled_together() -> None:
@@ -133,8 +120,8 @@ def test_rows_are_filled_together() -> None:
     assert filling.stops == [7, 7]
     assert batch.holds(0, 0, 7)
     assert batch.holds(1, 0, 4)
-    assert filling.bytes_read == sum(batch.store.sizes(batch.store.asked))
-    assert len(batch.store.asked) == 3  # the first row's last chunk is of no use
+    assert filling.bytes_read == sum(batch.store.sizes(batch.store.asked("fetch")))
+    assert len(batch.store.asked("fetch")) == 3  # the first row's last chunk is of no use
 
 
 def test_or_each_as_far_as_it_is_known() -> None:
@@ -158,7 +145,7 @@ def test_a_bad_blob_ends_its_row(together: bool) -> None:
     assert batch.holds(0, 0, 4)
     assert batch.holds(1, 0, filling.stops[1])
     assert len(batch.troubles) == 1
-    assert batch.store.sizes([batch.origin.key(batch.chunks[0][1].hash)]) == [
+    assert batch.store.sizes([batch.keys.key(batch.chunks[0][1].hash)]) == [
         0
     ]  # nobody shall meet it again
 
@@ -166,7 +153,7 @@ def test_a_bad_blob_ends_its_row(together: bool) -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_a_store_that_fails_on_the_way_ends_all(together: bool) -> None:
     batch = Batch(rows_of(12, 12))
-    batch.store.fail_after = 3
+    batch.store.answer = fail_at(3, StoreError("gone"))
     filling = batch.fill(11, together=together)
     assert filling.stops == ([4, 4] if together else [8, 4])
     assert batch.holds(0, 0, filling.stops[0])
@@ -180,7 +167,7 @@ def test_equal_chunks_are_read_once_and_stand_in_every_row() -> None:
     batch = Batch([row, row[:8] + other, row[:10]])
     filling = batch.fill(16, together=False)
     assert filling.stops == [16, 16, 16]
-    assert len(batch.store.asked) == len(set(batch.store.asked))
+    assert len(batch.store.asked("fetch")) == len(set(batch.store.asked("fetch")))
     for number, tokens in enumerate(batch.rows):
         assert batch.holds(number, 0, min(len(tokens), 16 - batch.pads[number]))
     for name, (at, column) in filling.at_hand.items():
@@ -198,7 +185,7 @@ def test_what_is_held_is_neither_read_nor_touched() -> None:
             layer.values.fill_(7)
     filling = batch.fill(11, held=6)
     assert filling.stops == [11]
-    assert batch.origin.key(batch.chunks[0][0].hash) not in batch.store.asked
+    assert batch.keys.key(batch.chunks[0][0].hash) not in batch.store.asked("fetch")
     assert batch.holds(0, 6, 11)
     assert (batch.layers[0].peek(0, 0, 6)[0] == 7).all()
 
@@ -208,40 +195,34 @@ def test_nothing_to_read_asks_nothing() -> None:
     assert batch.fill(6, held=6).stops == [6]
     batch.lose(*batch.chunks[0])
     assert batch.fill(11).stops == [0]
-    assert batch.store.asked == []
+    assert batch.store.asked("fetch") == []
 
 
-class Telling(Store):
-    """Tells places what has come: as it is, in small pieces, or twice."""
+def telling(times: int) -> Callable[[int, Part, bool], None]:
+    """An answer that tells places what has come, in small pieces: once, or again.
 
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
+    The latter as if a server had gone, and another one answered.
+    """
 
-    def read_into(self, keys, places):
-        for key, place in zip(keys, places, strict=True):
-            (there,) = super().read_into([key], [place])
-            pieces = [view[at : at + 7] for view in place for at in range(0, view.nbytes, 7)]
-            for piece in pieces:
-                place.filled([piece])
-            if self.how == "half twice":  # as if a server had gone, and another one answered
-                for piece in pieces:
-                    place.filled([piece])
-            yield there
+    def answer(number: int, part: Part, there: bool) -> None:
+        for _ in range(times):
+            for view in part.place:
+                for at in range(0, view.nbytes, 7):
+                    part.place.filled([view[at : at + 7]])
+
+    return answer
 
 
-@pytest.mark.parametrize("how", ["once", "half twice"])
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("damaged", [False, True])
-def test_checksums_of_what_stores_tell(how, damaged):
+def test_checksums_of_what_stores_tell(times, damaged):
     batch = Batch([[1, 2, 3, 4, 5, 6, 7, 8]])
-    telling = Telling(how)
-    telling.__dict__.update({**batch.store.__dict__, "how": how})
-    batch.origin = Origin(telling, Identity(), b"", CODEC)  # type: ignore[arg-type]
-    key = batch.origin.key(batch.chunks[0][1].hash)
+    batch.store.answer = telling(times)
+    key = batch.keys.key(batch.chunks[0][1].hash)
     if damaged:
-        blob = bytearray(next(iter(telling.read([key]))))
+        blob = bytearray(blobs(batch.store.inner, key)[0])
         blob[-1] ^= 1
-        telling.write([Entry(key, {}, memoryview(blob))])
+        batch.store.write([Entry(key, {}, memoryview(blob))])
     filling = batch.fill(8)
     assert filling.stops == [4 if damaged else 8]
     assert len(batch.troubles) == damaged
@@ -251,15 +232,9 @@ def test_a_sum_of_something_else_is_no_damage():
     """What a store has told may be wrong; what is there decides."""
     batch = Batch([[1, 2, 3, 4]])
 
-    class Lying(Telling):
-        def read_into(self, keys, places):
-            for key, place in zip(keys, places, strict=True):
-                (there,) = Store.read_into(self, [key], [place])
-                place.filled([memoryview(bytes(place.nbytes))])
-                yield there
+    def lie(number: int, part: Part, there: bool) -> None:
+        part.place.filled([memoryview(bytes(part.place.nbytes))])
 
-    lying = Lying("")
-    lying.__dict__.update({**batch.store.__dict__, "how": ""})
-    batch.origin = Origin(lying, Identity(), b"", CODEC)  # type: ignore[arg-type]
+    batch.store.answer = lie
     assert batch.fill(4).stops == [4]
     assert not batch.troubles

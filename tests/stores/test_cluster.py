@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny, tokens
 from redis.crc import key_slot
+from scripted import blobs, fetch
 from servers import Cluster, FakeServer, Server, free_port, wait_until
 
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import topology
-from chunkcache.stores.base import Entry
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.base import Entry, read_blobs
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.redis import RedisStore
@@ -35,7 +36,7 @@ def running() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setattr(topology, "Guarded", partial(Guarded, cooldown=COOLDOWN))
+    monkeypatch.setattr(topology, "CircuitBreaker", partial(CircuitBreaker, cooldown=COOLDOWN))
     monkeypatch.setattr(topology, "REFRESH_SECONDS", 0.0)
     yield running
     running.reset()
@@ -56,14 +57,10 @@ def fill(store: ClusterStore) -> None:
 
 
 def read(store: ClusterStore, keys: Sequence[str]) -> list[bytes | None]:
-    return [None if view is None else bytes(view) for view in store.read(keys)]
-
-
-def read_into(store: ClusterStore, keys: Sequence[str]) -> list[bytes | None]:
     """The blobs of these of `KEYS`, in places of two views each."""
     blobs = dict(zip(KEYS, BLOBS, strict=True))
     places = [memoryview(bytearray(len(blobs[key]))) for key in keys]
-    arrived = store.read_into(keys, [[place[:7], place[7:]] for place in places])
+    arrived = fetch(store, keys, [[place[:7], place[7:]] for place in places])
     return [bytes(p) if there else None for p, there in zip(places, arrived, strict=True)]
 
 
@@ -80,8 +77,8 @@ def test_every_verb(store: ClusterStore, cluster: Cluster) -> None:
     assert all(len(keys_of(cluster, server)) > 2 for server in cluster.servers)
     keys = [KEYS[5], "f@m@1@0@none", *KEYS[::-1]]
     assert store.sizes(keys) == [len(BLOBS[5]), 0, *map(len, BLOBS[::-1])]
-    assert read(store, keys) == [BLOBS[5], None, *BLOBS[::-1]]
-    assert read_into(store, KEYS[::-1]) == BLOBS[::-1]
+    assert blobs(store, *keys) == [BLOBS[5], None, *BLOBS[::-1]]
+    assert read(store, KEYS[::-1]) == BLOBS[::-1]
     metadata = store.read_metadata(keys)
     assert [fields and fields["n"] for fields in metadata] == [KEYS[5], None, *KEYS[::-1]]
     store.write([Entry(KEYS[0], {"more": "1"}, memoryview(b""), merge=True)])
@@ -93,8 +90,8 @@ def test_every_verb(store: ClusterStore, cluster: Cluster) -> None:
 
 def test_nothing_to_do_needs_no_server() -> None:
     with ClusterStore(f"redis+cluster://127.0.0.1:{free_port()}") as store:
-        assert (store.sizes([]), list(store.read([])), store.read_metadata([])) == ([], [], [])
-        assert (store.write([]), store.delete([]), list(store.read_into([], []))) == (0, 0, [])
+        assert (store.sizes([]), blobs(store), store.read_metadata([])) == ([], [], [])
+        assert (store.write([]), store.delete([]), list(fetch(store, [], []))) == (0, 0, [])
         store.check_writable()
 
 
@@ -130,7 +127,7 @@ def test_whatever_is_written_is_read(running: Cluster, entries: dict[str, bytes]
     with ClusterStore(running.url) as store:
         store.write([Entry(key, {"k": "v"}, memoryview(blob)) for key, blob in entries.items()])
         keys = list(entries)
-        assert read(store, keys) == list(entries.values())
+        assert blobs(store, *keys) == list(entries.values())
         assert store.sizes(keys) == [len(blob) for blob in entries.values()]
         assert store.delete(keys) == len(entries)
 
@@ -140,14 +137,11 @@ def test_a_read_that_ends_early_leaves_nothing_behind(store: ClusterStore, taken
     fill(store)
     for _ in range(3):
         places = [memoryview(bytearray(len(blob))) for blob in BLOBS]
-        into = store.read_into(KEYS, [[place] for place in places])
-        views = store.read(KEYS)
+        into = fetch(store, KEYS, [[place] for place in places])
         for at in range(taken):
             assert next(into)
             assert bytes(places[at]) == BLOBS[at]
-            assert bytes(next(views) or b"") == BLOBS[at]
         into.close()
-        views.close()  # type: ignore[attr-defined]
         before = list(map(bytes, places))
         assert store.sizes(KEYS) == list(map(len, BLOBS))
         assert read(store, KEYS) == BLOBS
@@ -162,15 +156,14 @@ def test_the_keys_of_a_dead_server_are_missing_and_the_others_are_not(
     lost = keys_of(cluster, dead)
     dead.stop()
     expected = [None if key in lost else blob for key, blob in zip(KEYS, BLOBS, strict=True)]
-    assert read_into(store, KEYS) == expected
+    assert read(store, KEYS) == expected
     with calls_of_prompt() as calls:
         assert store.sizes(KEYS) == [len(blob or b"") for blob in expected]
         assert len(calls.errors) == 1
-        assert read_into(store, KEYS) == expected
         assert read(store, KEYS) == expected
         found = store.read_metadata(KEYS)
         assert [fields is None for fields in found] == [key in lost for key in KEYS]
-        assert len(calls.errors) == 4
+        assert len(calls.errors) == 3
     assert all(str(dead.port) in str(error) for error in calls.errors)
     assert store.write([Entry(lost[0], {}, memoryview(b"x"))]) == 0
     kept = [key for key in KEYS if key not in lost]
@@ -184,14 +177,14 @@ def test_the_keys_of_a_dead_server_are_missing_and_the_others_are_not(
     with calls_of_prompt() as calls:
         wait_until(lambda: store.sizes([lost[0]]) == [1])
         store.sizes(KEYS)
-    assert read(store, [lost[0]]) == [b"x"]
+    assert blobs(store, lost[0]) == [b"x"]
 
 
 def test_a_server_that_dies_in_the_middle_of_a_read(store: ClusterStore, cluster: Cluster) -> None:
     fill(store)
     dead = cluster.owner(slot_of(KEYS[0]))
     lost = keys_of(cluster, dead)
-    views = store.read(KEYS)
+    views = read_blobs(store, KEYS)
     assert bytes(next(views) or b"") == BLOBS[0]
     dead.stop()
     with calls_of_prompt() as calls:
@@ -250,7 +243,7 @@ def test_when_all_servers_are_dead_it_is_a_store_error(
         with pytest.raises(StoreError):
             verb()
     with calls_of_prompt() as calls:
-        assert read_into(store, KEYS) == [None] * 24
+        assert read(store, KEYS) == [None] * 24
     assert len(calls.errors) == 3
     cluster.reset()
     wait_until(lambda: store.sizes(["back"]) == [0])
@@ -264,8 +257,7 @@ def test_a_cluster_that_was_never_reached_is_a_store_error() -> None:
     with ClusterStore(url) as store:
         for verb in (
             lambda: store.sizes(["a"]),
-            lambda: list(store.read(["a"])),
-            lambda: list(store.read_into(["a"], [[]])),
+            lambda: list(fetch(store, ["a"])),
             lambda: store.write([Entry("a", {}, memoryview(b"x"))]),
         ):
             with pytest.raises(StoreError, match="check that the server runs") as caught:
@@ -276,7 +268,7 @@ def test_a_cluster_that_was_never_reached_is_a_store_error() -> None:
 def test_a_server_that_answers_late_is_left_alone(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "Guarded", Guarded)  # with its own cool-down
+    monkeypatch.setattr(topology, "CircuitBreaker", CircuitBreaker)  # with its own cool-down
     with ClusterStore(cluster.url, read_timeout=5.0, max_delay=0.1) as store:
         fill(store)
         late = cluster.owner(slot_of(KEYS[0]))
@@ -321,10 +313,10 @@ def test_a_slot_that_has_moved_is_followed_at_once(store: ClusterStore, cluster:
         target = next(server for server in cluster.servers if server is not home)
         cluster.begin_move(slot, target)
         cluster.end_move(slot, target)
-        assert list(read_into(store, [key])) == [None]  # found out, and a miss, amid a read
+        assert list(read(store, [key])) == [None]  # found out, and a miss, amid a read
         with calls_of_prompt() as calls:
             assert store.sizes(KEYS) == list(map(len, BLOBS))
-            assert read_into(store, KEYS) == BLOBS
+            assert read(store, KEYS) == BLOBS
         assert calls.errors == []
         cluster.begin_move(slot, home)
         cluster.end_move(slot, home)
@@ -351,7 +343,7 @@ def test_while_a_slot_moves_its_new_keys_are_misses_and_not_taken(
         assert store.sizes(KEYS) == [0, *map(len, BLOBS[1:])]
         assert store.sizes(KEYS[:1]) == [0]
         assert store.read_metadata(KEYS[:1]) == [None]
-        assert read_into(store, KEYS) == [None, *BLOBS[1:]]
+        assert read(store, KEYS) == [None, *BLOBS[1:]]
         entries = [Entry(key, {}, memoryview(b"x")) for key in KEYS[:2]]
         assert store.write(entries) == 1
         assert store.write([Entry(KEYS[0], {"a": "1"}, memoryview(b""))]) == 0
@@ -407,7 +399,7 @@ def test_prompts_go_on_when_a_server_dies(store: ClusterStore, cluster: Cluster)
         assert torch.equal(out, plain)
         return cache
 
-    behind = WriteBehind(Guarded(store, COOLDOWN))
+    behind = WriteBehind(CircuitBreaker(store, COOLDOWN))
     assert ask(behind).flush(5)
     assert ask(behind).report.reused == 299
     victim = next(s for s in cluster.servers if s.client().keys("safetensors@*@kv_bytes"))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scripted import Scripted, entry, fetch
 from servers import FakeServer, Server
-from shelf import Shelf, entry
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.redis import RedisStore
 
@@ -72,7 +72,7 @@ def test_bounds_of_a_server_that_closes_connections_are_named(
     with redis_server.client() as client:
         client.config_set("client-output-buffer-limit", "normal 65536 0 0")
         with pytest.raises(StoreError, match="client-output-buffer-limit of 65536 bytes: raise"):
-            list(store.read(["a"] * 4))
+            list(fetch(store, "aaaa", [[memoryview(bytearray(len(BIG)))]] * 4))
         client.config_set("client-output-buffer-limit", "normal 0 0 0")
         client.config_set("proto-max-bulk-len", 1 << 20)
         with pytest.raises(StoreError, match="proto-max-bulk-len of 1048576 bytes: raise"):
@@ -84,7 +84,7 @@ def test_too_many_connections_are_not_a_server_that_is_gone(redis_server: Server
     name = getattr(redis_server, url)
     store = RedisStore(f"{name}{'&' if '?' in name else '?'}max_connections=1")
     store.write([entry(key, bytes(BIG)) for key in "ab"])
-    reading = store.read(["a", "b"])
+    reading = fetch(store, "ab", [[memoryview(bytearray(len(BIG)))]] * 2)
     next(reading)
     with pytest.raises(StoreError, match="raise max_connections in the store's URL"):
         store.sizes(["a"])
@@ -111,11 +111,11 @@ def test_the_permission_that_is_missing_is_named(redis_server: Server, missing: 
         use()
 
 
-def test_a_store_that_is_left_alone(shelf: Shelf) -> None:
-    shelf.error = StoreError("gone", "timeout")
-    store = Guarded(shelf)
+def test_a_store_that_is_left_alone(scripted: Scripted) -> None:
+    scripted.error = StoreError("gone", "timeout")
+    store = CircuitBreaker(scripted)
     assert cause(lambda: store.sizes(["a"])) == "timeout"
-    assert cause(lambda: store.sizes(["a"])) == "left_alone"
+    assert cause(lambda: store.sizes(["a"])) == "circuit_open"
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from scripted import blobs, fetch
 from servers import Server
 
 from chunkcache.stores import room
-from chunkcache.stores.base import ChunkStore, Entry
+from chunkcache.stores.base import ChunkStore, Entry, read_blobs
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.memory import MemoryStore
@@ -77,7 +78,7 @@ def ask(store: ChunkStore, name: str, length: int) -> int:
     keys = keys_of(name, length)
     sizes = store.sizes(keys)
     hits = next((n for n, size in enumerate(sizes) if not size), length)
-    found = [bytes(view or b"")[:1] for view in store.read(keys[:hits])]
+    found = [bytes(view or b"")[:1] for view in read_blobs(store, keys[:hits])]
     assert found == [name[:1].encode()] * hits
     new = [entry(name, n) for n, size in enumerate(sizes) if not size]
     for at in range(0, len(new), 4):  # as a queue hands them over
@@ -176,7 +177,7 @@ def test_copies_in_a_nearer_tier_keep_the_beginning() -> None:
     store = TieredStore([near, far])
     for _ in range(2):
         places = [[memoryview(bytearray(SIZE))] for _ in range(9)]
-        assert all(store.read_into(keys_of("a", 9), places))
+        assert all(fetch(store, keys_of("a", 9), places))
         assert [size > 0 for size in near.sizes(keys_of("a", 9))] == [True] * 6 + [False] * 3
 
 
@@ -207,7 +208,7 @@ def test_a_store_that_is_full_does_not_look_at_the_folder_for_each_chunk(
         store.write([Entry(f"k{number}", {}, memoryview(bytes(9_900)))])
     assert len(looks) < 50
     looks.clear()
-    list(store.read([f"k{number}" for number in range(300)]))
+    blobs(store, *[f"k{number}" for number in range(300)])
     later = Entry("later", {}, memoryview(bytes(50_000)), before=[f"k{n}" for n in range(300, 400)])
     assert [store.write([later]) for _ in range(20)] == [0] * 20
     assert len(looks) < 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from servers import Cluster, Server, redis_binary
-from shelf import Shelf
 
 from chunkcache import StoreError, open_store
 from chunkcache.stores.health import BLOB_BYTES, BLOBS, measure_speed, read_info
@@ -49,13 +48,13 @@ def test_a_store_that_is_too_small(policy):
         assert all(server.client().ttl(key) > 0 for key in server.client().scan_iter())
 
 
-def test_a_store_that_gives_back_something_else(shelf):
-    class Liar(Shelf):
-        def read(self, keys):
-            return ((memoryview(bytes(BLOB_BYTES))) for _ in keys)
+def test_a_store_that_gives_back_something_else(scripted):
+    def zeros(number, part, there):
+        part.place[0][:] = bytes(BLOB_BYTES)
 
+    scripted.answer = zeros
     with pytest.raises(StoreError, match="other bytes"):
-        measure_speed(Liar())
+        measure_speed(scripted)
 
 
 def test_what_servers_say(server):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripted import blobs
 
 from chunkcache.stores.base import ChunkStore, Entry, merged
 from chunkcache.stores.disk import DiskStore
@@ -51,10 +52,10 @@ def test_a_blob_stays_where_fields_are_added_and_fields_stay_where_a_blob_is(
     store.write([Entry("key", {"b": "2"}, NOTHING, merge=True)])
     store.flush(5)
     assert store.sizes(["key"]) == [4]
-    assert [bytes(view or b"") for view in store.read(["key"])] == [b"blob"]
+    assert blobs(store, "key") == [b"blob"]
     store.write([Entry("key", {}, memoryview(b"other"), merge=True)])
     store.flush(5)
-    assert [bytes(view or b"") for view in store.read(["key"])] == [b"other"]
+    assert blobs(store, "key") == [b"other"]
     assert store.read_metadata(["key"]) == [{"a": "1", "b": "2"}]
 
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import threading
-
 import pytest
+from scripted import Scripted, blobs, fetch
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import Entry
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.patient import PatientStore
 from chunkcache.stores.tiered import TieredStore
@@ -17,25 +16,13 @@ def entry(number: int, size: int = 1000) -> Entry:
     return Entry(f"key{number}", {"number": str(number)}, memoryview(bytes([number]) * size))
 
 
-class Slow(MemoryStore):
-    """Writes only once the gate is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-
-    def write(self, entries):
-        self.gate.wait(10)
-        return super().write(entries)
-
-
-class Broken(MemoryStore):
-    def write(self, entries):
-        raise StoreError("no space left")
+def broken() -> Scripted:
+    return Scripted(write=StoreError("no space left"))
 
 
 def test_a_full_queue_is_waited_for() -> None:
-    slow = Slow()
+    slow = Scripted()
+    slow.gate.clear()
     entries = [entry(n) for n in range(20)]
     assert WriteBehind(slow, max_bytes=2500).write(entries) < 20_000  # what it is all about
     slow.gate.set()
@@ -54,7 +41,7 @@ def test_what_never_fits_is_an_error_with_a_remedy() -> None:
 
 
 def test_failures_behind_a_queue_are_raised() -> None:
-    store = PatientStore(WriteBehind(Guarded(Broken())))
+    store = PatientStore(WriteBehind(CircuitBreaker(broken())))
     store.check_writable()
     store.write([entry(1)])
     with pytest.raises(StoreError, match="no space left"):
@@ -65,20 +52,20 @@ def test_failures_behind_a_queue_are_raised() -> None:
 
 
 def test_the_error_of_the_furthest_tier_is_raised() -> None:
-    store = PatientStore(TieredStore([MemoryStore(), Broken()]))
+    store = PatientStore(TieredStore([MemoryStore(), broken()]))
     with pytest.raises(StoreError, match="no space left"):
         store.write([entry(1)])
-    store = PatientStore(TieredStore([Broken(), MemoryStore()]))
+    store = PatientStore(TieredStore([broken(), MemoryStore()]))
     assert store.write([entry(1)]) == 1000
 
 
 def test_failures_behind_queues_of_tiers_are_raised() -> None:
-    near, broken = WriteBehind(Guarded(MemoryStore())), WriteBehind(Guarded(Broken()))
-    store = PatientStore(TieredStore([near, broken]))
+    near, far = WriteBehind(CircuitBreaker(MemoryStore())), WriteBehind(CircuitBreaker(broken()))
+    store = PatientStore(TieredStore([near, far]))
     store.write([entry(1)])
     with pytest.raises(StoreError, match="no space left"):
         store.flush()
-    store = PatientStore(TieredStore([WriteBehind(Guarded(Broken())), near]))
+    store = PatientStore(TieredStore([WriteBehind(CircuitBreaker(broken())), near]))
     store.write([entry(1)])
     assert store.flush()  # the furthest has it
 
@@ -88,9 +75,9 @@ def test_it_is_the_store_in_everything_else() -> None:
     store = PatientStore(inner)
     store.write([entry(1)])
     assert store.sizes(["key1", "key2"]) == [1000, 0]
-    assert [bytes(blob) for blob in store.read(["key1"]) if blob] == [bytes([1]) * 1000]
+    assert blobs(store, "key1") == [bytes([1]) * 1000]
     place = memoryview(bytearray(1000))
-    assert list(store.read_into(["key1"], [[place]])) == [True]
+    assert list(fetch(store, ["key1"], [[place]])) == [True]
     assert bytes(place) == bytes([1]) * 1000
     assert store.read_metadata(["key1"]) == [{"number": "1"}]
     assert store.delete(["key1"]) == 1

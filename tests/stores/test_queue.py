@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from shelf import Shelf, blobs, entry, keys_of, until
+from scripted import Scripted, blobs, entry, keys_of, until
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import locks, queue
@@ -20,98 +20,98 @@ from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.writer import WriteBehind
 
 
-def test_what_does_not_fit_is_dropped_at_once(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf, max_bytes=10)
-    shelf.gate.clear()
+def test_what_does_not_fit_is_dropped_at_once(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted, max_bytes=10)
+    scripted.gate.clear()
     assert behind.write([entry("a", b"x" * 6), entry("b", b"x" * 6), entry("c", b"x" * 4)]) == 10
     assert behind.write([entry("d", b"x")]) == 0
     stats = behind.stats()
     assert (stats.queued_entries, stats.queued_bytes, stats.dropped_entries) == (2, 10, 2)
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
     assert behind.write([entry("d", b"x" * 10)]) == 10
     assert behind.flush(10)
-    assert sorted(shelf.kept) == ["a", "c", "d"]
+    assert sorted(scripted.kept) == ["a", "c", "d"]
 
 
 def test_entries_without_a_blob_are_bounded_too(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "MAX_ENTRIES", 3)
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry(str(number)) for number in range(10)])
     assert behind.stats().queued_entries <= 4
     assert behind.stats().dropped_entries >= 6
 
 
-def test_an_entry_that_waits_or_is_being_written_is_written_once(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_an_entry_that_waits_or_is_being_written_is_written_once(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     assert behind.write([entry("a", b"1", m="1")]) == 1
     until(lambda: behind._queue.current)
     assert behind.write([entry("a", b"1", m="1")]) == 1
     assert behind.write([entry("b", b"1"), entry("b", b"1")]) == 2
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
-    assert shelf.writes() == ["a", "b"]
+    assert scripted.asked("write") == ["a", "b"]
     behind.write([entry("a", b"1", m="other")])
     behind.write([entry("a", b"12", m="other")])
     behind.write([Entry("a", {"m": "other"}, memoryview(b"12"), pinned=True)])
     assert behind.flush(10)
-    assert shelf.kept["a"] == Entry("a", {"m": "other"}, memoryview(b"12"), pinned=True)
+    assert scripted.kept["a"] == Entry("a", {"m": "other"}, memoryview(b"12"), pinned=True)
 
 
-def test_the_newest_of_two_versions_is_the_one_written(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_the_newest_of_two_versions_is_the_one_written(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("first", b"1")])
     until(lambda: behind.stats().queued_entries == 1)
     behind.write([entry("a", b"old")])
     behind.write([entry("a", b"newer")])
     assert blobs(behind, "a") == [b"newer"]
     assert behind.stats().queued_bytes == 6
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
-    assert shelf.writes() == ["first", "a"]
-    assert shelf.kept["a"].blob == b"newer"
+    assert scripted.asked("write") == ["first", "a"]
+    assert scripted.kept["a"].blob == b"newer"
 
 
 def test_small_entries_are_handed_over_together(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "BATCH_ENTRIES", 3)
     monkeypatch.setattr(queue, "BATCH_BYTES", 4)
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("first", b"1")])
     until(lambda: behind._queue.current)
     behind.write([*map(entry, "abcd"), entry("e", b"123"), entry("f", b"45678")])
     behind.write([entry("g", b"90"), entry("h", b"12"), entry("i", b"3")])
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
-    batches = [keys for verb, keys in shelf.calls if verb == "write"]
+    batches = [keys for verb, keys in scripted.calls if verb == "write"]
     assert batches == [["first"], ["a", "b", "c"], ["d", "e"], ["f"], ["g", "h"], ["i"]]
     assert behind.stats().written_entries == 10
-    shelf.error = StoreError("full")
+    scripted.error = StoreError("full")
     behind.write([entry("x"), entry("y")])
     assert behind.flush(10)
     assert behind.stats().failed_entries == 2
 
 
-def test_an_error_costs_the_entry_and_is_counted(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.error = StoreError("disk on fire")
+def test_an_error_costs_the_entry_and_is_counted(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.error = StoreError("disk on fire")
     behind.write([entry("a", b"1"), entry("b", b"1")])
     assert behind.flush(10)
     stats = behind.stats()
     assert (stats.failed_entries, stats.queued_bytes, stats.written_entries) == (2, 0, 0)
     assert stats.last_error is not None
     assert "disk on fire" in stats.last_error
-    shelf.error = None
+    scripted.error = None
     behind.write([entry("a", b"1")])
     assert behind.flush(10)
-    assert "a" in shelf.kept
+    assert "a" in scripted.kept
 
 
 def test_an_entry_the_store_does_not_take_is_counted_as_dropped(tmp_path: Path) -> None:
@@ -123,25 +123,25 @@ def test_an_entry_the_store_does_not_take_is_counted_as_dropped(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [ZeroDivisionError("a fault"), SystemExit(), KeyboardInterrupt()])
-def test_flush_comes_back_even_if_the_thread_dies(shelf: Shelf, error: BaseException) -> None:
-    behind = WriteBehind(shelf)
-    shelf.error = error
+def test_flush_comes_back_even_if_the_thread_dies(scripted: Scripted, error: BaseException) -> None:
+    behind = WriteBehind(scripted)
+    scripted.error = error
     behind.write([entry("a", b"1"), entry("b", b"1")])
     assert behind.flush(20)
     assert behind.stats().failed_entries == 2
-    shelf.error = None
+    scripted.error = None
     behind.write([entry("c", b"1")])
     assert behind.flush(10)
-    assert list(shelf.kept) == ["c"]
+    assert list(scripted.kept) == ["c"]
 
 
 def test_without_a_thread_entries_are_lost_but_nothing_hangs(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    behind = WriteBehind(shelf)
+    behind = WriteBehind(scripted)
     with monkeypatch.context() as patch:
         patch.setattr(locks, "start_new_thread", refuse)
         behind.write([entry("a", b"1")])
@@ -150,33 +150,33 @@ def test_without_a_thread_entries_are_lost_but_nothing_hangs(
     assert behind.stats().failed_entries == 2
     behind.write([entry("c", b"1")])
     assert behind.flush(10)
-    assert list(shelf.kept) == ["c"]
+    assert list(scripted.kept) == ["c"]
 
 
-def test_a_forgotten_object_is_still_written_and_then_let_go(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
+def test_a_forgotten_object_is_still_written_and_then_let_go(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
     written = weakref.ref(behind._queue)
-    shelf.gate.clear()
+    scripted.gate.clear()
     behind.write([entry("a", b"1"), entry("b", b"1")])
     del behind
     gc.collect()
     assert written() is not None
-    shelf.gate.set()
-    until(lambda: len(shelf.kept) == 2)
+    scripted.gate.set()
+    until(lambda: len(scripted.kept) == 2)
     until(lambda: written() is None)
 
 
 def test_an_idle_object_is_not_kept_alive() -> None:
-    shelf = Shelf()
-    behind = WriteBehind(shelf)
+    scripted = Scripted()
+    behind = WriteBehind(scripted)
     behind.write([entry("a", bytes(100))])
     assert behind.flush(10)
-    store = weakref.ref(shelf)
-    del behind, shelf
+    store = weakref.ref(scripted)
+    del behind, scripted
     until(lambda: gc.collect() >= 0 and store() is None)
 
 
-def test_written_blobs_are_let_go(shelf: Shelf) -> None:
+def test_written_blobs_are_let_go(scripted: Scripted) -> None:
     class Memory(bytearray):
         pass
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny, tokens
+from scripted import blobs, fetch
 from servers import Server
 
 from chunkcache import RedisChunkCache, add_documents
@@ -23,10 +24,10 @@ def test_reads_all_and_changes_nothing() -> None:
     assert view.delete(["a"]) == 0
     for place in (store, view):
         assert place.sizes(["a", "b"]) == [3, 0]
-        assert list(place.read(["b", "a"])) == [None, b"one"]
+        assert blobs(place, "b", "a") == [None, b"one"]
         assert place.read_metadata(["a", "b"]) == [{"model": "m"}, None]
         memory = bytearray(3)
-        assert list(place.read_into(["a"], [[memoryview(memory)]])) == [True]
+        assert list(fetch(place, ["a"], [[memoryview(memory)]])) == [True]
         assert memory == b"one"
 
 
@@ -41,16 +42,6 @@ def test_closing_it_leaves_the_store_open() -> None:
     with ReadOnly(store) as view:
         assert view.flush()
     assert store.sizes(["a"]) == [3]
-
-
-def test_reading_goes_the_short_way() -> None:
-    """Straight to its place, where the store can do that."""
-
-    class Direct(MemoryStore):
-        def read_into(self, keys, places):  # type: ignore[no-untyped-def]
-            yield from (True for _ in keys)
-
-    assert list(ReadOnly(Direct()).read_into(["a"], [[memoryview(bytearray(3))]])) == [True]
 
 
 # ---------------------------------------------------------------------- caches with write=False

@@ -13,12 +13,13 @@ import pytest
 import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import blobs, fetch
 from servers import FakeServer, Server, free_port, redis_binary, wait_until
 
 from chunkcache import catalog
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import wire
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import Entry, read_blobs
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.stream import PART_BYTES
 
@@ -33,7 +34,7 @@ def entry(key: str, blob: bytes | memoryview = b"", **metadata: str) -> Entry:
 
 
 def read(store: RedisStore, keys: Sequence[str]) -> list[bytes | None]:
-    return [None if view is None else bytes(view) for view in store.read(keys)]
+    return blobs(store, *keys)
 
 
 def pipelines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -65,7 +66,7 @@ def use_every_verb(store: RedisStore) -> list[str]:
     """The messages of the StoreErrors that the verbs raise."""
     verbs = [
         lambda: store.sizes(["a"]),
-        lambda: list(store.read(["a"])),
+        lambda: list(fetch(store, ["a"])),
         lambda: store.read_metadata(["a"]),
         lambda: store.write([entry("a", b"x")]),
         lambda: store.delete(["a"]),
@@ -139,7 +140,7 @@ def test_an_entry_with_one_half_counts_once(redis_server: Server) -> None:
 
 def test_nothing_to_do_needs_no_server() -> None:
     store = RedisStore(NOBODY)
-    assert (store.sizes([]), list(store.read([])), store.read_metadata([])) == ([], [], [])
+    assert (store.sizes([]), blobs(store), store.read_metadata([])) == ([], [], [])
     assert (store.write([]), store.delete([])) == (0, 0)
 
 
@@ -253,7 +254,7 @@ def test_a_server_killed_in_the_middle_of_a_read(server: Server, server_url: str
     keys = [f"k{at}" for at in range(8)]
     entries = [entry(key, blob) for key, blob in zip(keys, blobs, strict=True)]
     store.write(entries)
-    views = store.read(keys)
+    views = read_blobs(store, keys)
     assert bytes(next(views) or b"") == blobs[0]
     server.stop()
     rest: list[bytes] = []
@@ -303,7 +304,7 @@ def test_readers_in_many_threads_get_their_own_bytes(server: Server, server_url:
     def work(first: int) -> None:
         keys = [f"k{(first + at * 5) % 12}" for at in range(12)]
         for _ in range(5):
-            for key, view in zip(keys, store.read(keys), strict=True):
+            for key, view in zip(keys, read_blobs(store, keys), strict=True):
                 if view is None or bytes(view) != blobs[key]:
                     wrong.append(key)
             if store.sizes(keys) != [len(blobs[key]) for key in keys]:
@@ -321,7 +322,7 @@ def test_an_iterator_closed_early_does_not_spoil_the_next_command(redis_server: 
     store = RedisStore(redis_server.unix_url + "?max_connections=1")
     store.write([entry(f"k{at}", bytes([at]) * 200_000) for at in range(10)])
     for _ in range(3):
-        next(store.read([f"k{at}" for at in range(10)]))
+        next(fetch(store, [f"k{at}" for at in range(10)]))
         assert store.sizes(["k1", "none"]) == [200_000, 0]
         assert read(store, ["k9"]) == [bytes([9]) * 200_000]
 
@@ -397,7 +398,7 @@ def test_tls(tmp_path: Path) -> None:
         store.write([entry(f"k{at}", blob) for at, blob in enumerate(blobs)])
         for _ in range(2):
             assert read(store, [f"k{at}" for at in range(8)]) == blobs
-        next(store.read(["k1", "k2", "k3"]))
+        next(fetch(store, ["k1", "k2", "k3"]))
         assert store.sizes(["k0"]) == [300_000]
         with pytest.raises(StoreError, match="certificate"):
             RedisStore(url).sizes(["k0"])
@@ -578,7 +579,9 @@ def test_under_each_policy_a_full_server_holds_whole_entries_after_a_sweep(
         assert any(sizes.values())
         assert not all(sizes.values())
         assert all(size in (0, len(blobs[key])) for key, size in sizes.items())
-        for key, view in zip(keys, store.read(keys), strict=True):  # more may have gone since
+        for key, view in zip(
+            keys, read_blobs(store, keys), strict=True
+        ):  # more may have gone since
             assert view is None or (sizes[key] and bytes(view) == blobs[key])
         client.config_set("maxmemory", 0)  # full as it was, the listing itself would evict
         catalog.sweep(store)
@@ -589,7 +592,7 @@ def test_under_each_policy_a_full_server_holds_whole_entries_after_a_sweep(
         assert blob_keys == data_keys
     missing = [key for key in keys if not store.sizes([key])[0]]
     store.write([entry(key, blobs[key], bytes="1") for key in missing])
-    assert [bytes(view) for view in store.read(keys) if view] == list(blobs.values())
+    assert read(store, keys) == list(blobs.values())
 
 
 def test_pinned_entries_outlive_others_under_volatile_policies(server: Server) -> None:

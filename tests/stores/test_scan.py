@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from scripted import Scripted, blobs, entry, keys_of
 from servers import Cluster, FakeServer, Server, wait_until
-from shelf import Shelf, entry, keys_of
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import commands
 from chunkcache.stores.base import ChunkStore, Entry, Listed
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
@@ -71,7 +71,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             return {
                 "memory": store,
                 "tiers": TieredStore([MemoryStore(**options), store]),
-                "behind": WriteBehind(Guarded(store)),
+                "behind": WriteBehind(CircuitBreaker(store)),
                 "read only": ReadOnly(store),
                 "patient": PatientStore(store),
             }[kind]
@@ -219,8 +219,8 @@ def test_keys_of_a_cluster_that_are_not_ours(cluster: Cluster) -> None:
         assert keys_of(store) == ["a@b"]
 
 
-def test_queued_entries_are_listed(shelf: Shelf) -> None:
-    store = WriteBehind(shelf)
+def test_queued_entries_are_listed(scripted: Scripted) -> None:
+    store = WriteBehind(scripted)
     store.write([entry("a", b"one", model="m"), entry("b", model="m")])
     assert sorted(keys_of(store)) == ["a", "b"]
 
@@ -229,7 +229,7 @@ def test_the_far_tier_tells_more_than_copies_in_a_near_one() -> None:
     near, far = MemoryStore(), MemoryStore()
     far.write([entry("a", b"one", model="m")])
     store = TieredStore([near, far])
-    assert [bytes(view) for view in store.read(["a"]) if view] == [b"one"]
+    assert blobs(store, "a") == [b"one"]
     near.write([entry("only near", b"xy", model="n")])
     assert listing(near)["a"] == Listed("a", {"copied": "yes"}, 3)
     assert listing(store) == {
@@ -238,18 +238,18 @@ def test_the_far_tier_tells_more_than_copies_in_a_near_one() -> None:
     }
 
 
-def test_a_tier_that_fails_is_an_error(shelf: Shelf) -> None:
-    shelf.error = StoreError("gone")
+def test_a_tier_that_fails_is_an_error(scripted: Scripted) -> None:
+    scripted.error = StoreError("gone")
     with pytest.raises(StoreError, match="gone"):
-        keys_of(TieredStore([shelf, MemoryStore()]))
+        keys_of(TieredStore([scripted, MemoryStore()]))
 
 
-def test_a_failure_is_a_store_error_and_opens_the_breaker(shelf: Shelf) -> None:
-    shelf.error = RuntimeError("broken")
-    store = Guarded(shelf)
+def test_a_failure_is_a_store_error_and_opens_the_breaker(scripted: Scripted) -> None:
+    scripted.error = RuntimeError("broken")
+    store = CircuitBreaker(scripted)
     with pytest.raises(StoreError, match="broken"):
         keys_of(store)
-    shelf.error = None
+    scripted.error = None
     with pytest.raises(StoreError, match="not asked"):
         store.sizes(["a"])
 

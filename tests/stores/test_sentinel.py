@@ -6,12 +6,13 @@ from contextlib import suppress
 import pytest
 import torch
 from models import tiny, tokens
+from scripted import blobs, fetch
 from servers import SERVICE, FakeServer, Server, Watched, free_port, redis_binary, wait_until
 
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import Entry
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.sentinel import SentinelStore
 from chunkcache.stores.writer import WriteBehind
 
@@ -34,7 +35,7 @@ def entry(key: str, blob: bytes, **metadata: str) -> Entry:
 
 
 def read(store: SentinelStore, keys: Sequence[str]) -> list[bytes | None]:
-    return [None if view is None else bytes(view) for view in store.read(keys)]
+    return blobs(store, *keys)
 
 
 def use_every_verb(store: SentinelStore) -> None:
@@ -42,7 +43,7 @@ def use_every_verb(store: SentinelStore) -> None:
     assert store.sizes(["a", "none"]) == [3, 0]
     assert read(store, ["a", "none"]) == [b"one", None]
     place = memoryview(bytearray(3))
-    assert list(store.read_into(["a"], [[place]])) == [True]
+    assert list(fetch(store, ["a"], [[place]])) == [True]
     assert bytes(place) == b"one"
     assert store.read_metadata(["a"]) == [{"model": "m"}]
     assert store.delete(["a"]) == 1
@@ -70,7 +71,7 @@ def test_a_service_that_nobody_watches_is_a_store_error(watched: Watched) -> Non
     with pytest.raises(StoreError, match=r"no sentinel names a primary of 'other'; check"):
         store.sizes(["a"])
     dead = SentinelStore(f"redis+sentinel://127.0.0.1:{free_port()}/{SERVICE}/0")
-    for verb in (lambda: dead.sizes(["a"]), lambda: list(dead.read(["a"]))):
+    for verb in (lambda: dead.sizes(["a"]), lambda: list(fetch(dead, ["a"]))):
         with pytest.raises(StoreError, match="no sentinel names a primary"):
             verb()
 
@@ -116,7 +117,7 @@ def test_prompts_go_on_while_a_primary_dies() -> None:
         return cache
 
     with Watched() as watched:
-        store = WriteBehind(Guarded(SentinelStore(watched.url), cooldown=0.1))
+        store = WriteBehind(CircuitBreaker(SentinelStore(watched.url), cooldown=0.1))
         assert ask().flush(5)
         assert ask().report.reused == 299
         with watched.primary.client() as client:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import pytest
 import redis
@@ -13,13 +13,17 @@ from chunkcache.stores.stream import WINDOW_REPLIES
 from chunkcache.stores.wire import BulkReader
 
 
-def reader_of(url: str, timeout: float = 5.0) -> BulkReader:
+def reader_of(url: str, timeout: float = 5.0, copies: bool = True) -> BulkReader:
     client = redis.Redis.from_url(url, protocol=2, socket_timeout=timeout)
-    return BulkReader(client, timeout, 1 << 30)
+    return BulkReader(client, timeout, 1 << 30, lambda: copies)
 
 
-def read_all(reader: BulkReader, names: Sequence[bytes]) -> list[bytes | None]:
-    return [None if view is None else bytes(view) for view in reader.read(names)]
+def fetch(reader: BulkReader, *sizes: int) -> Iterator[bytes | None]:
+    """So many bytes of values, named by their numbers."""
+    places = [[memoryview(bytearray(size))] for size in sizes]
+    answers = reader.fetch([(b"%d" % at, 0, place) for at, place in enumerate(places)])
+    for place, there in zip(places, answers, strict=True):
+        yield bytes(place[0]) if there else None
 
 
 @settings(max_examples=25, deadline=None)
@@ -33,19 +37,24 @@ def test_replies_may_arrive_in_any_pieces(values: list[bytes | None], piece: int
         return b"$-1\r\n" if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
 
     with FakeServer(answer, piece=piece) as fake:
-        found = read_all(reader_of(fake.tcp_url), [b"%d" % at for at in range(len(values))])
+        found = list(fetch(reader_of(fake.tcp_url), *(len(value or b"") for value in values)))
     assert found == [value or None for value in values]
 
 
 @pytest.mark.parametrize(
-    ("size", "least", "most"), [(100, 4, WINDOW_REPLIES), (3_000_000, 1, 2), (9_000_000, 1, 1)]
-)
-def test_few_bytes_are_in_flight(size: int, least: int, most: int) -> None:
-    reply = b"$%d\r\n%b\r\n" % (size, bytes(size))
-    with FakeServer(lambda command: reply) as fake:
-        for view in reader_of(fake.tcp_url).read([b"name"] * 12):
-            assert view is not None
-            assert len(view) == size
+    ("size", "copies", "least", "most"),
+    [(100, True, 4, WINDOW_REPLIES), (3_000_000, False, 1, 2), (9_000_000, False, 1, 1),
+     (9_000_000, True, 2, 4)],
+)  # fmt: skip
+def test_few_bytes_are_in_flight(size: int, copies: bool, least: int, most: int) -> None:
+    def answer(command: list[bytes]) -> bytes:
+        nbytes = size if command[0] == b"GET" else int(command[3]) + 1 - int(command[2])
+        return b"$%d\r\n%b\r\n" % (nbytes, bytes(nbytes))
+
+    with FakeServer(answer) as fake:
+        assert (
+            list(fetch(reader_of(fake.tcp_url, copies=copies), *[size] * 12)) == [bytes(size)] * 12
+        )
     assert least <= fake.peak <= most
 
 
@@ -63,7 +72,7 @@ def test_few_bytes_are_in_flight(size: int, least: int, most: int) -> None:
 )
 def test_what_is_no_bulk_reply_is_an_error(reply: bytes) -> None:
     with FakeServer(lambda command: reply) as fake, pytest.raises(redis.InvalidResponse):
-        read_all(reader_of(fake.tcp_url), [b"a"])
+        list(fetch(reader_of(fake.tcp_url), 2))
 
 
 def test_a_line_without_end_is_an_error() -> None:
@@ -71,14 +80,14 @@ def test_a_line_without_end_is_an_error() -> None:
         FakeServer(lambda command: b"$" + b"1" * 100_000) as fake,
         pytest.raises(redis.InvalidResponse, match="end of line"),
     ):
-        read_all(reader_of(fake.tcp_url), [b"a"])
+        list(fetch(reader_of(fake.tcp_url), 2))
 
 
 def test_a_short_reply_is_an_error() -> None:
     replies = iter([b"$5\r\nhello\r\n", b"$1000\r\nhel", b""])
     with FakeServer(lambda command: next(replies, b"")) as fake:
-        found = reader_of(fake.tcp_url).read([b"a", b"b", b"c"])
-        assert bytes(next(found) or b"") == b"hello"
+        found = fetch(reader_of(fake.tcp_url), 5, 1000, 1)
+        assert next(found) == b"hello"
         with pytest.raises(redis.ConnectionError):
             next(found)
 
@@ -88,7 +97,7 @@ def test_a_reply_that_trickles_is_given_up() -> None:
         FakeServer(lambda command: b"$500\r\n" + bytes(500), piece=1, pause=0.02) as fake,
         pytest.raises(redis.TimeoutError, match="too slowly"),
     ):
-        read_all(reader_of(fake.tcp_url, timeout=0.2), [b"a"])
+        list(fetch(reader_of(fake.tcp_url, timeout=0.2), 500))
 
 
 def test_many_replies_that_are_each_just_in_time_are_given_up() -> None:
@@ -100,13 +109,13 @@ def test_many_replies_that_are_each_just_in_time_are_given_up() -> None:
         return b"$5\r\nhello\r\n"
 
     with FakeServer(answer) as fake, pytest.raises(redis.TimeoutError, match="too slowly"):
-        read_all(reader_of(fake.tcp_url, timeout=0.4), [b"a"] * 100)
+        list(fetch(reader_of(fake.tcp_url, timeout=0.4), *[5] * 100))
     assert len(replies) < 20
 
 
 def test_what_the_reader_takes_is_its_own_time() -> None:
     with FakeServer(lambda command: b"$5\r\nhello\r\n") as fake:
-        for view in reader_of(fake.tcp_url, timeout=0.2).read([b"a"] * 4):
+        for view in fetch(reader_of(fake.tcp_url, timeout=0.2), *[5] * 4):
             assert view is not None
             time.sleep(0.15)
 
@@ -114,4 +123,4 @@ def test_what_the_reader_takes_is_its_own_time() -> None:
 def test_keys_that_are_elsewhere_in_a_cluster_are_none() -> None:
     replies = iter([b"$1\r\na\r\n", b"-MOVED 7 host:1\r\n", b"-ASK 7 host:1\r\n", b"$1\r\nb\r\n"])
     with FakeServer(lambda command: next(replies)) as fake:
-        assert read_all(reader_of(fake.tcp_url), [b"k"] * 4) == [b"a", None, None, b"b"]
+        assert list(fetch(reader_of(fake.tcp_url), 1, 1, 1, 1)) == [b"a", None, None, b"b"]

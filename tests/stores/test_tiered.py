@@ -6,7 +6,7 @@ import gc
 import itertools
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny, tokens
+from scripted import Scripted, blobs, entry, fail_at, fetch, until
 from servers import Server
-from shelf import Shelf, blobs, entry, until
 
 from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import ChunkStore, Entry, locks, open_store
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.base import Part
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
@@ -40,18 +41,18 @@ def places(memory: Sequence[bytearray]) -> list[list[memoryview]]:
     return [[memoryview(room)[:1], memoryview(room)[1:]] for room in memory]
 
 
-def calls(shelf: Shelf, *verbs: str) -> list[list[str]]:
-    return [keys for verb, keys in shelf.calls if verb in verbs]
+def calls(scripted: Scripted, *verbs: str) -> list[list[str]]:
+    return [keys for verb, keys in scripted.calls if verb in verbs]
 
 
 # ---------------------------------------------------------------------------- where is looked
 
 
 def test_each_tier_is_asked_once_for_what_the_nearer_ones_lack() -> None:
-    near, middle, far = Shelf(), Shelf(), Shelf()
-    near.kept = {"a": entry("a", b"near")}
-    middle.kept = {"a": entry("a", b"middle"), "b": entry("b", b"middle")}
-    far.kept = {"c": entry("c", b"far!")}
+    near, middle, far = Scripted(), Scripted(), Scripted()
+    near.inner.write([entry("a", b"near")])
+    middle.inner.write([entry("a", b"middle"), entry("b", b"middle")])
+    far.inner.write([entry("c", b"far!")])
     store = TieredStore([near, middle, far])
     assert store.sizes(["c", "a", "none", "b", "a"]) == [4, 4, 0, 6, 4]
     assert calls(near, "sizes") == [["c", "a", "none", "b"]]
@@ -62,10 +63,10 @@ def test_each_tier_is_asked_once_for_what_the_nearer_ones_lack() -> None:
     assert store.sizes([]) == []
     memory = rooms(4, 4, 4, 6, 4)
     keys = ["c", "a", "none", "b", "a"]
-    assert list(store.read_into(keys, places(memory))) == [True, True, False, True, True]
+    assert list(fetch(store, keys, places(memory))) == [True, True, False, True, True]
     assert [bytes(memory[n]) for n in (0, 1, 3, 4)] == [b"far!", b"near", b"middle", b"near"]
-    assert calls(far, "read") == [["c", "none"]]
-    assert list(store.read_into([], [])) == []
+    assert calls(far, "fetch") == [["c"]]
+    assert list(fetch(store, [], [])) == []
 
 
 def test_views_are_read_through_the_tiers(tmp_path: Path) -> None:
@@ -86,14 +87,14 @@ def test_what_came_from_afar_is_near_when_the_read_has_ended(redis_server: Serve
         near = MemoryStore()
         store = TieredStore([near, far])
         memory = rooms(len(BLOB), len(BLOB))
-        assert list(store.read_into(["a", "b"], places(memory))) == [True, True]
+        assert list(fetch(store, ["a", "b"], places(memory))) == [True, True]
         for room in memory:
             room[:] = bytes(len(room))  # the caller's own again
         assert blobs(near, "a", "b") == [BLOB, BLOB[::-1]]
         redis_server.stop()
         again = rooms(len(BLOB), len(BLOB))
         with calls_of_prompt() as noted:
-            assert list(store.read_into(["b", "a"], places(again))) == [True, True]
+            assert list(fetch(store, ["b", "a"], places(again))) == [True, True]
             assert store.sizes(["a", "b"]) == [len(BLOB)] * 2
         assert again == [BLOB[::-1], BLOB]
         assert noted.errors == []
@@ -112,7 +113,7 @@ def test_a_read_that_ends_early_has_let_go_of_the_places(monkeypatch: pytest.Mon
     near, far = MemoryStore(), MemoryStore()
     far.write([entry("a", BLOB), entry("b", BLOB)])
     memory = rooms(len(BLOB), len(BLOB))
-    answers = TieredStore([near, far]).read_into(["a", "b"], places(memory))
+    answers = fetch(TieredStore([near, far]), ["a", "b"], places(memory))
     assert next(answers)
     assert began.wait(10)
     threading.Timer(0.05, go.set).start()
@@ -122,19 +123,21 @@ def test_a_read_that_ends_early_has_let_go_of_the_places(monkeypatch: pytest.Mon
 
 
 def test_all_nearer_tiers_share_one_copy() -> None:
-    near, middle, far = Shelf(), Shelf(), Shelf()
-    far.kept = {"a": entry("a", b"blob", m="1")}
-    list(TieredStore([near, middle, far]).read_into(["a"], places(rooms(4))))
+    near, middle, far = Scripted(), Scripted(), Scripted()
+    far.inner.write([entry("a", b"blob", m="1")])
+    list(fetch(TieredStore([near, middle, far]), ["a"], places(rooms(4))))
     assert near.kept["a"].blob == b"blob"
     assert near.kept["a"].blob.obj is middle.kept["a"].blob.obj
-    assert near.kept["a"].merge  # fields that are there stay
+    assert near.written[0].merge  # fields that are there stay
     assert calls(far, "write") == []
 
 
-def test_a_blob_of_another_length_is_not_copied() -> None:
+@pytest.mark.parametrize(("start", "nbytes", "there"), [(0, 6, False), (0, 4, True), (1, 4, True)])
+def test_what_is_no_whole_blob_is_not_copied(start: int, nbytes: int, there: bool) -> None:
     near, far = MemoryStore(), MemoryStore()
     far.write([entry("a", b"short")])
-    assert list(TieredStore([near, far]).read_into(["a"], places(rooms(6)))) == [False]
+    part = Part("a", start, [memoryview(bytearray(nbytes))])
+    assert list(TieredStore([near, far]).fetch([part])) == [there]
     assert near.sizes(["a"]) == [0]
 
 
@@ -149,7 +152,7 @@ def test_without_a_thread_nothing_is_copied_and_all_is_read(
     memory = rooms(4)
     with monkeypatch.context() as patch:
         patch.setattr(locks, "start_new_thread", refuse)
-        assert list(TieredStore([near, far]).read_into(["a"], places(memory))) == [True]
+        assert list(fetch(TieredStore([near, far]), ["a"], places(memory))) == [True]
     assert memory == [b"blob"]
 
 
@@ -165,7 +168,7 @@ def test_budgets_hold_and_what_a_small_tier_loses_meanwhile_is_read_behind_it(
     store.write([entry(key, BLOB[n:] + BLOB[:n]) for n, key in enumerate(keys)])
     for _ in range(3):
         memory = rooms(*[len(BLOB)] * 10)
-        assert list(store.read_into(keys, places(memory))) == [True] * 10
+        assert list(fetch(store, keys, places(memory))) == [True] * 10
         assert memory == [BLOB[n:] + BLOB[:n] for n in range(10)]
         assert 0 < sum(near.sizes(keys)) <= 3 * (len(BLOB) + 10)
         used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
@@ -200,7 +203,7 @@ def test_whatever_tiers_lose_what_is_found_is_what_was_written(
         assert [size > 0 for size in store.sizes(KEYS)] == there
         if verb == "read":
             memory = rooms(90, 90, 90, 90)
-            assert list(store.read_into(KEYS, places(memory))) == there
+            assert list(fetch(store, KEYS, places(memory))) == there
             for name, room, found in zip(KEYS, memory, there, strict=True):
                 assert not found or room == written[name]
 
@@ -227,7 +230,7 @@ def test_a_near_tier_hides_no_fields_that_others_have_added(redis_server: Server
 
 @pytest.mark.parametrize("broken", range(3))
 def test_a_tier_that_fails_is_noted_and_the_others_serve(broken: int) -> None:
-    tiers = [Shelf(), Shelf(), Shelf()]
+    tiers = [Scripted(), Scripted(), Scripted()]
     store = TieredStore(tiers)
     store.write([entry("a", b"blob", m="1")])
     tiers[broken].error = StoreError("down")
@@ -235,7 +238,7 @@ def test_a_tier_that_fails_is_noted_and_the_others_serve(broken: int) -> None:
         assert store.sizes(["a", "none"]) == [4, 0]
         assert store.read_metadata(["a"]) == [{"m": "1"}]
         memory = rooms(4, 4)
-        assert list(store.read_into(["a", "none"], places(memory))) == [True, False]
+        assert list(fetch(store, ["a", "none"], places(memory))) == [True, False]
         assert memory[0] == b"blob"
         assert store.write([entry("b", b"blob")]) == (0 if broken == 2 else 4)
     assert [str(error) for error in noted.errors] == ["down"] * 4
@@ -243,7 +246,7 @@ def test_a_tier_that_fails_is_noted_and_the_others_serve(broken: int) -> None:
 
 
 def test_if_all_fail_the_error_is_the_stores_own() -> None:
-    tiers = [Shelf(), Shelf()]
+    tiers = [Scripted(), Scripted()]
     store = TieredStore(tiers)
     for tier in tiers:
         tier.error = StoreError("down")
@@ -256,8 +259,7 @@ def test_if_all_fail_the_error_is_the_stores_own() -> None:
     for verb in verbs:
         with pytest.raises(StoreError, match="down"):
             verb()
-    assert list(store.read_into(["a"], places(rooms(1)))) == [False]
-    assert blobs(store, "a") == [None]
+    assert list(fetch(store, ["a"], places(rooms(1)))) == [False]
 
 
 def test_a_far_server_that_is_killed_amid_a_read(redis_server: Server) -> None:
@@ -265,11 +267,11 @@ def test_a_far_server_that_is_killed_amid_a_read(redis_server: Server) -> None:
         redis.write([entry(f"far{n}", BLOB * 40) for n in range(20)])
         near = MemoryStore()
         near.write([entry("near", BLOB)])
-        store = TieredStore([near, Guarded(redis)])
+        store = TieredStore([near, CircuitBreaker(redis)])
         keys = [*(f"far{n}" for n in range(20)), "near"]
         memory = rooms(*[40 * len(BLOB)] * 20, len(BLOB))
         with calls_of_prompt() as noted:
-            answers = store.read_into(keys, places(memory))
+            answers = fetch(store, keys, places(memory))
             arrived = [next(answers)]
             redis_server.stop()
             arrived += answers
@@ -283,17 +285,12 @@ def test_a_far_server_that_is_killed_amid_a_read(redis_server: Server) -> None:
 
 
 def test_a_tier_that_fails_amid_a_read_is_made_up_for_by_those_behind_it() -> None:
-    class Breaks(Shelf):
-        def read(self, keys: Sequence[str]) -> Iterator[memoryview | None]:
-            yield from itertools.islice(super().read(keys), 1)
-            raise StoreError("broke")
-
-    near, far = Breaks(), Shelf()
+    near, far = Scripted(answer=fail_at(1, StoreError("broke"))), Scripted()
     store = TieredStore([near, far])
     store.write([entry(key, key.encode()) for key in "abc"])
     memory = rooms(1, 1, 1)
     with calls_of_prompt() as noted:
-        assert list(store.read_into("abc", places(memory))) == [True] * 3
+        assert list(fetch(store, "abc", places(memory))) == [True] * 3
     assert memory == [b"a", b"b", b"c"]
     assert [str(error) for error in noted.errors] == ["broke"]
 
@@ -302,11 +299,11 @@ def test_a_tier_that_fails_amid_a_read_is_made_up_for_by_those_behind_it() -> No
 
 
 def test_writes_and_deletes_reach_all_tiers_even_behind_one_that_fails() -> None:
-    tiers = [Shelf(), Shelf(), Shelf()]
+    tiers = [Scripted(), Scripted(), Scripted()]
     store = TieredStore(tiers)
     assert store.write([entry("a", b"1"), entry("b", b"22")]) == 3
     assert [set(tier.kept) for tier in tiers] == [{"a", "b"}] * 3
-    tiers[1].kept.clear()
+    tiers[1].inner.close()
     assert store.delete(["a", "none"]) == 1
     tiers[0].error = StoreError("down")
     with pytest.raises(StoreError, match="down"):
@@ -315,30 +312,26 @@ def test_writes_and_deletes_reach_all_tiers_even_behind_one_that_fails() -> None
 
 
 def test_a_flush_waits_for_all_tiers_together() -> None:
-    shelves = [Shelf(), Shelf()]
-    store = TieredStore([WriteBehind(shelf) for shelf in shelves])
-    for shelf in shelves:
-        shelf.gate.clear()
+    shelves = [Scripted(), Scripted()]
+    store = TieredStore([WriteBehind(scripted) for scripted in shelves])
+    for scripted in shelves:
+        scripted.gate.clear()
     store.write([entry("a", b"1")])
     shelves[0].gate.set()
     assert not store.flush(0.05)
     shelves[1].gate.set()
     assert store.flush(10)
-    assert all("a" in shelf.kept for shelf in shelves)
+    assert all("a" in scripted.kept for scripted in shelves)
 
 
 def test_close_closes_all_but_the_memory() -> None:
-    class Stuck(Shelf):
-        def close(self) -> None:
-            super().close()
-            raise StoreError("cannot close")
-
-    memory, stuck, shelf = MemoryStore(), Stuck(), Shelf()
+    memory, other = MemoryStore(), Scripted()
+    stuck = Scripted(close=StoreError("cannot close"))
     memory.write([entry("a", b"1")])
     with pytest.raises(StoreError, match="cannot close"):
-        TieredStore([memory, stuck, shelf]).close()
+        TieredStore([memory, stuck, other]).close()
     assert stuck.closed
-    assert shelf.closed
+    assert other.closed
     assert memory.sizes(["a"]) == [1]
 
 
@@ -354,7 +347,7 @@ def test_a_list_of_urls_opens_tiers_that_fill_each_other(
         far.write([entry("a", b"blob", m="1")])
         assert far.flush(10)
     with open_store(urls) as store:
-        assert list(store.read_into(["a"], places(rooms(4)))) == [True]
+        assert list(fetch(store, ["a"], places(rooms(4)))) == [True]
         assert store.flush(10)
         store.write([entry("b", b"new")])
         assert store.flush(10)
@@ -446,7 +439,7 @@ def test_the_disk_of_a_killed_process_serves_another(tmp_path: Path) -> None:
     with open_store(urls) as store:
         keys = [f"k{n}" for n in range(10)]
         memory = rooms(*[100_000] * 10)
-        assert all(store.read_into(keys, places(memory)))
+        assert all(fetch(store, keys, places(memory)))
         assert memory == [bytes([n]) * 100_000 for n in range(10)]
 
 

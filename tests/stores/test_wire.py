@@ -18,14 +18,20 @@ MANY = 20
 
 
 def reader_of(
-    url: str, timeout: float = 5.0, max_bytes: int = 1 << 30, in_parts: bool = False
+    url: str, timeout: float = 5.0, max_bytes: int = 1 << 30, copies: bool = False
 ) -> BulkReader:
     client = redis.Redis.from_url(url, protocol=2, socket_timeout=timeout)
-    return BulkReader(client, timeout, max_bytes, lambda: in_parts)
+    return BulkReader(client, timeout, max_bytes, lambda: copies)
 
 
-def read_all(reader: BulkReader, names: Sequence[bytes]) -> list[bytes | None]:
-    return [None if view is None else bytes(view) for view in reader.read(names)]
+def read_all(
+    reader: BulkReader, names: Sequence[bytes], sizes: Sequence[int]
+) -> list[bytes | None]:
+    """Values of these sizes, None for those that are not there or shorter."""
+    places = [[memoryview(bytearray(size))] for size in sizes]
+    parts = [(name, 0, place) for name, place in zip(names, places, strict=True)]
+    answers = zip(places, reader.fetch(parts), strict=True)
+    return [bytes(place[0]) if there else None for place, there in answers]
 
 
 def blob(seed: int, size: int) -> bytes:
@@ -49,8 +55,7 @@ def test_values_of_every_size_arrive_in_order(server: Server, server_url: str, p
         for name, value in zip(names, values, strict=True):
             client.set(name, value)
     reader = reader_of(server_url)
-    for _ in range(2):  # the second time with the scratch memory of the first
-        assert read_all(reader, names) == [value or None for value in values]
+    assert read_all(reader, names, sizes) == [value or None for value in values]
 
 
 SIZES = st.integers(0, 4 * PART_BYTES) | st.sampled_from(
@@ -60,7 +65,7 @@ SIZES = st.integers(0, 4 * PART_BYTES) | st.sampled_from(
 
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=4), views=st.integers(1, 9))
-def test_values_in_parts_are_what_they_are_at_once(
+def test_values_copies_are_what_they_are_at_once(
     redis_server: Server, sizes: list[int], views: int
 ) -> None:
     names = [b"n%d" % at for at in range(len(sizes))]
@@ -69,14 +74,14 @@ def test_values_in_parts_are_what_they_are_at_once(
         client.flushdb()
         for name, value in zip(names, values, strict=True):
             client.set(name, value)
-    reader = reader_of(redis_server.unix_url, in_parts=True)
-    assert read_all(reader, names) == [value or None for value in values]
-    places = [place_of(bytearray(size), views) for size in sizes]
-    assert list(reader.read_into(names, places)) == [True] * len(sizes)
-    assert [b"".join(place) for place in places] == values
-    told = [Told(place_of(bytearray(size), views)) for size in sizes]
-    assert list(reader.read_into(names, told)) == [True] * len(sizes)
-    assert [place.seen for place in told] == values
+    there = [size > 0 for size in sizes]
+    for copies in (True, False):
+        reader = reader_of(redis_server.unix_url, copies=copies)
+        told = [Told(place_of(bytearray(size), views)) for size in sizes]
+        parts = [(name, 0, place) for name, place in zip(names, told, strict=True)]
+        assert list(reader.fetch(parts)) == there
+        assert [b"".join(place) for place in told] == values
+        assert [place.seen for place in told] == values
 
 
 class Told(Place):
@@ -94,39 +99,19 @@ def place_of(memory: bytearray, views: int) -> list[memoryview]:
     return [memoryview(memory)[at : at + step] for at in range(0, len(memory), step)]
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("there", [None, 0, 5, PART_BYTES, 3 * PART_BYTES - 1, 3 * PART_BYTES + 1])
-def test_a_value_of_another_length_is_not_taken(
-    redis_server: Server, in_parts: bool, there: int | None
+def test_a_value_that_is_too_short_is_not_taken(
+    redis_server: Server, copies: bool, there: int | None
 ) -> None:
     with redis_server.client() as client:
         client.flushdb()
         client.set("other", b"x")
         if there is not None:
             client.set("a", bytes(there))
-    reader = reader_of(redis_server.unix_url, in_parts=in_parts)
-    places = [[memoryview(bytearray(3 * PART_BYTES))], [memoryview(bytearray(1))]]
-    assert list(reader.read_into([b"a", b"other"], places)) == [False, True]
-    assert bytes(places[1][0]) == b"x"
-
-
-@pytest.mark.parametrize("now", [None, PART_BYTES, 3 * PART_BYTES - 1, 3 * PART_BYTES + 1])
-def test_a_value_that_changed_since_its_size_was_asked_for_is_none(
-    redis_server: Server, monkeypatch: pytest.MonkeyPatch, now: int | None
-) -> None:
-    with redis_server.client() as client:
-        client.flushdb()
-        client.mset({"a": bytes(3 * PART_BYTES), "b": b"x"})
-        reader = reader_of(redis_server.unix_url, in_parts=True)
-        sizes_of = reader._sizes
-
-        def sizes_and_change(names: Sequence[bytes]) -> list[int]:
-            sizes = sizes_of(names)
-            client.delete("a") if now is None else client.set("a", bytes(now))
-            return sizes
-
-        monkeypatch.setattr(reader, "_sizes", sizes_and_change)
-        assert read_all(reader, [b"a", b"b"]) == [None, b"x"]
+    reader = reader_of(redis_server.unix_url, copies=copies)
+    found = read_all(reader, [b"a", b"other"], [3 * PART_BYTES, 1])
+    assert found == [bytes(3 * PART_BYTES) if there and there > 3 * PART_BYTES else None, b"x"]
 
 
 def test_parts_of_values_arrive_in_the_order_asked_for(redis_server: Server, path: str) -> None:
@@ -137,19 +122,11 @@ def test_parts_of_values_arrive_in_the_order_asked_for(redis_server: Server, pat
     asked = [(b"a", 10, 7), (b"b", 0, 100_000), (b"none", 0, 5), (b"a", 299_990, 10),
              (b"a", 299_990, 11), (b"b", 7, 3)]  # fmt: skip
     parts = [(name, at, place_of(bytearray(size), 3)) for name, at, size in asked]
-    found = list(reader_of(redis_server.unix_url).read_parts(parts))
+    found = list(reader_of(redis_server.unix_url).fetch(parts))
     assert found == [True, True, False, True, False, True]
     for (name, at, place), arrived in zip(parts, found, strict=True):
         got = b"".join(place)
         assert not arrived or got == values[name][at : at + len(got)]
-
-
-def test_an_absurd_length_is_refused_in_parts_too() -> None:
-    def answer(command: list[bytes]) -> bytes:
-        return b":%d\r\n" % (1 << 40)
-
-    with FakeServer(answer) as fake, pytest.raises(redis.InvalidResponse, match="max_blob_bytes"):
-        read_all(reader_of(fake.tcp_url, in_parts=True), [b"a"])
 
 
 def test_missing_and_wrong_types_are_none(server: Server, server_url: str, path: str) -> None:
@@ -159,22 +136,21 @@ def test_missing_and_wrong_types_are_none(server: Server, server_url: str, path:
         client.set("z", b"last")
     names = [b"a", b"none", b"hash", b"z", b"none", b"a"]
     reader = reader_of(server_url)
-    assert read_all(reader, names) == [b"first", None, None, b"last", None, b"first"]
+    found = read_all(reader, names, [5, 1, 1, 4, 1, 5])
+    assert found == [b"first", None, None, b"last", None, b"first"]
 
 
 def test_nothing_to_read_needs_no_server() -> None:
-    assert read_all(reader_of("redis://127.0.0.1:1/0"), []) == []
+    assert read_all(reader_of("redis://127.0.0.1:1/0"), [], []) == []
 
 
-def test_an_absurd_length_is_refused(path: str) -> None:
-    def answer(command: list[bytes]) -> bytes:
-        return b":1000\r\n" if command[0] == b"STRLEN" else b"$1000\r\n"
-
+@pytest.mark.parametrize("asked", [1000, 10])
+def test_an_absurd_length_is_refused(asked: int) -> None:
     with (
-        FakeServer(answer) as fake,
+        FakeServer(lambda command: b"$1000\r\n") as fake,
         pytest.raises(redis.InvalidResponse, match="max_blob_bytes=999"),
     ):
-        read_all(reader_of(fake.tcp_url, max_bytes=999), [b"a"])
+        read_all(reader_of(fake.tcp_url, max_bytes=999), [b"a"], [asked])
 
 
 def test_an_error_reply_is_raised(path: str) -> None:
@@ -182,13 +158,13 @@ def test_an_error_reply_is_raised(path: str) -> None:
         FakeServer(lambda command: b"-NOTODAY we are closed\r\n") as fake,
         pytest.raises(redis.ResponseError, match="we are closed"),
     ):
-        read_all(reader_of(fake.tcp_url), [b"a", b"b"])
+        read_all(reader_of(fake.tcp_url), [b"a", b"b"], [1, 1])
 
 
 def test_a_connection_that_died_in_the_pool_is_replaced_once() -> None:
     replies = iter([b"", b"$2\r\nok\r\n"])
     with FakeServer(lambda command: next(replies)) as fake:
-        assert read_all(reader_of(fake.tcp_url), [b"a"]) == [b"ok"]
+        assert read_all(reader_of(fake.tcp_url), [b"a"], [2]) == [b"ok"]
     tries: list[bytes] = []
 
     def hang_up(command: list[bytes]) -> bytes:
@@ -196,70 +172,30 @@ def test_a_connection_that_died_in_the_pool_is_replaced_once() -> None:
         return b""
 
     with FakeServer(hang_up) as fake, pytest.raises(redis.ConnectionError):
-        read_all(reader_of(fake.tcp_url), [b"a"])
+        read_all(reader_of(fake.tcp_url), [b"a"], [2])
     assert len(tries) == 2
 
 
-@pytest.mark.parametrize(("size", "in_parts"), [(50_000, False), (2_500_000, True)])
+@pytest.mark.parametrize(
+    ("size", "copies"), [(50_000, False), (2_500_000, True), (2_500_000, False)]
+)
 @pytest.mark.parametrize("taken", [0, 1, 3, MANY])
 def test_an_iterator_closed_early_leaves_nothing_behind(
-    redis_server: Server, path: str, taken: int, size: int, in_parts: bool
+    redis_server: Server, path: str, taken: int, size: int, copies: bool
 ) -> None:
     names = [b"n%d" % at for at in range(MANY)]
     values = [blob(at, size) for at in range(MANY)]
     with redis_server.client() as client:
         for name, value in zip(names, values, strict=True):
             client.set(name, value)
-    reader = reader_of(redis_server.unix_url + "?max_connections=1", in_parts=in_parts)
+    reader = reader_of(redis_server.unix_url + "?max_connections=1", copies=copies)
     for _ in range(3):
-        views = reader.read(names)
-        assert [bytes(next(views) or b"") for _ in range(taken)] == values[:taken]
-        views.close()  # type: ignore[attr-defined]
-        assert read_all(reader, names[5:8]) == values[5:8]
-
-
-def test_iterators_do_not_share_memory(redis_server: Server, path: str) -> None:
-    names = [b"n%d" % at for at in range(8)]
-    values = [blob(at, 100_000 + at) for at in range(8)]
-    with redis_server.client() as client:
-        for name, value in zip(names, values, strict=True):
-            client.set(name, value)
-    reader = reader_of(redis_server.unix_url)
-    read_all(reader, names)  # so that there is scratch memory to share
-    forward, backward = reader.read(names), reader.read(names[::-1])
-    for at in range(8):
-        one, other = next(forward), next(backward)
-        assert one is not None
-        assert other is not None
-        assert (bytes(one), bytes(other)) == (values[at], values[7 - at])
-
-
-def test_memory_is_used_again(redis_server: Server) -> None:
-    with redis_server.client() as client:
-        client.set("a", bytes(1000))
-    reader = reader_of(redis_server.unix_url)
-    owners = [[view.obj for view in reader.read([b"a", b"a"]) if view] for _ in range(2)]
-    assert all(owner is owners[0][0] for owner in owners[0] + owners[1])
-
-
-def test_a_view_kept_too_long_fails_loudly(redis_server: Server) -> None:
-    with redis_server.client() as client:
-        client.mset({"a": b"first", "b": b"other"})
-    views = reader_of(redis_server.unix_url).read([b"a", b"b"])
-    first = next(views)
-    next(views)
-    with pytest.raises(ValueError, match="released"):
-        bytes(first or b"")
-
-
-def test_the_last_view_of_an_iterator_left_early_stays_valid(redis_server: Server) -> None:
-    with redis_server.client() as client:
-        client.mset({"a": b"first", "b": b"other"})
-    reader = reader_of(redis_server.unix_url)
-    read_all(reader, [b"a"])
-    first = next(reader.read([b"a", b"b"]))  # the iterator is gone at once
-    read_all(reader, [b"b", b"b"])
-    assert bytes(first or b"") == b"first"
+        rooms = [bytearray(size) for _ in names]
+        answers = reader.fetch([(n, 0, [memoryview(r)]) for n, r in zip(names, rooms, strict=True)])
+        assert all(next(answers) for _ in range(taken))
+        answers.close()
+        assert rooms[:taken] == values[:taken]
+        assert read_all(reader, names[5:8], [size] * 3) == values[5:8]
 
 
 WORDS = st.one_of(

@@ -3,93 +3,80 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scripted import Scripted, blobs, entry, fetch, until
 from servers import Server
-from shelf import Shelf, blobs, entry, until
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import writer
-from chunkcache.stores.base import Entry, Part, copy_into, nbytes_of
-from chunkcache.stores.breaker import Guarded
+from chunkcache.stores.base import Entry, Part, read_blobs
+from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind
 
 
-def test_writes_arrive_in_order(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
+def test_writes_arrive_in_order(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
     names = [f"k{number}" for number in range(50)]
     assert behind.write([entry(name, b"abc") for name in names]) == 150
     assert behind.flush(10)
-    assert shelf.writes() == names
+    assert scripted.asked("write") == names
     stats = behind.stats()
     assert (stats.written_entries, stats.written_bytes) == (50, 150)
     assert (stats.queued_entries, stats.queued_bytes, stats.dropped_entries) == (0, 0, 0)
 
 
-def test_nothing_starts_before_the_first_write(shelf: Shelf) -> None:
+def test_nothing_starts_before_the_first_write(scripted: Scripted) -> None:
     before = threading.active_count()
-    behind = WriteBehind(shelf)
+    behind = WriteBehind(scripted)
     assert behind.flush(0)
     assert behind.sizes(["a"]) == [0]
     assert threading.active_count() == before
 
 
-def test_queued_entries_are_read_first_and_the_rest_in_one_call(shelf: Shelf) -> None:
-    shelf.kept = {"old": entry("old", b"old", a="1"), "both": entry("both", b"before")}
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_queued_entries_are_read_first_and_the_rest_in_one_call(scripted: Scripted) -> None:
+    scripted.inner.write([entry("old", b"old", a="1"), entry("both", b"before")])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("new", b"new!", b="2"), entry("both", b"after"), entry("bare", c="3")])
     keys = ["old", "new", "none", "both", "bare", "old"]
     assert behind.sizes(keys) == [3, 4, 0, 5, 0, 3]
     assert blobs(behind, *keys) == [b"old", b"new!", None, b"after", None, b"old"]
     assert behind.read_metadata(keys) == [{"a": "1"}, {"b": "2"}, None, {}, {"c": "3"}, {"a": "1"}]
     rest = ["old", "none", "old"]
-    assert [call for call in shelf.calls if call[1]] == [
+    assert scripted.calls == [
         ("sizes", rest),
-        ("read", rest),
+        ("sizes", rest),
+        ("fetch", rest),
         ("read_metadata", rest),
     ]
 
 
-def test_places_are_filled_from_the_queue_and_the_store(shelf: Shelf) -> None:
-    shelf.kept = {"old": entry("old", b"old")}
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_places_are_filled_from_the_queue_and_the_store(scripted: Scripted) -> None:
+    scripted.inner.write([entry("old", b"old")])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("new", b"new!"), entry("bare")])
     keys = ["old", "new", "none", "old", "new", "bare", "old", "new"]
     lengths = [3, 4, 2, 3, 4, 1, 2, 5]
     memory = [bytearray(length) for length in lengths]
     places = [[memoryview(room)[:1], memoryview(room)[1:]] for room in memory]
-    there = [True, True, False, True, True, False, False, False]
-    assert list(behind.read_into(keys, places)) == there
+    there = [True, True, False, True, True, False, True, False]
+    assert list(fetch(behind, keys, places)) == there
     filled = [bytes(room) for room, is_there in zip(memory, there, strict=True) if is_there]
-    assert filled == [b"old", b"new!", b"old", b"new!"]
+    assert filled == [b"old", b"new!", b"old", b"new!", b"ol"]
 
 
-class PartShelf(Shelf):
-    """A shelf that gives parts of blobs."""
-
-    reads_parts = True
-
-    def read_parts(self, parts: Sequence[Part]) -> Generator[bool]:
-        self._call("read_parts", [part.key for part in parts])
-        for part in parts:
-            blob = self.kept[part.key].blob if part.key in self.kept else None
-            stop = part.start + nbytes_of(part.place)
-            yield copy_into(blob and blob[part.start : stop], part.place)
-
-
-def test_parts_are_taken_from_the_queue_and_the_store() -> None:
+def test_parts_are_taken_from_the_queue_and_the_store(scripted: Scripted) -> None:
     old, new = bytes(range(100)), bytes(range(100, 200))
-    shelf = PartShelf()
-    shelf.kept = {"old": entry("old", old)}
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+    scripted.script["reads_parts"] = lambda _: True
+    scripted.inner.write([entry("old", old)])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("new", new)])
     wanted = [("old", 10, 5), ("new", 90, 10), ("none", 0, 1), ("new", 0, 3), ("old", 95, 5)]
     wanted += [("new", 95, 6), ("old", 95, 6)]  # longer than there is
@@ -98,55 +85,61 @@ def test_parts_are_taken_from_the_queue_and_the_store() -> None:
         Part(key, start, [memoryview(room)[:1], memoryview(room)[1:]])
         for (key, start, _), room in zip(wanted, memory, strict=True)
     ]
-    there = list(behind.read_parts(parts))
-    shelf.gate.set()
+    there = list(behind.fetch(parts))
+    scripted.gate.set()
     assert behind.reads_parts
     assert there == [True, True, False, True, True, False, False]
     filled = [bytes(room) for room, is_there in zip(memory, there, strict=True) if is_there]
     assert filled == [old[10:15], new[90:], new[:3], old[95:]]
-    assert ("read_parts", ["old", "none", "old", "old"]) in shelf.calls
+    assert ("fetch", ["old", "none", "old", "old"]) in scripted.calls
 
 
-def test_a_dead_store_does_not_matter_while_all_is_queued(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
-    shelf.error = StoreError("down")
+def test_a_dead_store_does_not_matter_while_all_is_queued(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
+    scripted.error = StoreError("down")
     behind.write([entry("a", b"1"), entry("b", b"2")])
     assert behind.sizes(["b", "a"]) == [1, 1]
     assert blobs(behind, "b", "a") == [b"2", b"1"]
     assert behind.read_metadata(["a"]) == [{}]
-    for verb in (behind.sizes, behind.read_metadata, lambda keys: list(behind.read(keys))):
+    for verb in (
+        behind.sizes,
+        behind.read_metadata,
+        lambda keys: list(fetch(behind, keys, [[], []])),
+    ):
         with pytest.raises(StoreError, match="down"):
             verb(["a", "other"])
 
 
-def test_a_read_is_closed_early_with_the_stores_own(shelf: Shelf) -> None:
-    shelf.kept = {"a": entry("a", b"1"), "b": entry("b", b"2")}
-    reader = WriteBehind(shelf).read(["a", "b"])
+def test_a_read_is_closed_early_with_the_stores_own(scripted: Scripted) -> None:
+    scripted.inner.write([entry("a", b"1"), entry("b", b"2")])
+    reader = read_blobs(WriteBehind(scripted), ["a", "b"])
     next(reader)
-    assert ("read closed", []) not in shelf.calls
-    reader.close()  # type: ignore[attr-defined]
-    assert ("read closed", []) in shelf.calls
+    assert scripted.reading == 1
+    reader.close()
+    assert scripted.reading == 0
 
 
-def test_a_read_sees_what_was_queued_when_it_was_asked_for(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_a_read_sees_what_was_queued_when_it_was_asked_for(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("a", b"1")])
-    reader = behind.read(["a"])
-    shelf.gate.set()
+    room = memoryview(bytearray(1))
+    reader = fetch(behind, ["a"], [[room]])
+    scripted.gate.set()
     assert behind.flush(10)
-    shelf.kept.clear()
-    assert [bytes(view) for view in reader if view is not None] == [b"1"]
+    scripted.inner.close()
+    assert list(reader) == [True]
+    assert room == b"1"
 
 
-def test_fields_to_add_join_what_waits_and_what_is_there(shelf: Shelf) -> None:
+def test_fields_to_add_join_what_waits_and_what_is_there(scripted: Scripted) -> None:
     def more(**fields: str) -> Entry:
         return Entry("a", fields, memoryview(b""), merge=True)
 
-    shelf.kept["a"] = more(old="0")
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+    scripted.inner.write([more(old="0")])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([more(b="1")])
     until(lambda: behind._queue.current)
     behind.write([more(c="2")])
@@ -154,65 +147,65 @@ def test_fields_to_add_join_what_waits_and_what_is_there(shelf: Shelf) -> None:
     behind.write([entry("a", d="3")])  # replaces them all
     behind.write([more(e="4")])
     assert behind.read_metadata(["a"]) == [{"d": "3", "e": "4"}]
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
-    assert shelf.kept["a"] == entry("a", d="3", e="4")
+    assert scripted.kept["a"] == entry("a", d="3", e="4")
 
 
-def test_delete_reaches_the_queue_and_the_store(shelf: Shelf) -> None:
-    shelf.kept = {"old": entry("old", b"1"), "both": entry("both", b"1")}
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_delete_reaches_the_queue_and_the_store(scripted: Scripted) -> None:
+    scripted.inner.write([entry("old", b"1"), entry("both", b"1")])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("in flight", b"1")])
     until(lambda: behind._queue.current)
     behind.write([entry("both", b"22"), entry("queued", b"1"), entry("kept", b"1")])
     assert behind.delete(["old", "both", "queued", "none"]) == 3
     assert behind.sizes(["old", "both", "queued", "kept"]) == [0, 0, 0, 1]
     assert behind.stats().queued_bytes == 2
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush(10)
-    assert sorted(shelf.kept) == ["in flight", "kept"]
+    assert sorted(scripted.kept) == ["in flight", "kept"]
     assert behind.delete(["kept"]) == 1
     behind.write([entry("kept", b"1")])  # deleted since: not the same as just written
     assert behind.flush(10)
-    assert "kept" in shelf.kept
+    assert "kept" in scripted.kept
 
 
-def test_delete_waits_for_the_write_under_way(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_delete_waits_for_the_write_under_way(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("a", b"1")])
     until(lambda: behind._queue.current)
-    threading.Timer(0.05, shelf.gate.set).start()
+    threading.Timer(0.05, scripted.gate.set).start()
     assert behind.delete(["a"]) == 1
     assert behind.flush(10)
-    assert shelf.kept == {}
+    assert scripted.kept == {}
 
 
-def test_flush_says_whether_all_is_written(shelf: Shelf) -> None:
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_flush_says_whether_all_is_written(scripted: Scripted) -> None:
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([entry("a", b"1")])
     assert not behind.flush(0.02)
-    shelf.gate.set()
+    scripted.gate.set()
     assert behind.flush()
-    assert "a" in shelf.kept
+    assert "a" in scripted.kept
 
 
-def test_fields_to_add_do_not_hide_the_blob_that_is_there(shelf: Shelf) -> None:
-    shelf.kept["a"] = entry("a", b"blob", old="0")
-    behind = WriteBehind(shelf)
-    shelf.gate.clear()
+def test_fields_to_add_do_not_hide_the_blob_that_is_there(scripted: Scripted) -> None:
+    scripted.inner.write([entry("a", b"blob", old="0")])
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
     behind.write([Entry("a", {"new": "1"}, memoryview(b""), merge=True)])
     room = bytearray(4)
     assert behind.sizes(["a"]) == [4]
     assert blobs(behind, "a") == [b"blob"]
-    assert list(behind.read_into(["a"], [[memoryview(room)]])) == [True]
+    assert list(fetch(behind, ["a"], [[memoryview(room)]])) == [True]
     assert room == b"blob"
 
 
 def test_nothing_is_taken_while_the_store_is_known_to_fail(redis_server: Server) -> None:
-    behind = WriteBehind(Guarded(RedisStore(redis_server.tcp_url)))
+    behind = WriteBehind(CircuitBreaker(RedisStore(redis_server.tcp_url)))
     redis_server.stop()
     assert behind.write([entry("a", b"1")]) == 1  # nobody knows yet
     assert behind.flush(10)
@@ -222,30 +215,29 @@ def test_nothing_is_taken_while_the_store_is_known_to_fail(redis_server: Server)
     assert (stats.queued_entries, stats.failed_entries) == (0, 1)
 
 
-def test_close_writes_then_closes_and_takes_no_more(shelf: Shelf) -> None:
-    with WriteBehind(shelf) as behind:
+def test_close_writes_then_closes_and_takes_no_more(scripted: Scripted) -> None:
+    with WriteBehind(scripted) as behind:
         behind.write([entry("a", b"1")])
-    assert "a" in shelf.kept
-    assert shelf.closed
+    assert scripted.closed
     with pytest.raises(StoreError, match=r"was closed, .* make a new cache"):
         behind.write([entry("b", b"1")])
-    assert "b" not in shelf.kept
+    assert scripted.asked("write") == ["a"]
 
 
 def test_close_is_bounded_and_drops_what_is_left(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "DRAIN_SECONDS", 0.02)
-    shelf.gate.clear()
-    behind = WriteBehind(shelf)
+    scripted.gate.clear()
+    behind = WriteBehind(scripted)
     behind.write([entry("a", b"1")])
     until(lambda: behind._queue.current)
     behind.write([entry("b", b"1")])
     behind.close()
-    assert shelf.closed
-    shelf.gate.set()
+    assert scripted.closed
+    scripted.gate.set()
     assert behind.flush(10)
-    assert "b" not in shelf.kept
+    assert "b" not in scripted.kept
 
 
 KEYS = st.sampled_from("abcde")
@@ -257,8 +249,8 @@ class WriteBehindBehavesLikeItsStore(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf = Shelf()
-        self.behind = WriteBehind(self.shelf)
+        self.scripted = Scripted()
+        self.behind = WriteBehind(self.scripted)
         self.model: dict[str, tuple[bytes, dict[str, str]]] = {}
 
     @rule(key=KEYS, blob=BLOBS, tag=st.sampled_from("xy"))
@@ -268,7 +260,7 @@ class WriteBehindBehavesLikeItsStore(RuleBasedStateMachine):
         self.behind.write([entry(key, blob, tag=tag)])
         self.model[key] = (blob, {"tag": tag})
 
-    @precondition(lambda self: self.shelf.gate.is_set())
+    @precondition(lambda self: self.scripted.gate.is_set())
     @rule(keys=st.lists(KEYS, unique=True))
     def delete(self, keys: list[str]) -> None:
         there = sum(self.model.pop(key, None) is not None for key in keys)
@@ -276,17 +268,17 @@ class WriteBehindBehavesLikeItsStore(RuleBasedStateMachine):
 
     @rule()
     def hold(self) -> None:
-        self.shelf.gate.clear()
+        self.scripted.gate.clear()
 
     @rule()
     def let_go(self) -> None:
-        self.shelf.gate.set()
+        self.scripted.gate.set()
 
     @rule()
     def flush(self) -> None:
-        self.shelf.gate.set()
+        self.scripted.gate.set()
         assert self.behind.flush(10)
-        assert {key: bytes(kept.blob) for key, kept in self.shelf.kept.items()} == {
+        assert {key: bytes(kept.blob) for key, kept in self.scripted.kept.items()} == {
             key: blob for key, (blob, _) in self.model.items()
         }
         assert self.behind.stats().queued_bytes == 0
@@ -300,7 +292,7 @@ class WriteBehindBehavesLikeItsStore(RuleBasedStateMachine):
         assert self.behind.read_metadata(keys) == [metadata for _, metadata in content]
 
     def teardown(self) -> None:
-        self.shelf.gate.set()
+        self.scripted.gate.set()
         self.behind.close()
 
 

@@ -188,7 +188,8 @@ class Blobs:
         layers: list[Any] = [GrowingLayer() if shape else object() for shape in LAYOUT.layers]
         settle_all(layers, LAYOUT, 1, len(TOKENS), torch.device("cpu"))
         name, troubles = self.chunk.hash, list[Exception]()
-        known = {name: size for size in self.store.sizes([self.key]) if size}
+        (size,) = self.store.sizes([self.key])
+        known = {name: size} if size else {}
         plans = [plan_row([self.chunk], len(TOKENS), 0, known, "not there")]
         forms = {name: self.keys.form(TOKENS, 0, name)}
         loader = ChunkLoader(BlobReader(self.store, troubles.append), layers, [0], True)

@@ -50,11 +50,10 @@ from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
+from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, SpareMemory
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.kv.spare import SpareMemory
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import restore
 from chunkcache.reuse.harvest import blob_of

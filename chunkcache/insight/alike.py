@@ -13,8 +13,7 @@ from chunkcache.keys import ChunkKey
 from chunkcache.repair import Mask
 from chunkcache.reuse.index import Origin
 from chunkcache.stores.base import Listed, first_position
-from chunkcache.tokens.chunking import Tokens
-from chunkcache.tokens.listed import from_text
+from chunkcache.tokens.chunking import Tokens, from_text
 from chunkcache.tokens.matching import StoredChunk, grow
 from chunkcache.tokens.plan import stretches
 

@@ -13,8 +13,7 @@ from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.index import created_now, index_entries
 from chunkcache.reuse.step import Held, Setup, Step
 from chunkcache.stores.base import Entry, merged
-from chunkcache.tokens.chunking import Chunk, Tokens, cut, keyed_hash
-from chunkcache.tokens.listed import as_text
+from chunkcache.tokens.chunking import Chunk, Tokens, as_text, cut, keyed_hash
 from chunkcache.tokens.matching import SHORTEST_RUN
 
 EXACT, APPROXIMATE = "exact", "approximate"

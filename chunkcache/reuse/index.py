@@ -22,8 +22,7 @@ from chunkcache.kv.coding import Codec, Form
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import ChunkStore, Entry, first_position
 from chunkcache.tokens.anchors import REACH, WINDOW, anchors
-from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
-from chunkcache.tokens.listed import from_text
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
 from chunkcache.tokens.matching import Piece, StoredChunk, laid, long_enough
 
 # Texts that every prompt has (a system prompt) collect variants; the newest are enough.

@@ -218,9 +218,9 @@ class _Copy:
     def _write(self, entry: Entry) -> None:
         if self.told.dry_run:
             return
-        self.waiting += entry.nbytes
-        if self.waiting > MOST_WAITING:
+        if self.waiting + entry.nbytes > MOST_WAITING:
             self.settle()
+        self.waiting += entry.nbytes
         self.target.write([entry])
         self.written += [entry.key] if entry.nbytes else []
 

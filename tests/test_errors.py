@@ -97,7 +97,11 @@ COMMANDS = [
     (["warm", "--model", "x"], "warm", "name what to compute"),
     (["warm", "nowhere.txt", "--model", "x"], "nowhere.txt", "Name a text file"),
     (["doctor", "--store", "nope://"], "nope", "known are redis://"),
-    (["copy", "memory://?bytes=1GB", "file:///nowhere/x"], "no chunk", "check SRC and the terms"),
+    (
+        ["copy", "memory://?bytes=1GB", "file:///nowhere/x"],
+        "no chunk",
+        "check its URL and the terms",
+    ),
     (["copy", "memory://", "memory://"], "SRC and DST", "name two"),
     (["bench"], "--model", "use --preset demo"),
     (["show", ""], "show needs a key", "ls lists them"),

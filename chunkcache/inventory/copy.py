@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice, repeat
 
@@ -22,14 +22,13 @@ from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.stores.base import ChunkStore, Entry, Listed
 from chunkcache.stores.patient import PatientStore
 
-AT_ONCE = 64  # chunks asked for together
+AT_ONCE, ANCHORS_AT_ONCE = 64, 256  # entries asked for together
 MOST_WAITING = 32_000_000  # bytes of blobs that wait to be written
 MOST_BLOB, MOST_METADATA = 1 << 30, 1 << 20  # bytes; more is garbage
 MOST_TOLD = 20  # reasons that are kept
 CLOCKS = timedelta(days=1)  # by so much may those of two machines differ
 # An index entry keeps the newest mentions only, so one of the future would push out all others.
 MENTION = re.compile(r"-?\d{1,7} (\d{4}-[0-9T:.+-]{1,40})", re.ASCII)
-EMPTY = memoryview(b"")
 
 
 @dataclass(slots=True)
@@ -92,16 +91,16 @@ def copy_chunks(
     """
     total = catalog.stats(source, chosen).total.bytes
     if not total:
-        raise SettingError("no chunk of the source matches: check SRC and the terms")
+        raise SettingError("no chunk of the source matches: check its URL and the terms")
     if not dry_run:
         target.check_writable()
     copy = _Copy(source, PatientStore(target), verify, Copied(dry_run=dry_run))
     found = (entry for entry in catalog.entries(source, chosen) if entry.metadata and entry.nbytes)
     done = 0
     while page := list(islice(found, AT_ONCE)):
-        for entry in copy.chunks(page):
-            done += entry.nbytes
-            progress(done, total)
+        copy.chunks(page)
+        done += sum(entry.nbytes for entry in page)
+        progress(done, total)
     copy.index()
     copy.settle(last=True)
     return copy.told
@@ -114,42 +113,33 @@ class _Copy:
         self, source: ChunkStore, target: PatientStore, verify: bool, told: Copied
     ) -> None:
         self.source, self.target, self.verify, self.told = source, target, verify, told
-        self.there: dict[str, bool] = {}  # hashes of what the destination has: whether pinned
+        self.pins: dict[str, bool] = {}  # of what the destination has: by hash, whether pinned
         self.written: list[str] = []  # keys
         self.waiting = 0  # bytes
 
-    def chunks(self, page: list[Listed]) -> Iterator[Listed]:
-        """Copy some chunks, and yield each of them when it is done."""
-        lacking = self._lacking(page)
-        sent = []
+    def chunks(self, page: list[Listed]) -> None:
+        """Copy some chunks."""
+        lacking = self.lacking(page)
+        sent = [entry for entry in page if entry.key in lacking and self.is_fit(entry)]
         for entry in page:
             if entry.key not in lacking:
                 self.told.present += 1
-                self._note(entry)
-            elif why := _unfit(entry):
-                self._leave_out(entry, why)
-            else:
-                sent.append(entry)
-                continue
-            yield entry
-        for entry, blob in self._blobs(sent):
+                self.pins[_hash(entry)] = _is_pinned(entry)
+        for entry, blob in zip(sent, self.blobs([entry.key for entry in sent]), strict=True):
             try:
                 if blob is None:
                     raise BlobError("it has left the source")
                 if self.verify:
                     check_blob(entry, blob)
             except BlobError as error:
-                self._leave_out(entry, str(error))
-            else:
-                self.told.chunks += 1
-                self.told.tokens += catalog.tokens_of(entry)
-                self.told.bytes += entry.nbytes
-                self._note(entry)
-                if lacking[entry.key] and not self.told.dry_run:
-                    self.target.delete([entry.key])
-                pinned = self.there[_hash(entry)]
-                self._write(Entry(entry.key, entry.metadata or {}, blob, pinned=pinned))
-            yield entry
+                self.leave_out(entry, str(error))
+                continue
+            self.told.chunks += 1
+            self.told.tokens += catalog.tokens_of(entry)
+            self.told.bytes += entry.nbytes
+            self.pins[_hash(entry)] = pinned = _is_pinned(entry)
+            whole = Entry(entry.key, entry.metadata or {}, memoryview(bytes(blob)), pinned=pinned)
+            self.write(whole, replaces=lacking[entry.key])
 
     def index(self) -> None:
         """Add what the source's index says of the chunks that the destination has now."""
@@ -160,27 +150,49 @@ class _Copy:
                 mentions = {
                     name: place
                     for name, place in (entry.metadata or {}).items()
-                    if name in self.there
+                    if name in self.pins
                     if (match := MENTION.fullmatch(place)) and match[1] <= latest
                 }
                 with suppress(SettingError):  # the key is not ours
                     if mentions and _hash(entry):
-                        named.append(replace(entry, metadata=mentions, nbytes=0))
-            for at in range(0, len(named), AT_ONCE):
-                some = {entry.key: entry.metadata for entry in named[at : at + AT_ONCE]}
-                for key in self._lacking(named[at : at + AT_ONCE]):
-                    mentions = some[key] or {}
+                        named.append(Listed(entry.key, mentions, 0))
+            for at in range(0, len(named), ANCHORS_AT_ONCE):
+                some = named[at : at + ANCHORS_AT_ONCE]
+                lacking = self.lacking(some)
+                for key, mentions in ((e.key, e.metadata or {}) for e in some if e.key in lacking):
                     self.told.mentions += len(mentions)
-                    pinned = any(self.there[name] for name in mentions)
-                    self._write(Entry(key, mentions, EMPTY, merge=True, pinned=pinned))
+                    pinned = any(self.pins[name] for name in mentions)
+                    self.write(Entry(key, mentions, memoryview(b""), merge=True, pinned=pinned))
+                self.settle()
+
+    def lacking(self, entries: list[Listed]) -> dict[str, bool]:
+        """Keys of those that the destination lacks; whether it has a blob of that size instead."""
+        keys = [entry.key for entry in entries]
+        found = zip(entries, self.target.sizes(keys), self.target.read_metadata(keys), strict=True)
+        return {
+            entry.key: size == entry.nbytes
+            for entry, size, fields in found
+            if size != entry.nbytes or not (entry.metadata or {}).items() <= (fields or {}).items()
+        }
+
+    def blobs(self, keys: list[str]) -> Iterator[memoryview | None]:
+        """The source's blobs, each valid until the next; empty ones where none is needed."""
+        is_read = self.verify or not self.told.dry_run
+        return self.source.read(keys) if is_read else repeat(memoryview(b""), len(keys))
+
+    def write(self, entry: Entry, replaces: bool = False) -> None:
+        if self.told.dry_run:
+            return
+        if self.waiting + entry.nbytes > MOST_WAITING:
             self.settle()
+        self.waiting += entry.nbytes
+        if replaces:  # a server does not take a blob again that it has
+            self.target.delete([entry.key])
+        self.target.write([entry])
+        self.written += [entry.key] if entry.nbytes else []
 
     def settle(self, last: bool = False) -> None:
-        """Wait for what was written, and look whether it is there: `last`, all of it.
-
-        Raises:
-            StoreError: It is not.
-        """
+        """Wait for what was written. Raise StoreError if some, or at `last` any, is not there."""
         self.waiting = 0
         if self.told.dry_run:
             return
@@ -188,46 +200,25 @@ class _Copy:
         some = random.sample(self.written, min(AT_ONCE, len(self.written)))
         asked = self.written if last else self.written[-AT_ONCE:] + some
         parts = (asked[at : at + AT_ONCE] for at in range(0, len(asked), AT_ONCE))
-        lost = sum(not size for part in parts for size in self.target.sizes(part))
-        if lost:
+        if lost := sum(not size for part in parts for size in self.target.sizes(part)):
             raise StoreError(
-                f"DST has not kept {lost:,} of {len(asked):,} chunks that it was given: it is full "
+                f"the destination has not kept {lost:,} of {len(asked):,} chunks that it was given: it is full "
                 "(give it more room, or choose fewer chunks by terms), or they have expired (ttl)",
                 "full",
             )
 
-    def _lacking(self, entries: list[Listed]) -> dict[str, bool]:
-        """Keys of those that the destination lacks; whether it has another blob of that size."""
-        keys = [entry.key for entry in entries]
-        found = zip(self.target.sizes(keys), self.target.read_metadata(keys), strict=True)
-        return {
-            entry.key: size == entry.nbytes
-            for entry, (size, fields) in zip(entries, found, strict=True)
-            if size != entry.nbytes or not (entry.metadata or {}).items() <= (fields or {}).items()
-        }
+    def is_fit(self, entry: Listed) -> bool:
+        """Whether any store can keep it; if not, it is left out."""
+        try:
+            nbytes = len("".join(chain(*(entry.metadata or {}).items())).encode())
+        except UnicodeEncodeError:  # a half of a surrogate pair, which JSON can name
+            nbytes = MOST_METADATA + 1
+        fits = nbytes <= MOST_METADATA and entry.nbytes <= MOST_BLOB
+        if not fits:
+            self.leave_out(entry, "it is too large, or its metadata are no text")
+        return fits
 
-    def _blobs(self, entries: list[Listed]) -> Iterator[tuple[Listed, memoryview | None]]:
-        if self.told.dry_run and not self.verify:
-            yield from zip(entries, repeat(EMPTY))
-            return
-        blobs = self.source.read([entry.key for entry in entries])
-        with closing(blobs):  # type: ignore[type-var]
-            for entry, blob in zip(entries, blobs, strict=True):
-                yield entry, None if blob is None else memoryview(bytes(blob))
-
-    def _write(self, entry: Entry) -> None:
-        if self.told.dry_run:
-            return
-        if self.waiting + entry.nbytes > MOST_WAITING:
-            self.settle()
-        self.waiting += entry.nbytes
-        self.target.write([entry])
-        self.written += [entry.key] if entry.nbytes else []
-
-    def _note(self, entry: Listed) -> None:
-        self.there[_hash(entry)] = (entry.metadata or {}).get("pinned") == "yes"
-
-    def _leave_out(self, entry: Listed, why: str) -> None:
+    def leave_out(self, entry: Listed, why: str) -> None:
         self.told.left_out += 1
         if len(self.told.reasons) < MOST_TOLD:
             self.told.reasons[entry.key] = why
@@ -237,10 +228,5 @@ def _hash(entry: Listed) -> str:
     return ChunkKey.parse(entry.key).chunk_hash
 
 
-def _unfit(entry: Listed) -> str:
-    """Why no other store could keep an entry, or `""`."""
-    try:
-        text = "".join(chain(*(entry.metadata or {}).items())).encode()
-    except UnicodeEncodeError:  # halves of a surrogate pair, which JSON can name
-        return "its metadata are no text"
-    return "it is too large" if len(text) > MOST_METADATA or entry.nbytes > MOST_BLOB else ""
+def _is_pinned(entry: Listed) -> bool:
+    return (entry.metadata or {}).get("pinned") == "yes"

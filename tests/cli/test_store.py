@@ -305,7 +305,7 @@ def test_copy_leaves_out_what_is_damaged(url, tmp_path):
         (["URL", "redis://localhost:1/0"], "check that the server runs"),
         (["redis://localhost:1/0", "URL"], "check that the server runs"),
         (["URL", "memory://?bytes=50KB"], "full|raise that"),
-        (["URL", "memory://?bytes=200KB"], "DST has not kept"),
+        (["URL", "memory://?bytes=200KB"], "destination has not kept"),
         (["URL", "memory://", "nonsense"], "cannot be understood"),
     ],
 )

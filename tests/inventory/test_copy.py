@@ -244,7 +244,7 @@ def test_a_destination_that_is_full(source, kind, redis_server, tmp_path):
         if kind == "redis":
             client.config_set("maxmemory", client.info("memory")["used_memory"] + 150_000)
         try:
-            with pytest.raises(StoreError, match="it is full|used memory > 'maxmemory'"):
+            with pytest.raises(StoreError, match=r"it is full|used memory > 'maxmemory'"):
                 copy_chunks(source, target)
         finally:
             client.config_set("maxmemory", 0)

@@ -202,8 +202,8 @@ class _Copy:
         parts = (asked[at : at + AT_ONCE] for at in range(0, len(asked), AT_ONCE))
         if lost := sum(not size for part in parts for size in self.target.sizes(part)):
             raise StoreError(
-                f"the destination has not kept {lost:,} of {len(asked):,} chunks that it was given: it is full "
-                "(give it more room, or choose fewer chunks by terms), or they have expired (ttl)",
+                f"the destination has not kept {lost:,} of {len(asked):,} chunks: it is full (give "
+                "it more room, or choose fewer chunks by terms), or they have expired (ttl)",
                 "full",
             )
 

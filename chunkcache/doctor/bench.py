@@ -33,7 +33,7 @@ QUESTIONS = (
     "What is the text above about? Answer in one sentence.",
     "Name one function that the text above describes, and say what it does.",
 )
-NO_CACHE, COLD, OTHER, SAME = "no cache", "cold", "warm, another question", "warm, same prompt"
+NO_CACHE, COLD, OTHER, SAME = "no cache", "cold", "warm, other question", "warm, same prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,16 @@ class Bench:
         return {**asdict(self), **told}
 
     def table(self) -> Table:
-        """One section per length."""
-        table = Table(
-            header_style="bold", title=f"{self.model}, {self.store}: medians of {self.repeats}"
-        )
+        """One row per arm."""
+        title = f"{self.model}, {self.store}: medians of {self.repeats}"
+        table = Table(box=None, header_style="bold", title=title)  # fits into 80 columns
         table.add_column("prompt", justify="right")
-        table.add_column("")
-        for name in ("first token", "speed-up", "each later token", "tokens reused"):
+        table.add_column("", no_wrap=True)
+        for name in ("first token", "speed-up", "later token", "reused"):
             table.add_column(name, justify="right")
         table.add_column("answers")
         for arm in self.arms:
             plain = arm.name == NO_CACHE
-            if plain:
-                table.add_section()
             table.add_row(
                 f"{arm.prompt_tokens:,}" if plain else "",
                 arm.name,

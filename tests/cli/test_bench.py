@@ -43,7 +43,7 @@ def test_each_arm_at_each_length(folder, redis_server):
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["same"]
-    names = ["no cache", "cold", "warm, another question", "warm, same prompt"]
+    names = ["no cache", "cold", "warm, other question", "warm, same prompt"]
     assert [(arm["tokens"], arm["name"]) for arm in told["arms"]] == [
         (tokens, name) for tokens in (256, 512) for name in names
     ]

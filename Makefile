@@ -25,12 +25,12 @@ help:  ## Show this list
 	@echo "  TORCH_INDEX  one more package index for pip. On Linux, PyPI's torch comes with CUDA"
 	@echo "               (several GB); PyTorch's index of CPU builds, named on its 'Get Started'"
 	@echo "               page, has a small one. torch in $(VENV) already is not fetched again"
-	@echo "  DEMO_ARGS    passed to 'chunkcache demo', as in DEMO_ARGS='--store redis://localhost'"
+	@echo "  DEMO_ARGS    passed to 'chunkcache bench', as in DEMO_ARGS='--store redis://localhost'"
 	@echo "  PYTEST_ARGS  passed to pytest, as in PYTEST_ARGS='-k store -x'"
 	@echo "  WORKERS      test processes at a time; now $(WORKERS)"
 
 demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and warm
-	@$(BIN)/chunkcache demo $(DEMO_ARGS)
+	@$(BIN)/chunkcache bench --preset demo $(DEMO_ARGS)
 
 # One thread of torch per process: more would fight over the cores. A file's tests stay together,
 # so that its model and its servers start once.
@@ -58,7 +58,8 @@ lint: $(VENV)/.test-installed  ## Check style and types
 
 docs: $(VENV)/.test-installed  ## Write the reference of all public names to build/docs
 	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/docs chunkcache \
-		chunkcache.inventory.catalog chunkcache.prometheus chunkcache.repair chunkcache.stores.base
+		chunkcache.inventory.catalog chunkcache.inventory.copy chunkcache.prometheus \
+		chunkcache.repair chunkcache.stores.base
 
 clean:  ## Remove .venv and what the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,11 +50,10 @@ from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
+from chunkcache.kv.codec import BlobForm, BufferPool, KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, settle_all
 from chunkcache.kv.seal import Seal
-from chunkcache.kv.spare import BufferPool
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import blobs
 from chunkcache.reuse.blobs import BlobReader

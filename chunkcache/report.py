@@ -8,7 +8,6 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.frame import data_frame
 from chunkcache.gain import NO_GAIN
 from chunkcache.prompt_map import STYLE, MapRow, html_map, terminal_map
 from chunkcache.tokens.chunking import Tokens
@@ -268,3 +267,16 @@ class Report(Counts):
 
     def _html(self, rows: list[MapRow]) -> str:
         return f'<div style="{STYLE}">{html_map(rows)}<div>{escape(str(self))}</div></div>'
+
+
+def data_frame(rows: Sequence[Any], columns: Sequence[str]) -> pandas.DataFrame:
+    """Rows as a pandas DataFrame, under these columns even if there are none.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_dataframe() needs the package pandas: pip install pandas") from error
+    return pandas.DataFrame(rows, columns=list(columns))

@@ -91,19 +91,20 @@ COMMANDS = [
     (["ls", "'open"], "filter", "write name=value"),
     (["purge"], "purge needs terms", "such as namespace=team-a"),
     (["stats", "--store", "redis://localhost:1/0"], "localhost:1", "check that the server runs"),
-    (["demo", "--store", "memory://"], "--store", "use redis://"),
     (["explain", "nowhere.txt", "--model", "x"], "nowhere.txt", "Name a UTF-8 text file"),
     (["explain", "/dev/null", "--model", "x"], "/dev/null", "put the prompt's text into it"),
     (["explain", __file__, "--model", "/dev"], "--model", "Name a model's folder, a hub id"),
     (["warm", "--model", "x"], "warm", "name what to compute"),
     (["warm", "nowhere.txt", "--model", "x"], "nowhere.txt", "Name a text file"),
-    (["doctor", "--plan"], "--plan", "name both"),
-    (["export", __file__], "test_errors.py", "use --force"),
-    (["export", "/nowhere/x"], "/nowhere/x", "Name a file in a folder with room"),
-    (["export", "/tmp/none.safetensors"], "no chunk", "check the terms and --store"),
-    (["bench", "--model", "x", "--store", "memory://"], "--store", "use redis://"),
+    (["doctor", "--store", "nope://"], "nope", "known are redis://"),
+    (
+        ["copy", "memory://?bytes=1GB", "file:///nowhere/x"],
+        "no chunk",
+        "check its URL and the terms",
+    ),
+    (["copy", "memory://", "memory://"], "SRC and DST", "name two"),
+    (["bench"], "--model", "use --preset demo"),
     (["show", ""], "show needs a key", "ls lists them"),
-    (["import", __file__], "test_errors.py", "Name a file that chunkcache export wrote"),
 ]
 
 

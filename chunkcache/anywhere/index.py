@@ -20,8 +20,7 @@ from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.keys import ANCHOR_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry, first_position
-from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
-from chunkcache.tokens.listed import from_text
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
 
 # Texts that every prompt has (a system prompt) collect variants; the newest are enough.
 MOST_VARIANTS = 8

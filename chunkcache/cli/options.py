@@ -28,7 +28,7 @@ Terms = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 Model = Annotated[str, typer.Option("--model", help="A model's folder or hub id.")]
 Namespace = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""`chunkcache ls | stats | show | purge | sweep`: what is in a store. `show` reads a blob."""
+"""`chunkcache ls | stats | show | purge | sweep | copy`: what is in a store."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from dataclasses import asdict
 from itertools import islice
 from textwrap import indent
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from chunkcache.cli.options import DryRun, Json, Store, Terms, changed, chosen, looked_into, opened
+from chunkcache.cli.options import (
+    ERR,
+    DryRun,
+    Json,
+    Store,
+    Terms,
+    changed,
+    chosen,
+    looked_into,
+    opened,
+)
 from chunkcache.errors import SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import NO_MATCH
@@ -192,3 +204,40 @@ def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -
     with changed(store) as place:
         done = catalog.sweep(place, dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
+
+
+@app.command()
+def copy(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="URL of the store to copy from.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="URL of the store to copy to.")],
+    terms: Terms = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check each blob, and leave damaged ones out.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Copy chunks to another store, with what leads to them; what is there is not sent again.
+
+    Ends with 1 if chunks were left out: damaged, or gone from SRC meanwhile.
+    """
+    from chunkcache.inventory.copy import copy_chunks
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with (
+        opened(src, ttl=0.0) as source,
+        opened(dst) as target,
+        Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar,
+    ):
+        if repr(source) == repr(target) and urlsplit(src).query == urlsplit(dst).query:
+            raise SettingError("SRC and DST are the same store: name two")
+        task = bar.add_task("", total=None)
+        done = copy_chunks(
+            source, target, chosen(terms), verify=verify, dry_run=dry_run,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
+    for key, why in done.reasons.items():
+        typer.echo(shown(f"{key}: {why}"), err=True)
+    if done.left_out:
+        raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""Does it work and does it pay here: checks, measurements, and the sizing of servers."""
+"""Does it work and does it pay here: checks and measurements."""

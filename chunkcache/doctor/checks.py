@@ -77,7 +77,8 @@ class ModelHealth:
             return "\n".join([*lines, f"  ! is computed as usual: {self.obstacle}"])
         can = "can be moved, too" if not self.moving else f"cannot be moved: {self.moving}"
         lines.append(
-            f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store"
+            f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store: 1 GB "
+            f"holds {1e9 / self.token_bytes:,.0f} tokens"
         )
         lines.append(f"  what stands at the beginning of a prompt is reused; K/V {can}")
         if self.break_even and self.break_even.points:

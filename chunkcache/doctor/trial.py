@@ -6,8 +6,9 @@ from torch import nn
 
 from chunkcache.doctor.break_even import measure_break_even
 from chunkcache.doctor.checks import ModelHealth, Step
-from chunkcache.doctor.footprint import chunk_bytes
 from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
+from chunkcache.keys import ZSTD
+from chunkcache.kv.coding import Codec
 from chunkcache.model.check import check_model
 from chunkcache.model.state import ModelState
 from chunkcache.settings import Settings
@@ -38,7 +39,9 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
     if proof.obstacle or proof.layout is None:
         return ModelHealth(name, obstacle=proof.obstacle)
     mover = state.mover(identity, proof.layout, store)
-    nbytes = chunk_bytes(proof.layout, settings.chunk_size, settings.codec)
+    # The blob of a chunk, before compression: of its token ids, only the digits matter.
+    ids, codec = [10_000] * settings.chunk_size, Codec(settings.codec.removesuffix(ZSTD))
+    nbytes = codec.form(proof.layout, ids, 0, "0" * 64, "").file.size
     return ModelHealth(
         name,
         str(proof.layout.dtype).removeprefix("torch."),

@@ -14,8 +14,7 @@ from chunkcache.keys import ChunkKey
 from chunkcache.repair import Mask
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Listed, first_position
-from chunkcache.tokens.chunking import Tokens
-from chunkcache.tokens.listed import from_text
+from chunkcache.tokens.chunking import Tokens, from_text
 from chunkcache.tokens.plan import stretches
 
 WINDOW = 32  # tokens that must be alike

@@ -7,10 +7,9 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from chunkcache.frame import data_frame
 from chunkcache.insight.seams import Seam
 from chunkcache.prompt_map import STYLE, MapRow, html_map
-from chunkcache.report import Counts
+from chunkcache.report import Counts, data_frame
 from chunkcache.tokens.plan import Kind, Span
 from chunkcache.tokens.token_text import shown
 

@@ -52,7 +52,7 @@ class Group:
     def add(self, entry: Listed) -> None:
         """Count one more chunk."""
         self.chunks += 1
-        self.tokens += _tokens(entry)
+        self.tokens += tokens_of(entry)
         self.bytes += entry.nbytes
         if created := (entry.metadata or {}).get("created", ""):
             self.oldest = min(self.oldest or created, created)
@@ -276,6 +276,7 @@ def _replace(store: ChunkStore, changed: list[Entry]) -> None:
         store.check_writable()
 
 
-def _tokens(entry: Listed) -> int:
+def tokens_of(entry: Listed) -> int:
+    """A chunk's tokens as its metadata count them; 0 where they do not."""
     count = (entry.metadata or {}).get("tokens", "")
     return int(count) if count.isdecimal() and len(count) < 10 else 0

@@ -14,17 +14,20 @@ https://github.com/huggingface/safetensors#format, written here to be built in o
 from __future__ import annotations
 
 import json
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
 
 from chunkcache.errors import BlobError
-from chunkcache.kv.spare import BufferPool
 
 LAYOUT = "[kv_heads, tokens, head_dim]"
 # Tensor data begins on a cache line, whatever the header's length.
@@ -100,6 +103,39 @@ LayerKV = tuple[Tensor, Tensor]
 
 Arrange = Callable[[KVLayout, int], list[Slot]]
 """The tensors of a blob for so many tokens of a layout, without a gap between them."""
+
+Buffer = npt.NDArray[np.uint8]
+
+
+class BufferPool:
+    """Hands out memory, and keeps it for the next one when nothing refers to it any more.
+
+    Writing into memory that the system has just given costs as much as several copies, since it
+    must be mapped and zeroed page by page.
+
+    At most `pieces` pieces are kept, each of at most `most_bytes`.
+    """
+
+    def __init__(self, pieces: int = 1, most_bytes: int = 1 << 29) -> None:
+        self.most_bytes = most_bytes
+        self._spare: deque[Buffer] = deque(maxlen=pieces)  # its methods are atomic
+
+    def take(self, nbytes: int) -> Buffer:
+        """Uninitialised memory; what it held before is still in it."""
+        # numpy asks the kernel for huge pages, which makes first writes several times faster.
+        if not 0 < nbytes <= self.most_bytes:
+            return np.empty(nbytes, dtype=np.uint8)
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = np.empty(0, dtype=np.uint8)
+        if not nbytes <= len(buffer) <= 2 * nbytes:
+            buffer = np.empty(nbytes, dtype=np.uint8)
+        # What is made of an array keeps that very array alive, so its end is that of the last user.
+        array = buffer[:nbytes]
+        weakref.finalize(array, self._spare.append, buffer).atexit = False
+        return array
+
 
 # Blobs are gone as soon as they are written; here is room for those of a prompt.
 _SPARE = BufferPool(pieces=16, most_bytes=20 << 20)

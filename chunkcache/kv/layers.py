@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from chunkcache.kv.codec import KVLayout, LayerKV
-from chunkcache.kv.spare import BufferPool
+from chunkcache.kv.codec import BufferPool, KVLayout, LayerKV
 
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128

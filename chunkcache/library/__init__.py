@@ -1,1 +1,1 @@
-"""Many prompts of text: documents computed ahead of time, and packs of chunks to share."""
+"""Documents, computed ahead of time."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkcache.errors import SettingError
 from chunkcache.samples import load_smollm2, smollm2_folder
@@ -39,31 +39,17 @@ def load_model(name: str) -> tuple[Any, Any]:
     return loaded.to(device).eval(), tokenizer
 
 
-def load_config(name: str) -> Any:
-    """The configuration alone; no weights are read.
-
-    Raises:
-        SettingError: It cannot be loaded.
-    """
-    return _read(AutoConfig, name, "--model")
-
-
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone.
 
     Raises:
         SettingError: It cannot be loaded.
     """
-    return _read(AutoTokenizer, name, "--tokenizer")
-
-
-def _read(kind: Any, name: str, option: str) -> Any:
-    """A part of a model that needs no weights."""
     place = smollm2_folder() if name == SMOLLM2 else name
     try:
-        return kind.from_pretrained(place, local_files_only=Path(place).is_dir())
+        return AutoTokenizer.from_pretrained(place, local_files_only=Path(place).is_dir())
     except Exception as error:
-        raise _cannot(name, error, option) from error
+        raise _cannot(name, error, "--tokenizer") from error
 
 
 def _cannot(name: str, error: Exception, option: str = "--model") -> SettingError:

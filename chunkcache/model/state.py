@@ -14,9 +14,8 @@ from torch import nn
 
 from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
-from chunkcache.kv.codec import KVLayout
+from chunkcache.kv.codec import BufferPool, KVLayout
 from chunkcache.kv.rope import KeyMover
-from chunkcache.kv.spare import BufferPool
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup

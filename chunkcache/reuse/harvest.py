@@ -12,8 +12,7 @@ from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry, merged
-from chunkcache.tokens.chunking import Chunk, Tokens, cut
-from chunkcache.tokens.listed import as_text
+from chunkcache.tokens.chunking import Chunk, Tokens, as_text, cut
 from chunkcache.tokens.transcript import Transcript
 
 EXACT, APPROXIMATE = "exact", "approximate"

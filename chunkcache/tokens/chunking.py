@@ -9,6 +9,7 @@ where that comes of a secret, nobody else can tell which text a hash is of.
 from __future__ import annotations
 
 import hmac
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int64]
+MOST_TOKENS = 1 << 20  # a chunk has fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +90,21 @@ def cut(tokens: Sequence[int] | Tokens, grid: Grid, salt: bytes, tail: bool = Fa
 def keyed_hash(salt: bytes, *parts: bytes) -> bytes:
     """HMAC-SHA256 of all parts together; the first names what is hashed."""
     return hmac.digest(salt, b"".join(parts), "sha256")
+
+
+def as_text(ids: Sequence[int]) -> str:
+    """Token ids as metadata list them: JSON, which people can read."""
+    return json.dumps(list(ids), separators=(",", ":"))
+
+
+def from_text(text: str) -> Tokens | None:
+    """`[tokens]` ids in metadata, which anybody may have written; `None` for any other text."""
+    try:
+        listed = json.loads(text)
+        ids = np.array(listed)
+    except (ValueError, OverflowError, RecursionError):
+        return None
+    # What is too large for 64 bits, and what is no number, makes an array of another kind.
+    if not isinstance(listed, list) or ids.ndim != 1 or ids.dtype.kind != "i":
+        return None
+    return ids.astype(np.int64) if len(ids) < MOST_TOKENS and ids.min() >= 0 else None

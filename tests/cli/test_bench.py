@@ -6,13 +6,14 @@ import json
 import threading
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from chunkcache import RedisChunkCache, StoreError
 from chunkcache.cli import app as cli
-from chunkcache.doctor.bench import _clean_up
-from chunkcache.doctor.measure import Measurer
+from chunkcache.doctor.bench import Arm, Bencher, Stopwatch, _clean_up
 from chunkcache.inventory import catalog
+from chunkcache.model.loading import SMOLLM2
 from chunkcache.stores import open_store
 from chunkcache.stores.redis import RedisStore
 from tests.models import tiny
@@ -42,7 +43,7 @@ def test_each_arm_at_each_length(folder, redis_server):
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["same"]
-    names = ["no cache", "cold", "warm, another question", "warm, same prompt"]
+    names = ["no cache", "cold", "warm, other question", "warm, same prompt"]
     assert [(arm["tokens"], arm["name"]) for arm in told["arms"]] == [
         (tokens, name) for tokens in (256, 512) for name in names
     ]
@@ -68,10 +69,59 @@ def test_a_prompt_too_long_for_the_model(folder, redis_server):
     assert "--tokens 4000" in result.stderr
 
 
-def test_a_store_of_this_process_alone(folder):
+def test_the_demo_is_a_preset():
+    """With the sample model; what is given counts more than what the preset says."""
+    result = bench("--preset", "demo", "--store", "memory://", "--tokens", "150", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["model"], told["repeats"], told["store"]) == (SMOLLM2, 1, "memory://")
+    plain, cold, other, same = told["arms"]
+    assert plain["tokens"] == 150
+    assert plain["reused"] == cold["reused"] == 0
+    assert 128 <= other["reused"] < same["reused"] == same["prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--preset demo"),
+        (["--preset", "large"], "'large'"),
+        (["--model", "x", "--store", "nope://x"], "nope"),
+        (["--model", "x", "--store", "redis://ann:secret@127.0.0.1:1/0"], "127.0.0.1:1"),
+        (["--model", "/nowhere", "--store", "memory://"], "--model"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(arguments, said):
+    result = bench(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "secret" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("same", "code"), [(True, 0), (False, 1)])
+def test_what_is_shown(monkeypatch, folder, same, code):
+    times = {"no cache": 2000.0, "cold": 2100.0, "warm, same prompt": 100.0}
+    arms = tuple(Arm(900, name, ms, 9.0, 999, 1000, same) for name, ms in times.items())
+    monkeypatch.setattr(Bencher, "run", lambda *_: arms)
+    monkeypatch.setenv("COLUMNS", "120")
     result = bench("--model", folder, "--store", "memory://")
-    assert result.exit_code == 2
-    assert "lives in one process" in result.stderr
+    assert result.exit_code == code
+    assert "20.0×" in result.stdout
+    assert result.stdout.count("DIFFERENT") == (0 if same else 2)
+
+
+def test_the_prompt_is_not_the_first_token():
+    watch = Stopwatch()
+    for token in ([[1, 2, 3]], [4]):
+        watch.put(torch.tensor(token))
+    first = watch.first_token_ms
+    assert first == 1e3 * (watch.times[2] - watch.times[0]) > 0
+    assert watch.decode_ms == 0
+    for token in ([5], [6]):
+        watch.put(torch.tensor(token))
+    assert watch.first_token_ms == first
+    assert watch.decode_ms == 500 * (watch.times[4] - watch.times[2])
 
 
 def test_the_same_length_twice_is_measured_once(folder, redis_server):
@@ -82,7 +132,7 @@ def test_the_same_length_twice_is_measured_once(folder, redis_server):
 
 
 def test_all_lengths_are_checked_before_any_is_measured(folder, redis_server, monkeypatch):
-    monkeypatch.setattr(Measurer, "measure", None)
+    monkeypatch.setattr(Bencher, "_answer", None)
     url = redis_server.unix_url
     result = bench("--model", folder, "--store", url, "--tokens", "64", "--tokens", "4000")
     assert result.exit_code == 2
@@ -92,7 +142,7 @@ def test_all_lengths_are_checked_before_any_is_measured(folder, redis_server, mo
 @pytest.mark.parametrize(("name", "value"), [("WRITE", "no"), ("REUSE", "off")])
 def test_settings_with_which_nothing_can_be_reused(folder, redis_server, monkeypatch, name, value):
     monkeypatch.setenv(f"CHUNKCACHE_{name}", value)
-    monkeypatch.setattr("chunkcache.doctor.measure.load_model", None)
+    monkeypatch.setattr("chunkcache.model.loading.load_model", None)
     result = bench("--model", folder, "--store", redis_server.unix_url)
     assert result.exit_code == 2
     assert f"CHUNKCACHE_{name}" in result.stderr

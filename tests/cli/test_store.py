@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import time
 from urllib.parse import quote
 
 import pytest
@@ -233,7 +235,7 @@ def test_ls_prints_json_while_it_looks(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ls"], ["stats"], ["show", "abc"], ["purge", "a=b"], ["sweep"], ["export", "pack"]],
+    [["ls"], ["stats"], ["show", "abc"], ["purge", "a=b"], ["sweep"]],
 )
 def test_settings_of_the_store_count_here_too(arguments, monkeypatch):
     monkeypatch.setenv("CHUNKCACHE_READ_TIMEOUT", "banana")
@@ -262,3 +264,61 @@ def test_index_entries_that_purge_writes_again_expire(redis_server, monkeypatch)
     run(url, "purge", "tags=old")
     assert (left := client.keys("anchor@*"))
     assert all(client.ttl(name) > 0 for name in left)
+
+
+def copied(*arguments: str, code: int = 0):
+    result = runner.invoke(cli.app, ["copy", *arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_copy(url, valkey_server):
+    target = valkey_server.unix_url
+    told = json.loads(copied(url, target, "namespace=a", "--dry-run", "--json").stdout)
+    assert (told["chunks"], told["dry_run"]) == (3, True)
+    result = copied(url, target, "namespace=a", "--verify")
+    assert result.stdout.startswith("3 chunks copied: 300 tokens, ")
+    assert result.stderr == ""
+    assert "0 chunks copied" in copied(url, target, "namespace=a").stdout
+    assert "3 were there already" in copied(url, target).stdout
+    assert run(target, "stats") == run(url, "stats")
+
+
+def test_copy_renews_nothing(tmp_path, monkeypatch):
+    """Not even of files, whose age counts from the last time that they were read."""
+    source = tmp_path.as_uri()
+    put(source, 1, {"a": "b"})
+    (file,) = tmp_path.rglob("*.json")
+    os.utime(file, (time.time() - 500,) * 2)
+    before = file.stat().st_mtime
+    monkeypatch.setenv("CHUNKCACHE_TTL", "1000")
+    assert copied(source, "memory://").stdout.startswith("1 chunks copied")
+    assert file.stat().st_mtime == before
+
+
+def test_copy_leaves_out_what_is_damaged(url, tmp_path):
+    put(url, 1, {"model": "\x1b[2J", "bytes": "7"})
+    result = copied(url, tmp_path.as_uri(), "--verify", code=1)
+    assert result.stdout.startswith("6 chunks copied")
+    assert "1 left out" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "its length" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["URL", "URL"], "are the same store"),
+        (["file:///tmp/a", "file:///tmp//a/"], "are the same store"),
+        (["memory://", "URL"], "no chunk of the source matches"),
+        (["URL", "redis://localhost:1/0"], "check that the server runs"),
+        (["redis://localhost:1/0", "URL"], "check that the server runs"),
+        (["URL", "memory://?bytes=50KB"], "full|raise that"),
+        (["URL", "memory://?bytes=200KB"], "destination has not kept"),
+        (["URL", "memory://", "nonsense"], "cannot be understood"),
+    ],
+)
+def test_copies_that_cannot_be_made(url, arguments, said):
+    error = copied(*(url if word == "URL" else word for word in arguments), code=2).stderr
+    assert any(part in error for part in said.split("|"))
+    assert len(error.strip().splitlines()) == 1

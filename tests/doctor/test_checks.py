@@ -49,7 +49,8 @@ def test_a_server_that_is_not_there():
     ("read_ms", "good", "said"), [(1.0, True, "from 100 tokens on"), (3.0, False, "never faster")]
 )
 def test_whether_it_pays(read_ms, good, said):
-    found = Health((), ModelHealth("a model", break_even=BreakEven((Point(100, 2.0, read_ms),))))
+    measured = BreakEven((Point(100, 2.0, read_ms),))
+    found = Health((), ModelHealth("a model", token_bytes=500, break_even=measured))
     assert found.good == good
     assert said in str(found)
     assert found.to_dict()["model"]["break_even"]["prefill_rate"] == 50_000

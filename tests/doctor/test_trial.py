@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import pytest
 
+from chunkcache import RedisChunkCache, catalog
 from chunkcache.doctor.checks import Health
 from chunkcache.doctor.trial import examine_model
 from chunkcache.stores.memory import MemoryStore
-from tests.models import tiny
+from tests.models import tiny, tokens
 
 
 def quiet(_: str) -> None:
     """Nobody listens."""
 
 
-def test_a_model(monkeypatch):
-    monkeypatch.setenv("CHUNKCACHE_CODEC", "safetensors-bf16")
+@pytest.mark.parametrize("codec", ["safetensors", "safetensors-bf16", "safetensors-int8+zstd"])
+def test_a_model(monkeypatch, codec):
+    monkeypatch.setenv("CHUNKCACHE_CODEC", codec)
+    model = tiny()
     with MemoryStore() as store:
-        found = examine_model("a model", tiny(), store, quiet)
+        found = examine_model("a model", model, store, quiet)
+        with RedisChunkCache(model, store, codec=codec.removesuffix("+zstd")) as cache:
+            model.generate(tokens(128), past_key_values=cache, max_new_tokens=1)
+        (entry,) = catalog.entries(store)
     assert (found.obstacle, found.moving, found.dtype) == ("", "", "float32")
-    assert 512 < found.token_bytes < 600  # of 2 bytes, and a header
+    assert found.token_bytes == pytest.approx(entry.nbytes / 128, rel=0.01)
+    assert f": 1 GB holds {1e9 / found.token_bytes:,.0f} tokens" in str(found)
     assert found.break_even is not None
     assert "K/V can be moved, too" in str(found)
 

@@ -11,10 +11,11 @@ import torch
 
 from chunkcache import RedisChunkCache
 from chunkcache.insight import alike, elsewhere
-from chunkcache.insight.fates import DAMAGED, NOT_IN_STORE
+from chunkcache.insight.fates import NOT_IN_STORE, WRONG_SIZE
 from chunkcache.stores.base import Entry, Listed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
+from tests.scripted import blobs
 
 PART = "in the store{}, but only a part of a chunk is alike"
 
@@ -42,7 +43,7 @@ def chunks_of(store: MemoryStore) -> list[Listed]:
 
 
 def rewrite(store: MemoryStore, entry: Listed, key: str = "", **fields: str) -> None:
-    (blob,) = (bytes(blob or b"") for blob in store.read([entry.key]))
+    (blob,) = (bytes(blob or b"") for blob in blobs(store, entry.key))
     store.delete([entry.key])
     store.write([Entry(key or entry.key, {**entry.metadata, **fields}, memoryview(blob))])
 
@@ -172,7 +173,7 @@ def test_a_blob_of_a_wrong_length_is_told(model, mode) -> None:
                 store.write([Entry(entry.key, entry.metadata or {}, memoryview(b"xx"))])
         cache = RedisChunkCache(model, store, reuse=mode)
         explanation = cache.explain(ids)
-        assert explanation.chunks[0].reason == DAMAGED
+        assert explanation.chunks[0].reason == WRONG_SIZE
         assert not explanation.chunks[0].hit
         if mode == "prefix":
             assert explanation.reused == 0

@@ -29,8 +29,7 @@ from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.sequence import Sequence
 from chunkcache.reuse.step import Setup, Step
 from chunkcache.settings import Settings
-from chunkcache.stores.base import ChunkStore
-from chunkcache.stores.readonly import ReadOnly
+from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
 

@@ -24,7 +24,7 @@ from chunkcache.reuse.prefill import TRAINING
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.restore import blob_sizes
 from chunkcache.reuse.step import Setup
-from chunkcache.stores.calls import calls_of_prompt
+from chunkcache.stores.base import calls_of_prompt
 from chunkcache.tokens.chunking import Tokens, cut
 from chunkcache.tokens.matching import Piece
 from chunkcache.tokens.plan import NOT_IN_STORE, OFF, Kind, plan_row

@@ -25,7 +25,7 @@ from chunkcache.reuse.prefill import TRAINING
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.step import Setup
 from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.stores.patient import PatientStore
+from chunkcache.stores.writer import PatientStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 
 KEYS_AT_ONCE = 1 << 9

@@ -14,8 +14,8 @@ from chunkcache.inventory.filters import Filter
 from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.library.pack_entry import FORMAT, MAX_METADATA, PackEntry, check, check_metadata
 from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry
-from chunkcache.stores.patient import PatientStore
 from chunkcache.stores.redis import MAX_BLOB_BYTES
+from chunkcache.stores.writer import PatientStore
 
 AT_ONCE = 64  # chunks looked up together
 MOST_WAITING = 64_000_000  # bytes of blobs that wait to be written

@@ -21,9 +21,7 @@ from chunkcache.reuse.arrival import Arrival
 from chunkcache.reuse.index import Origin
 from chunkcache.reuse.witness import Witness
 from chunkcache.settings import OBSERVERS, Settings
-from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.stores.calls import calls_of_prompt
-from chunkcache.stores.readonly import ReadOnly
+from chunkcache.stores.base import ChunkStore, Entry, ReadOnly, calls_of_prompt
 from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder
 from chunkcache.tokens.transcript import Transcript

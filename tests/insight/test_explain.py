@@ -15,9 +15,8 @@ from chunkcache import RedisChunkCache, SettingError, StoreError
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight import elsewhere
 from chunkcache.insight import fates as reasons
-from chunkcache.stores.base import KV_BYTES, ChunkStore, Entry
+from chunkcache.stores.base import KV_BYTES, ChunkStore, Entry, ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
 from chunkcache.tokens.matching import SHORTEST_RUN

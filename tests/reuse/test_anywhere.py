@@ -18,8 +18,8 @@ from chunkcache.kv.rope import KeyMover
 from chunkcache.repair import Repair
 from chunkcache.reuse import recall
 from chunkcache.reuse.probes import Probes
+from chunkcache.stores.base import ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny
 from tests.models import tokens as random_ids
 from tests.prompts import (

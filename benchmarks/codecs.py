@@ -35,8 +35,8 @@ from benchmarks.quality import ask
 from chunkcache import RedisChunkCache
 from chunkcache.keys import CODECS
 from chunkcache.samples import load_smollm2
+from chunkcache.stores.base import ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 128

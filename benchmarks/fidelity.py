@@ -16,9 +16,8 @@ from transformers import DynamicCache
 from chunkcache import RedisChunkCache
 from chunkcache.anywhere.probes import Probes
 from chunkcache.repair import Repair, Scores, Share
-from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 
 ANSWER_TOKENS = 32
 FACT_TOKENS = 16

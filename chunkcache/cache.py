@@ -30,8 +30,7 @@ from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.settings import Settings
-from chunkcache.stores.base import ChunkStore
-from chunkcache.stores.readonly import ReadOnly
+from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
 

@@ -12,9 +12,8 @@ from servers import Server
 from chunkcache import RedisChunkCache, SettingError, Settings, open_store
 from chunkcache.errors import SealedBlobError
 from chunkcache.keys import CODECS
-from chunkcache.stores.base import ChunkStore, Entry, read_blobs
+from chunkcache.stores.base import ChunkStore, Entry, ReadOnly, read_blobs
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny
 from tests.models import tokens as random_ids
 from tests.prompts import (

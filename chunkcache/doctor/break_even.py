@@ -23,7 +23,7 @@ from chunkcache.inventory import catalog
 from chunkcache.model.check import check_model
 from chunkcache.model.proof import forward, probe_ids, takes
 from chunkcache.stores.base import ChunkStore
-from chunkcache.stores.patient import retry_until
+from chunkcache.stores.health import retry_until
 from chunkcache.tokens.texts import most_positions
 
 LENGTHS = (1, 2, 4, 8, 16)  # in chunks

@@ -20,7 +20,7 @@ from chunkcache.inventory.filters import Filter
 from chunkcache.inventory.inspection import check_blob
 from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
 from chunkcache.stores.base import ChunkStore, Entry, Listed, read_blobs
-from chunkcache.stores.patient import PatientStore
+from chunkcache.stores.writer import PatientStore
 
 AT_ONCE, ANCHORS_AT_ONCE = 64, 256  # entries asked for together
 MOST_WAITING = 32_000_000  # bytes of blobs that wait to be written

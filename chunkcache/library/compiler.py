@@ -26,7 +26,7 @@ from chunkcache.reuse.harvest import created_now
 from chunkcache.reuse.hook import TRAINING
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.stores.patient import PatientStore
+from chunkcache.stores.writer import PatientStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 
 KEYS_AT_ONCE = 1 << 9

@@ -18,9 +18,7 @@ from chunkcache.model.state import ModelState
 from chunkcache.report import Report
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.settings import OBSERVERS, Settings
-from chunkcache.stores.base import ChunkStore, Entry
-from chunkcache.stores.calls import calls_of_prompt
-from chunkcache.stores.readonly import ReadOnly
+from chunkcache.stores.base import ChunkStore, Entry, ReadOnly, calls_of_prompt
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens
 from chunkcache.tokens.token_text import Decoder
 

@@ -7,14 +7,15 @@ An entry is a pair, as two Redis values would be: `metadata`, a mapping people c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from chunkcache.errors import PickleError, StoreError
-from chunkcache.stores.calls import note_partial
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
@@ -124,6 +125,46 @@ def copy_part(blob: memoryview | None, part: Part) -> bool:
         view[:] = blob[at : at + view.nbytes]
         at += view.nbytes
     return True
+
+
+@dataclass(slots=True)
+class Calls:
+    """What stores note while one prompt calls them.
+
+    Attributes:
+        errors: Errors of a part of a store (a tier, a node) without which it could go on.
+        seconds: How long lookups have taken, by the store that notes it.
+    """
+
+    errors: list[StoreError] = field(default_factory=list)
+    seconds: defaultdict[object, float] = field(default_factory=lambda: defaultdict(float))
+
+
+@contextmanager
+def calls_of_prompt() -> Iterator[Calls]:
+    """Gather what stores note inside. Each thread has its own, also in an asyncio task."""
+    calls = Calls()
+    token = _CURRENT.set(calls)
+    try:
+        yield calls
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_calls() -> Calls:
+    """Those of the prompt that this thread serves now; outside of one, some that nobody reads."""
+    return _CURRENT.get() or Calls()
+
+
+def note_partial(error: StoreError) -> None:
+    """Tell the prompt that a part of the store failed, where the others give an answer.
+
+    To be called from the thread that called the store.
+    """
+    current_calls().errors.append(error)
+
+
+_CURRENT: ContextVar[Calls | None] = ContextVar("chunkcache_calls", default=None)
 
 
 def tell_too_large(entries: Sequence[Entry], most: int | None, setting: str) -> None:
@@ -282,6 +323,28 @@ class ReadsFrom(ChunkStore):
 
     def server_info(self) -> list[dict[str, Any]]:
         return self.store.server_info()
+
+
+class ReadOnly(ReadsFrom):
+    """Reads from `store`; takes nothing, deletes nothing, and leaves it open.
+
+    For dry runs, and caches with `write=False`.
+    What reading alone does to a store (the order of a least-recently-used list, say) it still does.
+    """
+
+    def __repr__(self) -> str:
+        return f"ReadOnly({self.store!r})"
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        """Takes nothing."""
+        return 0
+
+    def check_writable(self) -> None:
+        raise StoreError(f"{self!r} takes no changes: open the store itself", "read_only")
+
+    def delete(self, keys: Sequence[str]) -> int:
+        """Deletes nothing."""
+        return 0
 
 
 def read_blobs(store: ChunkStore, keys: Sequence[str]) -> Generator[memoryview | None]:

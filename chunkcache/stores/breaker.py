@@ -11,8 +11,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, StaysHere, end_iteration
-from chunkcache.stores.calls import current_calls
+from chunkcache.stores.base import (
+    ChunkStore,
+    Entry,
+    Listed,
+    Part,
+    StaysHere,
+    current_calls,
+    end_iteration,
+)
 from chunkcache.stores.locks import Latch, start_thread
 
 logger = logging.getLogger(__name__)

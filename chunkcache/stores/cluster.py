@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import CLUSTER, read_url
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, StaysHere
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, StaysHere, note_partial
 from chunkcache.stores.breaker import MAX_DELAY
-from chunkcache.stores.calls import note_partial
 from chunkcache.stores.locks import Latch, start_thread
 from chunkcache.stores.redis import CONNECT_TIMEOUT, READ_TIMEOUT
 from chunkcache.stores.topology import Server, Topology

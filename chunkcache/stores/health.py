@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -13,7 +14,6 @@ from typing import Any
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.base import ChunkStore, Entry, Part
-from chunkcache.stores.patient import retry_until
 
 LOOKS = 20
 BLOBS, BLOB_BYTES = 8, 4 << 20
@@ -96,6 +96,22 @@ def measure_speed(store: ChunkStore) -> Speed:
         raise StoreError("the store gives back other bytes than were written: do not use it")
     total = BLOBS * BLOB_BYTES
     return Speed(1e3 * median(looks), total / (written - started), total / (read - written))
+
+
+def retry_until(work: Callable[[], object], seconds: float = 8.0) -> None:
+    """Do what a store refuses for a while, such as changes after an error; give up in the end.
+
+    For cleaning up: nothing is raised.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            work()
+            return
+        except StoreError:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.5)
 
 
 def read_info(info: Mapping[str, Any], ttl: float = 0.0, is_ours: bool = False) -> Server:

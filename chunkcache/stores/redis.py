@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+import re
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, ClassVar
@@ -11,8 +12,7 @@ import redis
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
-from chunkcache.stores.base import ChunkStore, Entry, Part, StaysHere
-from chunkcache.stores.listing import Listing, decoded
+from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry, Listed, Part, StaysHere
 from chunkcache.stores.room import Room
 from chunkcache.stores.wire import BulkReader
 
@@ -20,10 +20,12 @@ CONNECT_TIMEOUT = 0.25
 READ_TIMEOUT = 0.5
 MAX_BLOB_BYTES = 1 << 30
 MAX_TTL = 1e10  # seconds; the server counts milliseconds in 64 bits
+SCAN_COUNT = 1000
+GLOB = re.compile(rb"[\\*?\[\]]")  # what means something in a pattern
 PIPELINED = 512  # entries without a blob that are written in one round trip
 
 
-class RedisStore(StaysHere, Room, Listing, ChunkStore):
+class RedisStore(StaysHere, Room, ChunkStore):
     """A store on one Redis-compatible server.
 
     `url` is `redis://`, `rediss://` (TLS) or `unix://`. `connect_timeout` and `read_timeout` are
@@ -108,7 +110,7 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
         found = [reply for reply, *_ in self._pipelined(keys, look)]
         with self._store_errors():
             return [
-                decoded(reply) if isinstance(reply, dict) and reply else None for reply in found
+                _decoded(reply) if isinstance(reply, dict) and reply else None for reply in found
             ]
 
     def write(self, entries: Sequence[Entry]) -> int:
@@ -139,6 +141,22 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
             for (reply,) in replies:
                 self._check(reply)
         return sum(1 for (reply,) in replies if reply and not isinstance(reply, Exception))
+
+    def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
+        """As in `ChunkStore`. Servers older than Redis 7.2 or Valkey count it as a use."""
+        pattern = GLOB.sub(rb"\\\g<0>", prefix.encode(errors="surrogatepass")) + b"*@*"
+        names: list[bytes] = []
+        cursor = -1
+        while cursor:
+            with self._store_errors():
+                page: Any = self._client.scan(max(cursor, 0), match=pattern, count=SCAN_COUNT)
+                cursor, more = page
+                names += more
+                listed: list[Listed] = []
+                if len(names) >= SCAN_COUNT or not cursor:
+                    listed, names = self._list(names), []
+            if listed:
+                yield listed
 
     def close(self) -> None:
         self._client.close()
@@ -185,6 +203,28 @@ class RedisStore(StaysHere, Room, Listing, ChunkStore):
         pinned = [entry.key for entry in there if entry.pinned]
         self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
         return {entry.key for entry in there}
+
+    def _list(self, names: Sequence[bytes]) -> list[Listed]:
+        """The entries to which these halves belong. Those with metadata come with that half."""
+        keys = [key for name in names if (key := self._key(name, METADATA))]
+        blobs = [key for name in names if (key := self._key(name, KV_BYTES))]
+        described = self._ask([("EXISTS", self._names(key)[0]) for key in blobs])
+        keys += [key for key, there in zip(blobs, described, strict=True) if there == 0]
+        looks: list[tuple[str | bytes, ...]] = []
+        for key in keys:
+            metadata, blob = self._names(key)
+            looks += [("HGETALL", metadata), ("STRLEN", blob)]
+        switch = ("CLIENT", "NO-TOUCH")  # older servers refuse it, and serve the rest
+        replies = self._ask([(*switch, "ON"), *looks, (*switch, "OFF")])[1:-1]
+        with self._store_errors():
+            for reply in replies:
+                self._check(reply)
+        found = zip(keys, replies[::2], replies[1::2], strict=True)
+        listed = [
+            Listed(key, _paired(fields), size if isinstance(size, int) else 0)
+            for key, fields, size in found
+        ]
+        return [entry for entry in listed if entry.metadata or entry.nbytes]
 
     def _write_small(self, entries: Sequence[Entry]) -> None:
         """Write entries without a blob, in two round trips for many."""
@@ -259,3 +299,18 @@ def _count(reply: object) -> int:
     if isinstance(reply, int) and reply >= 0:
         return reply
     raise redis.InvalidResponse(f"the server's reply is {reply!r:.80} instead of a number")
+
+
+def _decoded(fields: dict[bytes, bytes]) -> dict[str, str]:
+    """Metadata as they are read, whatever their bytes."""
+    return {
+        name.decode(errors="replace"): value.decode(errors="replace")
+        for name, value in fields.items()
+    }
+
+
+def _paired(fields: object) -> dict[str, str] | None:
+    """The same of a reply as it comes, names and values in turn."""
+    if not isinstance(fields, list) or not fields:
+        return None
+    return _decoded(dict(zip(fields[::2], fields[1::2], strict=False)))

@@ -78,6 +78,7 @@ class GetStream:
         self._max_bytes = max_bytes
         self._sent = 0
         self._done = 0  # replies read to their end
+        self._ahead = 0  # bytes of the replies asked for that have not begun
         is_copied = not all(request.whole for request in requests)
         self._window = min(window, PARTS_WINDOW_BYTES) if is_copied else window
         self._received = b""  # what was read beyond the last header
@@ -98,6 +99,8 @@ class GetStream:
     def next_length(self) -> int | None:
         """Bytes of the next reply's body, None where there is none. Raises for an error reply."""
         line = self._line()
+        _, start, stop, _ = self._requests[self._done]
+        self._ahead -= stop - start
         if line[:1] == b"$" and line != b"$-1":
             return self._announced(line)
         if line[:1] == b"-":
@@ -118,11 +121,8 @@ class GetStream:
         of views as they are full.
         """
         end = memoryview(bytearray(2))
-        rest = length - nbytes_of(target)
-        scratch = memoryview(bytearray(min(rest, SKIP_BYTES)))
-        dropped = [scratch] * (rest // SKIP_BYTES) + [scratch[: rest % SKIP_BYTES]]
         full = [view for view in target if view.nbytes]
-        views = [*full, *(view for view in dropped if view.nbytes), end]
+        views = [*full, *_scratch(length - nbytes_of(target)), end]
         left = length + end.nbytes
         at = 0
         while left:
@@ -165,19 +165,17 @@ class GetStream:
 
     def _send_ahead(self, coming: int) -> None:
         """Ask for as many replies as the window has room for beside `coming` bytes of this one."""
-        if self._sent == len(self._requests):
-            return
-        under_way = self._sent - self._done
-        ahead = self._requests[self._sent - under_way + (coming > 0) : self._sent]
-        room = self._window - coming - sum(each.stop - each.start for each in ahead)
-        wanted: list[Request] = []
-        for each in self._requests[self._sent : self._sent + WINDOW_REPLIES - under_way]:
-            room -= each.stop - each.start
-            if room < 0 and under_way + len(wanted):
+        first = self._sent
+        while self._sent < len(self._requests):
+            under_way = self._sent - self._done
+            _, start, stop, _ = self._requests[self._sent]
+            ahead = self._ahead + stop - start
+            if under_way and (under_way == WINDOW_REPLIES or coming + ahead > self._window):
                 break
-            wanted.append(each)
-        if wanted:
-            self._sent += len(wanted)
+            self._sent += 1
+            self._ahead = ahead
+        if self._sent > first:
+            wanted = self._requests[first : self._sent]
             packed = self._connection.pack_commands([each.command() for each in wanted])
             # no health check: its PING would be answered after the replies under way
             self._connection.send_packed_command(packed, check_health=False)
@@ -213,6 +211,15 @@ class GetStream:
         if count == 0:
             raise redis.ConnectionError("the server closed the connection")
         return count
+
+
+def _scratch(nbytes: int) -> list[memoryview]:
+    """Room for bytes that nobody wants."""
+    if not nbytes:
+        return []
+    room = memoryview(bytearray(min(nbytes, SKIP_BYTES)))
+    views = [room] * (nbytes // SKIP_BYTES) + [room[: nbytes % SKIP_BYTES]]
+    return [view for view in views if view.nbytes]
 
 
 def is_miss(error: redis.ResponseError) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, nbytes_of
-from chunkcache.stores.calls import note_partial
+from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, nbytes_of, note_partial
 from chunkcache.stores.locks import ForkSafeLock, Worker
 from chunkcache.stores.memory import MemoryStore
 

@@ -14,8 +14,8 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
+from chunkcache.stores.base import note_partial
 from chunkcache.stores.breaker import CircuitBreaker
-from chunkcache.stores.calls import note_partial
 from chunkcache.stores.redis import RedisStore
 
 REFRESH_SECONDS = 1.0  # between two looks for the successor of a server that fails

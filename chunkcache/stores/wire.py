@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,18 +124,21 @@ class BulkReader:
                 fits = [_read_one(stream, piece, seen) for piece in pieces]
                 yield all(fits)
 
-    def _whole(self, parts: Sequence[tuple[bytes, int, Sequence[memoryview]]]) -> set[bytes]:
-        """Names of large values that come fastest as a whole, from a server that does not copy.
+    def _whole(self, parts: Sequence[tuple[bytes, int, Sequence[memoryview]]]) -> Collection[bytes]:
+        """Names of values that come fastest as a whole.
 
-        What is asked for once, from its first byte, is most likely wanted to its last.
+        Those are small ones, and any from a server that does not copy. What is asked for once, from
+        its first byte, is most likely wanted to its last.
         """
         counts = Counter(name for name, _, _ in parts)
-        large = {
-            name
+        sizes = {
+            name: nbytes_of(place)
             for name, start, place in parts
-            if not start and counts[name] == 1 and nbytes_of(place) > PART_BYTES
+            if not start and counts[name] == 1
         }
-        return set() if not large or self._copies() else large
+        if max(sizes.values(), default=0) <= PART_BYTES or not self._copies():
+            return sizes.keys()
+        return {name for name, size in sizes.items() if size <= PART_BYTES}
 
     @contextmanager
     def _stream(self, requests: Sequence[Request]) -> Iterator[GetStream | None]:

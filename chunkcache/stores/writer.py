@@ -1,4 +1,4 @@
-"""Write-behind: takes chunks at once, and a thread writes them to another store."""
+"""Write-behind: takes chunks at once, and a thread writes them; and how to wait for room there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from chunkcache.stores.base import (
     Entry,
     Listed,
     Part,
+    ReadsFrom,
     StaysHere,
+    calls_of_prompt,
     copy_part,
     end_iteration,
     tell_too_large,
@@ -119,6 +121,58 @@ class WriteBehind(StaysHere, ChunkStore):
         """What is queued and decides about the blob; fields to be added do not."""
         queued = self._queue.find(keys)
         return {key: entry for key, entry in queued.items() if entry.nbytes or not entry.merge}
+
+
+class PatientStore(ReadsFrom):
+    """`store`, whose writes wait for room instead of being dropped.
+
+    For work whose only purpose is what it stores: nobody waits for an answer, so the work pauses.
+
+    Attributes:
+        store: Where everything goes.
+        bytes_written: Bytes of blobs that it took.
+    """
+
+    def __init__(self, store: ChunkStore) -> None:
+        super().__init__(store)
+        self.bytes_written = 0
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        """Keep all entries. Returns their bytes.
+
+        Raises StoreError also when there is no room for an entry even if nothing else waits.
+        """
+        before = self.bytes_written
+        for entry in entries:
+            with calls_of_prompt() as calls:
+                taken = self.store.write([entry])
+                if taken < entry.nbytes:
+                    self.store.flush()
+                    taken = self.store.write([entry])
+            if taken < entry.nbytes:
+                raise (
+                    calls.errors[-1]
+                    if calls.errors
+                    else StoreError(
+                        f"the store took {taken:,} of the {entry.nbytes:,} bytes of a chunk: raise "
+                        "write_queue_bytes or the size of the store, or lower chunk_size",
+                        "full",
+                    )
+                )
+            self.bytes_written += taken
+        return self.bytes_written - before
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """As in `ChunkStore`. Raises StoreError if writing is known to have failed just now."""
+        done = self.store.flush(timeout)
+        self.store.check_writable()
+        return done
+
+    def check_writable(self) -> None:
+        self.store.check_writable()
+
+    def delete(self, keys: Sequence[str]) -> int:
+        return self.store.delete(keys)
 
 
 def _fill(

@@ -18,8 +18,8 @@ from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.probes import Probes
 from chunkcache.kv.rope import KeyMover
 from chunkcache.repair import Repair
+from chunkcache.stores.base import ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from tests.models import tiny
 from tests.models import tokens as random_ids
 from tests.prompts import (

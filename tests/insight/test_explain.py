@@ -16,9 +16,8 @@ from chunkcache.anywhere.matching import SHORTEST_RUN
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight import elsewhere
 from chunkcache.insight import fates as reasons
-from chunkcache.stores.base import KV_BYTES, ChunkStore, Entry
+from chunkcache.stores.base import KV_BYTES, ChunkStore, Entry, ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
 from chunkcache.tokens.plan import TOO_SHORT, Span
@@ -381,7 +380,7 @@ def test_metadata_that_hold_nonsense_are_passed_over(llama, store) -> None:
         for key in set(store.asked("write")):
             if key.startswith("safetensors@"):
                 store.write([Entry(key, {"token_ids": text}, memoryview(b"x"))])
-        assert reasons.DAMAGED in why_not(RedisChunkCache(llama, store), ids)
+        assert reasons.WRONG_SIZE in why_not(RedisChunkCache(llama, store), ids)
 
 
 def test_the_tokenizer_of_the_cache_is_used_and_nonsense_refused(llama, store) -> None:

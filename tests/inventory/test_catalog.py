@@ -18,9 +18,8 @@ from chunkcache import RedisChunkCache, catalog, open_store
 from chunkcache.errors import StoreError
 from chunkcache.inventory.catalog import Deleted, Filter, Group, delete, entries, stats, sweep
 from chunkcache.settings import RESERVED_FIELDS
-from chunkcache.stores.base import ChunkStore, Entry, Listed
+from chunkcache.stores.base import ChunkStore, Entry, Listed, ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
 

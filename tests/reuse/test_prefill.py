@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
+from chunkcache.stores.base import ReadOnly
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
 from chunkcache.tokens.plan import OTHER_ROW
 from tests.prompts import (
     DOCUMENTS,

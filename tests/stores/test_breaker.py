@@ -11,9 +11,8 @@ from servers import Server
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import breaker, locks
-from chunkcache.stores.base import ChunkStore, Entry, Part
+from chunkcache.stores.base import ChunkStore, Entry, Part, calls_of_prompt
 from chunkcache.stores.breaker import CircuitBreaker
-from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.redis import RedisStore
 
 COOLDOWN = 5.0

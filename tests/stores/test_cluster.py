@@ -16,9 +16,8 @@ from servers import Cluster, FakeServer, Server, free_port, wait_until
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import topology
-from chunkcache.stores.base import Entry, read_blobs
+from chunkcache.stores.base import Entry, calls_of_prompt, read_blobs
 from chunkcache.stores.breaker import CircuitBreaker
-from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.writer import WriteBehind

@@ -1,4 +1,4 @@
-"""Entries with `merge` add their fields to those that are there, in every store."""
+"""What every store does alike: it adds the fields of entries with `merge`, and gives parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripted import blobs
 
-from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.stores.base import ChunkStore, Entry, Part, merged
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
@@ -68,3 +68,21 @@ def test_of_two_writes_the_second_decides_unless_it_adds() -> None:
     assert merged(added, older) == Entry("key", {"a": "2", "b": "1"}, older.blob, pinned=True)
     both = merged(Entry("key", {}, newer.blob, merge=True), added)
     assert both == Entry("key", {"a": "2"}, newer.blob, merge=True)
+
+
+def test_parts_of_blobs_fill_their_places_in_order(store: ChunkStore) -> None:
+    blob = bytes(range(200))
+    store.write([Entry("key", {}, memoryview(blob))])
+    store.flush(5)
+    there = [("key", 0, 200), ("key", 100, 50), ("key", 199, 1), ("key", 7, 0)]
+    others = [("none", 0, 1), ("key", 0, 201), ("key", 199, 2), ("key", 200, 1), ("none", 0, 0)]
+    wanted = [*there, *others, *there[::-1]]
+    rooms = [memoryview(bytearray(size)) for _, _, size in wanted]
+    parts = [
+        Part(key, start, [room[:1], room[1:4], room[4:]])
+        for (key, start, _), room in zip(wanted, rooms, strict=True)
+    ]
+    assert list(store.fetch(parts)) == [True] * 4 + [False] * 5 + [True] * 4
+    for (_, start, size), room in zip(there, rooms, strict=False):
+        assert room == blob[start : start + size]
+    assert rooms[-1] == blob

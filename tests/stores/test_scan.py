@@ -15,16 +15,14 @@ from servers import Cluster, FakeServer, Server, wait_until
 
 from chunkcache.errors import StoreError
 from chunkcache.stores import commands
-from chunkcache.stores.base import ChunkStore, Entry, Listed
+from chunkcache.stores.base import ChunkStore, Entry, Listed, ReadOnly
 from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.cluster import ClusterStore
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.patient import PatientStore
-from chunkcache.stores.readonly import ReadOnly
 from chunkcache.stores.redis import RedisStore
 from chunkcache.stores.tiered import TieredStore
-from chunkcache.stores.writer import WriteBehind
+from chunkcache.stores.writer import PatientStore, WriteBehind
 
 LONG = "f@" + "long" * 100 + "@1@0@aa"  # too long for the name of a file
 

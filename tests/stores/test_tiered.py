@@ -20,9 +20,8 @@ from servers import Server
 from chunkcache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import ChunkStore, Entry, locks, open_store
-from chunkcache.stores.base import Part
+from chunkcache.stores.base import Part, calls_of_prompt
 from chunkcache.stores.breaker import CircuitBreaker
-from chunkcache.stores.calls import calls_of_prompt
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore

@@ -144,6 +144,31 @@ def test_nothing_to_read_needs_no_server() -> None:
     assert read_all(reader_of("redis://127.0.0.1:1/0"), [], []) == []
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_whole_values_are_asked_for_as_such_where_that_is_faster(copies: bool) -> None:
+    asked: list[tuple[bytes, ...]] = []
+
+    def answer(command: list[bytes]) -> bytes:
+        asked.append(tuple(command))
+        return b"$0\r\n\r\n"
+
+    place = [memoryview(bytearray(PART_BYTES)), memoryview(bytearray(1))]
+    parts = [(b"small", 0, place[1:]), (b"large", 0, place), (b"pieces", 0, place[1:])]
+    with FakeServer(answer) as fake:
+        reader = reader_of(fake.tcp_url, copies=copies)
+        assert not any(reader.fetch([*parts, (b"pieces", 1, place[1:]), (b"end", 9, place[1:])]))
+    end = b"%d" % PART_BYTES
+    in_pieces = [(b"GETRANGE", b"large", b"0", b"%d" % (PART_BYTES - 1)),
+                 (b"GETRANGE", b"large", end, end)]  # fmt: skip
+    assert asked == [
+        (b"GET", b"small"),
+        *(in_pieces if copies else [(b"GET", b"large")]),
+        (b"GETRANGE", b"pieces", b"0", b"0"),
+        (b"GETRANGE", b"pieces", b"1", b"1"),
+        (b"GETRANGE", b"end", b"9", b"9"),
+    ]
+
+
 @pytest.mark.parametrize("asked", [1000, 10])
 def test_an_absurd_length_is_refused(asked: int) -> None:
     with (

@@ -1,18 +1,90 @@
+"""What all stores share: the notes of a prompt, reading without writing, whole blobs."""
+
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from models import tiny, tokens
-from scripted import blobs, fetch
+from scripted import Scripted, blobs, entry, fetch
 from servers import Server
 
 from chunkcache import RedisChunkCache, add_documents
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores.base import Entry
+from chunkcache.stores import base
+from chunkcache.stores.base import Entry, ReadOnly, calls_of_prompt, current_calls, note_partial
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.readonly import ReadOnly
+
+
+def test_what_is_noted_inside_is_gathered() -> None:
+    note_partial(StoreError("before"))
+    with calls_of_prompt() as calls:
+        note_partial(StoreError("one"))
+        with calls_of_prompt() as inner:
+            note_partial(StoreError("inner"))
+        current_calls().seconds["store"] += 1.5
+    note_partial(StoreError("after"))
+    assert [str(error) for error in calls.errors] == ["one"]
+    assert [str(error) for error in inner.errors] == ["inner"]
+    assert calls.seconds == {"store": 1.5}
+
+
+def test_it_ends_with_an_exception() -> None:
+    with pytest.raises(KeyError), calls_of_prompt() as calls:
+        raise KeyError
+    note_partial(StoreError("after"))
+    assert calls.errors == []
+
+
+def test_threads_do_not_mix() -> None:
+    gathered: dict[str, list[str]] = {}
+    barrier = threading.Barrier(2)
+
+    def prompt(name: str) -> None:
+        with calls_of_prompt() as calls:
+            barrier.wait(10)
+            note_partial(StoreError(name))
+            barrier.wait(10)
+        gathered[name] = [str(error) for error in calls.errors]
+
+    threads = [threading.Thread(target=prompt, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gathered == {"a": ["a"], "b": ["b"]}
+
+
+# ---------------------------------------------------------------------- whole blobs
+
+
+def test_whole_blobs_come_in_order_and_few_at_once(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "READ_BYTES", 10)
+    scripted.inner.write([entry("a", b"12345"), entry("b", bytes(20)), entry("c", b"678")])
+    assert blobs(scripted, "a", "none", "c", "b", "a") == [
+        b"12345",
+        None,
+        b"678",
+        bytes(20),
+        b"12345",
+    ]
+    fetched = [keys for verb, keys in scripted.calls if verb == "fetch"]
+    assert fetched == [["a", "none", "c"], ["b"], ["a"]]
+    assert blobs(scripted) == []
+
+
+def test_a_blob_that_went_or_has_no_room_is_not_made_up() -> None:
+    store = Scripted(sizes=[lambda keys: [3], lambda keys: [1 << 62]])
+    assert blobs(store, "gone") == [None]
+    with pytest.raises(StoreError, match="no memory"):
+        blobs(store, "gone")
+
+
+# ---------------------------------------------------------------------- reading only
 
 
 def test_reads_all_and_changes_nothing() -> None:

@@ -50,7 +50,9 @@ def explain(
         StoreError: The store failed, and `on_error="raise"` was asked for.
     """
     report = Report()
-    prefill = prefill_type(Conversation(context), context.model, prompt.as_call(), report)
+    prefill = prefill_type(
+        Conversation(context), context.model, prompt.as_call(context.model), report
+    )
     with context.store_calls(report):
         if reason := prefill.bypass_reason():
             found = Explanation(_all_computed(prompt, reason), skipped=reason)
@@ -64,10 +66,10 @@ def _explain(
     prefill: Prefill, prompt: Prompt, decode: Decode | None, elsewhere: bool
 ) -> Explanation:
     context, plans, pads = prefill.context, prefill.plans, prefill.pads
-    if context.settings.reuse == "off":
+    if context.settings.reuse == "off" or prefill.lookup_failed:
         return Explanation(_all_computed(prompt, plans[0].missing))
     rows: list[Tokens] = [prompt.ids[row, pad:].numpy() for row, pad in enumerate(pads)]
-    known = [max(stop - pad, 0) for stop, pad in zip(prefill.stops, pads, strict=True)]
+    known = [max(min(plan.reach, plan.tokens - 1), 0) for plan in plans]
     texts = _by_text(prefill, rows, known)
     sizes = {chunk.hash: 0 for plan in plans for chunk in plan.chunks} | prefill.sizes
     looks = [
@@ -99,6 +101,7 @@ def _explain(
     return Explanation(
         tuple(finding for look in looks for finding in look.findings(computed)),
         sum(sizes[name] for name in reads),
+        skipped=prefill.report.skipped,
         lossy=prefill.keys.lossy,
         seams=tuple(seam for look in looks for seam in look.seams(rows[look.row], decode)),
     )

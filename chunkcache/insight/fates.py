@@ -113,7 +113,7 @@ class RowFate:
         by_text = [self._piece(piece, here) for piece in self.pieces]
         # What is said later of a token hides what was said before.
         said = [
-            self._told(0, end, NOT_IN_STORE),
+            self._told(0, end, self.plan.rest or NOT_IN_STORE),
             *missing,
             *(self._told(a, b, REPEATED) for a, b in self.repeats if self._may_move),
             *(self._told(s.start, s.stop, s.reason) for s in self.seen),

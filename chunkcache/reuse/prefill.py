@@ -62,6 +62,7 @@ class Prefill:
 
     Attributes:
         total: Columns once it is done.
+        lookup_failed: Whether the store could not say what it has.
         plans: What is to be read of each row; revised where a read fails.
         stops: Up to which column each row is known.
         sizes: Bytes of the blobs that the store has, by the hash of their chunk.
@@ -84,6 +85,7 @@ class Prefill:
         self.conversation, self.context = conversation, conversation.context
         self.module, self.call, self.report = module, call, report
         self.past, self.held, self.total = past, held, past + call.new
+        self.lookup_failed = False
         self.plans: list[RowPlan] = []
         self.stops: list[int] = []
         self.sizes: dict[str, int] = {}
@@ -207,6 +209,7 @@ class Prefill:
             names = [self.keys.key(name) for name in hashes]
             sizes = self.context.store.sizes(names) if names else []
         except StoreError as error:
+            self.lookup_failed = True
             self._handle(error)
             return str(error)
         self.sizes = {name: size for name, size in zip(hashes, sizes, strict=True) if size}

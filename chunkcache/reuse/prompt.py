@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunkcache.errors import SettingError
-from chunkcache.reuse.hook import ForwardCall
+from chunkcache.reuse.hook import TRAINING, ForwardCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,10 @@ class Prompt:
         """Each token's place among the tokens of its row, `[batch, tokens]`; 0 at padding."""
         return (self.mask.cumsum(-1) - 1).clamp(min=0)
 
-    def as_call(self) -> ForwardCall:
+    def as_call(self, model: nn.Module) -> ForwardCall:
         """The forward that `generate()` would make of it."""
-        return ForwardCall(self.ids, self.mask, self.positions, keep=1, whole="", bypass_reason="")
+        reason = TRAINING if model.training else ""
+        return ForwardCall(self.ids, self.mask, self.positions, 1, whole="", bypass_reason=reason)
 
     def followed_by(self, ids: Tensor) -> Prompt:
         """The prompt with `[batch, new]` more ids behind it."""

@@ -235,7 +235,7 @@ def test_a_dead_store(llama, mode) -> None:
     explanation = cache.explain(ids)
     assert explanation.computed == 300
     assert "127.0.0.1:1" in explanation.errors[0]
-    assert told(cache, ids) == [(0, 300, "computed", "the store failed")]
+    assert told(cache, ids) == [(0, 300, "computed", cache.explain(ids).errors[0])]
     strict = RedisChunkCache(llama, dead_store(), reuse=mode, on_error="raise")
     with pytest.raises(StoreError):
         strict.explain(ids)

@@ -17,6 +17,7 @@ from chunkcache.inventory.inspection import check_blob
 from chunkcache.stores.base import Entry, Listed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
+from tests.scripted import Scripted
 from tests.scripted import blobs as blobs_in
 
 IDS = tokens(300)
@@ -223,17 +224,9 @@ def test_what_others_have_written_badly_stops_nothing(source, redis_server):
 
 
 def test_what_leaves_while_it_is_copied(source):
-    class Losing(MemoryStore):
-        def __init__(self):
-            super().__init__()
-            self._free, self._pinned = source._free, source._pinned
-
-        def read(self, keys):
-            yield None
-            yield from list(super().read(keys))[1:]
-
+    losing = Scripted(source, answer=lambda number, part, there: there and number > 0)
     with MemoryStore() as target:
-        done = copy_chunks(Losing(), target)
+        done = copy_chunks(losing, target)
         assert (done.chunks, done.left_out) == (4, 1)
         assert "left the source" in next(iter(done.reasons.values()))
 

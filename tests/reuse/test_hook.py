@@ -18,7 +18,7 @@ from chunkcache import RedisChunkCache, UnsupportedCallError
 from chunkcache.reuse.hook import (
     ForwardCall,
     PrefillAware,
-    Rest,
+    TrimSpec,
     install,
     read_call,
     trim,
@@ -36,9 +36,9 @@ class Recorder(DynamicCache, PrefillAware):
         self.begun: list[ForwardCall] = []
         self.ended = 0
 
-    def begin_forward(self, module: nn.Module, call: ForwardCall) -> Rest:
+    def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
         self.begun.append(call)
-        return Rest()
+        return TrimSpec()
 
     def end_forward(self, module: nn.Module) -> bool:
         self.ended += 1
@@ -176,7 +176,7 @@ def test_positional_arguments_are_bound(shared: PreTrainedModel) -> None:
 def test_unknown_keywords_pass_through_a_positional_call(shared: PreTrainedModel) -> None:
     recorder = Recorder()
     shared(tokens(3), past_key_values=recorder, something_else=torch.ones(1))
-    assert "something_else" in recorder.begun[0].opaque
+    assert "something_else" in recorder.begun[0].bypass_reason
 
 
 def test_use_cache_false_is_refused(shared: PreTrainedModel) -> None:
@@ -195,7 +195,7 @@ def read(model: PreTrainedModel, **arguments: Any) -> ForwardCall:
     return read_call(model, {"input_ids": tokens(6), "logits_to_keep": 1, **arguments})
 
 
-def test_a_plain_call_is_neither_whole_nor_opaque(shared: PreTrainedModel) -> None:
+def test_a_plain_call_is_neither_whole_nor_bypass_reason(shared: PreTrainedModel) -> None:
     call = read(
         shared,
         attention_mask=torch.ones(1, 6),
@@ -209,7 +209,7 @@ def test_a_plain_call_is_neither_whole_nor_opaque(shared: PreTrainedModel) -> No
         output_hidden_states=None,
         cache_position=torch.arange(6),
     )
-    assert (call.whole, call.opaque, call.keep, call.new) == ("", "", 1, 6)
+    assert (call.whole, call.bypass_reason, call.keep, call.new) == ("", "", 1, 6)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_outputs_of_every_token_are_wanted(
 ) -> None:
     call = read(shared, **arguments)
     assert why in call.whole
-    assert call.opaque == ""
+    assert call.bypass_reason == ""
 
 
 def test_outputs_that_the_configuration_asks_for(shared: PreTrainedModel) -> None:
@@ -265,11 +265,11 @@ def test_outputs_that_the_configuration_asks_for(shared: PreTrainedModel) -> Non
 def test_tokens_do_not_say_everything(
     arguments: dict[str, Any], why: str, shared: PreTrainedModel
 ) -> None:
-    assert why in read(shared, **arguments).opaque
+    assert why in read(shared, **arguments).bypass_reason
 
 
 def test_training_mode(shared: PreTrainedModel) -> None:
-    assert "training mode" in read(copy.deepcopy(shared).train()).opaque
+    assert "training mode" in read(copy.deepcopy(shared).train()).bypass_reason
 
 
 def test_token_types_that_are_not_hashed_are_not_ignored() -> None:
@@ -308,7 +308,7 @@ def calls(draw: st.DrawFn) -> tuple[ForwardCall, int, list[int]]:
         positions=positions if draw(st.booleans()) else None,
         keep=1,
         whole="",
-        opaque="",
+        bypass_reason="",
     )
     return call, past, pads
 
@@ -380,7 +380,7 @@ def test_trim(skip: int) -> None:
         "past_key_values": cache,
         "logits_to_keep": 1,
     }
-    trimmed = trim(given_arguments, Rest(skip))
+    trimmed = trim(given_arguments, TrimSpec(skip))
     assert trimmed.keys() == given_arguments.keys()
     for name in ("input_ids", "position_ids", "cache_position"):
         assert torch.equal(trimmed[name], given_arguments[name][..., skip:])  # type: ignore[index]
@@ -399,7 +399,7 @@ def test_trim_to_scattered_columns() -> None:
         "attention_mask": torch.ones(2, 6),
         "logits_to_keep": 1,
     }
-    rest = Rest(columns=torch.tensor([0, 2, 5]), positions=positions, mask=mask)
+    rest = TrimSpec(columns=torch.tensor([0, 2, 5]), positions=positions, mask=mask)
     trimmed = trim(arguments, rest)
     assert torch.equal(trimmed["input_ids"], ids[:, [0, 2, 5]])
     assert torch.equal(trimmed["cache_position"], torch.tensor([0, 2, 5]))
@@ -409,7 +409,7 @@ def test_trim_to_scattered_columns() -> None:
 
 
 def test_what_is_not_per_token_is_left_alone() -> None:
-    trimmed = trim({"input_ids": tokens(6), "position_ids": torch.zeros(1, 1)}, Rest(2))
+    trimmed = trim({"input_ids": tokens(6), "position_ids": torch.zeros(1, 1)}, TrimSpec(2))
     assert trimmed["position_ids"].shape == (1, 1)
 
 

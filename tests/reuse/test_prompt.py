@@ -9,7 +9,9 @@ from transformers import BatchEncoding
 
 from chunkcache.errors import SettingError
 from chunkcache.reuse.prompt import Prompt
+from tests.models import tiny
 
+MODEL = tiny("llama")
 IDS = [[5, 6, 7], [8, 9, 10]]
 
 
@@ -41,13 +43,13 @@ def test_padding(mask: Any) -> None:
         [0, 0, 0, 1],
         [0, 1, 2, 3],
     ]
-    call = prompt.as_call()
+    call = prompt.as_call(MODEL)
     assert call.pads() == [2, 0]
     assert call.follows(0, [2, 0])
 
 
 def test_holes_are_not_padding() -> None:
-    call = Prompt.of(IDS, [[1, 0, 1], [1, 1, 1]]).as_call()
+    call = Prompt.of(IDS, [[1, 0, 1], [1, 1, 1]]).as_call(MODEL)
     assert not call.follows(0, call.pads())
 
 

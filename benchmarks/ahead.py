@@ -112,7 +112,7 @@ def main() -> None:
                                     "link_mb_per_s": rate or "", "ahead": ahead,
                                     "first_token_ms": round(took, 1),
                                     "waited_ms": round(report.read_ms, 1),
-                                    "hidden_ms": round(report.hidden_ms, 1),
+                                    "overlapped_ms": round(report.overlapped_ms, 1),
                                 }
                             )  # fmt: skip
     show(rows)
@@ -130,7 +130,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         mine = [r for r in rows if (r["link_mb_per_s"], r["ahead"]) == (rate, ahead)]
         took, waited, hidden = (
             statistics.median(row[name] for row in mine)
-            for name in ("first_token_ms", "waited_ms", "hidden_ms")
+            for name in ("first_token_ms", "waited_ms", "overlapped_ms")
         )
         view.add_row(
             f"{rate} MB/s" if rate else "unix socket",

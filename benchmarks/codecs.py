@@ -101,7 +101,7 @@ def measure(model: Any, tokenizer: Any, prompts: int, seed: int) -> Iterator[dic
             yield {
                 "dtype": str(model.dtype).removeprefix("torch."), "codec": name, "prompt": index,
                 "tokens": warm.report.reused, "bytes": warm.report.bytes_read,
-                "plain": warm.report.bytes_read + warm.report.bytes_spared,
+                "plain": warm.report.bytes_read + warm.report.bytes_saved,
                 "exact": warm.report.exact, "kl": kl, "top1": top1, **speeds(cold, full.truth),
             }  # fmt: skip
 

@@ -52,7 +52,7 @@ from rich.table import Table
 from chunkcache import open_store
 from chunkcache.kv.codec import BlobForm, BufferPool, KVLayout, LayerShape
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.kv.seal import Seal
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import blobs
@@ -168,7 +168,7 @@ class Prompt:
     def new_layers(self, memory: BufferPool | None = None) -> list[Any]:
         """Layers with room for the prompt, in memory of an earlier one if there is any."""
         layers = [GrowingLayer() for _ in self.layout.layers]
-        settle_all(layers, self.layout, 1, self.tokens, torch.device("cpu"), memory)
+        allocate_all(layers, self.layout, 1, self.tokens, torch.device("cpu"), memory)
         return layers
 
     def store(self, store: ChunkStore) -> None:

@@ -83,12 +83,12 @@ class Report(Counts):
     Attributes:
         rows: One `RowReport` per row of the batch.
         bytes_read: Bytes of blobs read from the store.
-        bytes_spared: How many more they would have been as the model has them.
+        bytes_saved: How many more they would have been as the model has them.
         bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
         bytes_dropped: Bytes that the store did not take: its write queue was full, or it failed.
         lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
         read_ms: Waiting for blobs to be read, checked and in the layers.
-        hidden_ms: Reading that went on while the model computed, and cost no time.
+        overlapped_ms: Reading that went on while the model computed, and cost no time.
         move_ms: Rotating moved keys to their new position.
         prefill_ms: Computing the rest of the prompt.
         charged: Cost of repairing moved tokens, probe passes included, in tokens computed.
@@ -103,12 +103,12 @@ class Report(Counts):
 
     rows: list[RowReport] = field(default_factory=list)
     bytes_read: int = 0
-    bytes_spared: int = 0
+    bytes_saved: int = 0
     bytes_written: int = 0
     bytes_dropped: int = 0
     lookup_ms: float = 0.0
     read_ms: float = 0.0
-    hidden_ms: float = 0.0
+    overlapped_ms: float = 0.0
     move_ms: float = 0.0
     prefill_ms: float = 0.0
     charged: float = 0.0
@@ -198,7 +198,7 @@ class Report(Counts):
             if (count := getattr(self, kind))
         ]
         if self.bytes_read:
-            spared = f" ({self.bytes_spared / 1e6:,.1f} MB spared)" if self.bytes_spared else ""
+            spared = f" ({self.bytes_saved / 1e6:,.1f} MB spared)" if self.bytes_saved else ""
             parts.append(f"{self.bytes_read / 1e6:,.1f} MB read{spared}")
         if self.bytes_written:
             parts.append(f"{self.bytes_written / 1e6:,.1f} MB to the store")

@@ -30,7 +30,7 @@ from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.keys import CODECS, ChunkKey
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer, peek_all, settle_all
+from chunkcache.kv.layers import GrowingLayer, allocate_all, peek_all
 from chunkcache.kv.seal import Seal
 from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.keyspace import KeySpace
@@ -186,7 +186,7 @@ class Blobs:
         """Read a blob into layers, as a prompt does."""
         self.store.write([Entry(self.key, {}, memoryview(blob))])
         layers: list[Any] = [GrowingLayer() if shape else object() for shape in LAYOUT.layers]
-        settle_all(layers, LAYOUT, 1, len(TOKENS), torch.device("cpu"))
+        allocate_all(layers, LAYOUT, 1, len(TOKENS), torch.device("cpu"))
         name, troubles = self.chunk.hash, list[Exception]()
         (size,) = self.store.sizes([self.key])
         known = {name: size} if size else {}

@@ -467,7 +467,7 @@ def test_prompt_lookup_and_assistant(llama, store):
 def test_drafts_are_taken_back_where_the_cache_stands_aside(kind, store, monkeypatch):
     """Layers of Transformers' own forget what they were not told to keep."""
     model = tiny(kind)
-    monkeypatch.setattr("chunkcache.model.proof.known_obstacle", lambda model: "for a test")
+    monkeypatch.setattr("chunkcache.model.self_test.known_obstacle", lambda model: "for a test")
     ids = random_ids(60, seed=70).repeat(1, 2)
     how = {"new": 12, "prompt_lookup_num_tokens": 3}
     for _ in range(2):

@@ -110,7 +110,7 @@ def test_what_is_stored_is_found_and_exactness_is_told(model, any_store, codec, 
     assert (codec in str(report)) == (codec in LOSSY)
     assert close(found, expected, 0.05 if codec in LOSSY else 1e-5)
     assert report.bytes_read == sum(len(blob) for _, blob in chunks_of(any_store).values())
-    ratio = (report.bytes_read + report.bytes_spared) / report.bytes_read
+    ratio = (report.bytes_read + report.bytes_saved) / report.bytes_read
     assert ratio > {"bf16": 1.5, "int8": 2.2}.get(codec.removesuffix("+zstd")[-4:], 0.99)
 
 
@@ -436,7 +436,7 @@ def test_text_is_moved_in_every_codec(any_store, codec, seal):
     assert report.moved > 900
     assert report.errors == []
     assert report.lossy == (codec if codec in LOSSY else "")
-    assert (report.bytes_spared > report.bytes_read / 2) == (codec in LOSSY)
+    assert (report.bytes_saved > report.bytes_read / 2) == (codec in LOSSY)
     assert close(found, logits(model, shuffled_prompt()), 0.02 if codec in LOSSY else 1e-4)
 
 

@@ -13,7 +13,7 @@ from benchmarks.coverage import NOT_RUN, TABLE, WRONG, cover
 from chunkcache import RedisChunkCache
 from chunkcache.anywhere import prefill
 from chunkcache.keys import ChunkKey
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.scatter import scatter_mask
 from chunkcache.reuse.hook import ForwardCall
@@ -95,9 +95,9 @@ def no_crop(patch: pytest.MonkeyPatch) -> None:
 
 
 def rotation_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    move = KeyMover.move_into
+    move = KeyRotation.move_into
     patch.setattr(
-        KeyMover, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
+        KeyRotation, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
     )
 
 

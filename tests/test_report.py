@@ -40,7 +40,7 @@ reports = st.builds(
     Report,
     rows=st.lists(rows(), max_size=3),
     bytes_read=st.integers(0, 10**12),
-    bytes_spared=st.integers(0, 10**12),
+    bytes_saved=st.integers(0, 10**12),
     lossy=st.sampled_from(["", "safetensors-int8"]),
     bytes_written=st.integers(0, 10**12),
     bytes_dropped=st.integers(0, 10**12),

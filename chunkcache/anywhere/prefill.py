@@ -25,7 +25,7 @@ from chunkcache.anywhere.probes import Probes
 from chunkcache.anywhere.relocate import fill_pieces
 from chunkcache.errors import RepairError, StoreError, UnsupportedModelError
 from chunkcache.kv.layers import GrowingLayer
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.scatter import open_layers, scatter_mask
 from chunkcache.repair import Head, Mask
 from chunkcache.reuse.conversation import Conversation
@@ -47,7 +47,7 @@ class AnywherePrefill(Prefill):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.moved: list[MovedText] = []
-        self._mover: KeyMover | None = None
+        self._rotation: KeyRotation | None = None
         self._stale: dict[str, Entry] = {}
         # Start and stop of each stretch of tokens that were found nowhere, row by row.
         self._fresh: list[list[tuple[int, int]]] = []
@@ -55,7 +55,7 @@ class AnywherePrefill(Prefill):
     @staticmethod
     def check_model(conversation: Conversation) -> None:
         """Raise UnsupportedModelError if the model's K/V may not be moved."""
-        find_mover(conversation)
+        verified_rotation(conversation)
 
     # ------------------------------------------------------------------ what is known
 
@@ -63,7 +63,7 @@ class AnywherePrefill(Prefill):
         """Ask which chunks are known where they stand, and then which text is known elsewhere."""
         if self.limit > self.held and self.conversation.transcript.text_until is None:
             try:
-                self._mover = find_mover(self.conversation)
+                self._rotation = verified_rotation(self.conversation)
             except UnsupportedModelError as error:  # its attention was changed since it was made
                 self._handle(error)
         super().plan(dry)
@@ -71,11 +71,11 @@ class AnywherePrefill(Prefill):
 
     @property
     def _reads_together(self) -> bool:
-        return self._mover is None
+        return self._rotation is None
 
     def _search(self) -> None:
         """Look up the text behind the exact beginnings, and what of it would spare a column."""
-        if self._mover is None or self.context.settings.reuse == "off":
+        if self._rotation is None or self.context.settings.reuse == "off":
             return
         began = perf_counter()
         passages = _passages(self.conversation.transcript.ids(), self.pads, self.stops, self.limit)
@@ -104,13 +104,13 @@ class AnywherePrefill(Prefill):
         """Bring what is known into the layers: the exact beginnings, then what is moved."""
         super().load()
         assert self._loader is not None
-        if self._mover is None:
+        if self._rotation is None:
             return
         if self._loader.failed:
             self._search()  # behind what is left of them
         began = perf_counter()
         placed = fill_pieces(
-            self._reader, self.conversation.layers, self._mover,
+            self._reader, self.conversation.layers, self._rotation,
             [(text.passage, text.wanted) for text in self.moved],
             self.sizes, self.forms, self._loader.at_hand,
         )  # fmt: skip
@@ -206,24 +206,24 @@ class AnywherePrefill(Prefill):
         return ByText(chunks, self._stale)
 
 
-def find_mover(conversation: Conversation) -> KeyMover:
+def verified_rotation(conversation: Conversation) -> KeyRotation:
     """The model's proven rotation.
 
     Raises:
         UnsupportedModelError: Its K/V may not be moved.
     """
     context = conversation.context
-    mover: KeyMover | str = conversation.obstacle
-    if not mover:
+    rotation: KeyRotation | str = conversation.self_test.bypass_reason
+    if not rotation:
         assert conversation.keys is not None
         keys = conversation.keys
-        mover = context.state.mover(keys.identity, keys.layout, context.store)
-    if isinstance(mover, str):
+        rotation = context.state.verified_rotation(keys.identity, keys.layout, context.store)
+    if isinstance(rotation, str):
         raise UnsupportedModelError(
             f"reuse='anywhere' is not possible with {context.model.__class__.__name__}: "
-            f"{mover}. Use reuse='prefix'"
+            f"{rotation}. Use reuse='prefix'"
         )
-    return mover
+    return rotation
 
 
 def find_moved(

@@ -21,9 +21,9 @@ from chunkcache.errors import RepairError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
-from chunkcache.model.proof import cache_of
 from chunkcache.model.queries import AttentionWatch
 from chunkcache.model.scatter import close_layers, open_layers, scatter_mask
+from chunkcache.model.self_test import cache_of
 from chunkcache.repair import Scores
 
 # Whose attention is looked at, and where: the last tokens of the prompt, in the layers between

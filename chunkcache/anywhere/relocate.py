@@ -17,14 +17,14 @@ from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.kv.codec import LayerKV
 from chunkcache.kv.coding import Form
 from chunkcache.kv.layers import peek_all
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 
 
 def fill_pieces(
     reader: BlobReader,
     layers: Sequence[Any],
-    mover: KeyMover,
+    rotation: KeyRotation,
     wanted: Iterable[tuple[Passage, Sequence[Piece]]],
     sizes: Mapping[str, int],
     forms: Mapping[str, Form],
@@ -35,7 +35,7 @@ def fill_pieces(
     Args:
         reader: Reads and checks the blobs.
         layers: Cache layers with room for the whole prompt.
-        mover: The model's proven rotation.
+        rotation: The model's proven rotation.
         wanted: Passages and their pieces.
         sizes: Bytes of each chunk's blob, by hash.
         forms: The forms of these blobs, likewise.
@@ -52,14 +52,16 @@ def fill_pieces(
     reads = {}
     for chunk, users in uses.items():
         if chunk.hash in at_hand:
-            _place(layers, peek_all(layers, *at_hand[chunk.hash], len(chunk.tokens)), mover, users)
+            _place(
+                layers, peek_all(layers, *at_hand[chunk.hash], len(chunk.tokens)), rotation, users
+            )
             placed |= {piece for _, piece in users}
         else:
             name = chunk.hash
             reads[chunk] = PendingChunk(name, forms[name], sizes[name])
     for chunk, pending in zip(reads, reader.read(list(reads.values())), strict=True):
         if not pending.failure:
-            _place(layers, pending.kv, mover, uses[chunk])
+            _place(layers, pending.kv, rotation, uses[chunk])
             placed |= {piece for _, piece in uses[chunk]}
         pending.kv = []
     reader.discard()
@@ -69,7 +71,7 @@ def fill_pieces(
 def _place(
     layers: Sequence[Any],
     kv: Sequence[LayerKV | None],
-    mover: KeyMover,
+    rotation: KeyRotation,
     users: Sequence[tuple[Passage, Piece]],
 ) -> None:
     for passage, piece in users:
@@ -79,4 +81,4 @@ def _place(
         old, new = (torch.arange(p, p + tokens) for p in (piece.old_start, piece.start))
         for row in passage.rows:
             target = peek_all(layers, row, passage.pad + piece.start, tokens)
-            mover.move_into(target, part, old, new)
+            rotation.move_into(target, part, old, new)

@@ -21,7 +21,7 @@ from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import StoreError
 from chunkcache.inventory import catalog
 from chunkcache.model.check import check_model
-from chunkcache.model.proof import forward, probe_ids, takes
+from chunkcache.model.self_test import forward, probe_ids, takes
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.health import retry_until
 from chunkcache.tokens.texts import most_positions

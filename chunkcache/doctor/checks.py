@@ -58,7 +58,7 @@ class ModelHealth:
     Attributes:
         name: Its name.
         dtype: Data type of its K/V.
-        obstacle: Why its K/V cannot be reused, or `""`.
+        bypass_reason: Why its K/V cannot be reused, or `""`.
         moving: Why they cannot be moved (`reuse="anywhere"`), or `""`.
         token_bytes: Bytes of K/V per token, as the codec stores them.
         break_even: What was measured, if they can be reused.
@@ -66,15 +66,15 @@ class ModelHealth:
 
     name: str
     dtype: str = ""
-    obstacle: str = ""
+    bypass_reason: str = ""
     moving: str = ""
     token_bytes: float = 0.0
     break_even: BreakEven | None = None
 
     def __str__(self) -> str:
         lines = [f"model {self.name}"]
-        if self.obstacle:
-            return "\n".join([*lines, f"  ! is computed as usual: {self.obstacle}"])
+        if self.bypass_reason:
+            return "\n".join([*lines, f"  ! is computed as usual: {self.bypass_reason}"])
         can = "can be moved, too" if not self.moving else f"cannot be moved: {self.moving}"
         lines.append(
             f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store: 1 GB "

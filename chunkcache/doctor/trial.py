@@ -32,20 +32,20 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
     try:
         inner = check_model(model)
     except (UnsupportedModelError, UnsupportedCallError) as error:
-        return ModelHealth(name, obstacle=str(error))
+        return ModelHealth(name, bypass_reason=str(error))
     state = ModelState.of(inner)
     identity = state.identity()
-    proof = state.proof(identity, store)
-    if proof.obstacle or proof.layout is None:
-        return ModelHealth(name, obstacle=proof.obstacle)
-    mover = state.mover(identity, proof.layout, store)
+    proof = state.self_test(identity, store)
+    if proof.bypass_reason or proof.layout is None:
+        return ModelHealth(name, bypass_reason=proof.bypass_reason)
+    rotation = state.verified_rotation(identity, proof.layout, store)
     # The blob of a chunk, before compression: of its token ids, only the digits matter.
     ids, codec = [10_000] * settings.chunk_size, Codec(settings.codec.removesuffix(ZSTD))
     nbytes = codec.form(proof.layout, ids, 0, "0" * 64, "").file.size
     return ModelHealth(
         name,
         str(proof.layout.dtype).removeprefix("torch."),
-        moving=mover if isinstance(mover, str) else "",
+        moving=rotation if isinstance(rotation, str) else "",
         token_bytes=nbytes / settings.chunk_size,
         break_even=measure_break_even(model, store, step),
     )

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from chunkcache.errors import SettingError, UnsupportedCallError
 from chunkcache.kv.codec import LayerKV
 from chunkcache.model.check import CACHE
-from chunkcache.model.proof import forward, takes
+from chunkcache.model.self_test import forward, takes
 from chunkcache.reuse.prompt import Prompt, read_ids
 
 

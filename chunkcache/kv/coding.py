@@ -18,7 +18,7 @@ from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
 from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.kv.seal import OVERHEAD, Seal
 
 _TEXT = "@token_ids"  # no sealed text may stand for a blob
@@ -31,12 +31,12 @@ class Codec:
     Attributes:
         name: One of the codecs of `Settings`.
         seal: The keys that seal blobs, if they are sealed.
-        mover: Turns keys to position 0 and back for int8, where the model's rule is known.
+        rotation: Turns keys to position 0 and back for int8, where the model's rule is known.
     """
 
     name: str = PLAIN
     seal: Seal | None = None
-    mover: KeyMover | None = None
+    rotation: KeyRotation | None = None
 
     @property
     def numbers(self) -> str:
@@ -57,7 +57,7 @@ class Codec:
         """
         if self.format == PLAIN:
             return ""
-        return self.format + (f" {_digest(self.mover)}" if self.mover else "")
+        return self.format + (f" {_digest(self.rotation)}" if self.rotation else "")
 
     def is_exact(self, dtype: torch.dtype) -> bool:
         """Whether K/V of that type come back bit by bit."""
@@ -81,7 +81,7 @@ class Codec:
             half = replace(layout, dtype=torch.bfloat16)
             file = BlobForm.of(half, tokens, start, chunk_hash)
         else:
-            turned = "position 0" if self.mover else "as cached"
+            turned = "position 0" if self.rotation else "as cached"
             file = BlobForm.of(layout, tokens, start, chunk_hash, int8_slots, keys=turned)
         return Form(self, layout, start, key, file)
 
@@ -139,7 +139,7 @@ class Form:
         """
         codec, file = self.codec, self.file
         if codec.numbers == INT8:
-            blob = encode_int8(file, layers, self.start, codec.mover)
+            blob = encode_int8(file, layers, self.start, codec.rotation)
         else:
             blob = encode(file, layers)
         if codec.name.endswith(ZSTD):
@@ -162,7 +162,7 @@ class Form:
         # torch warns of memory that may not be written, though nobody writes to it here.
         blob = memoryview(bytearray(blob)) if blob.readonly else blob
         if codec.numbers == INT8:
-            return decode_int8(file, blob, self.start, codec.mover)
+            return decode_int8(file, blob, self.start, codec.rotation)
         dtype = self.layout.dtype
         return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(blob)]
 
@@ -172,10 +172,10 @@ class Form:
         return 1 if self.codec.numbers == INT8 else self.file.layout.dtype.itemsize
 
 
-def _digest(mover: KeyMover) -> str:
+def _digest(rotation: KeyRotation) -> str:
     """SHA-256 over the rules by which keys were turned: with others they cannot be turned back."""
     digest = hashlib.sha256()
-    for layer in mover.layers:
+    for layer in rotation.layers:
         for turn in (layer.keys, layer.values) if layer else ():
             what = turn and (turn.first, turn.interleaved, turn.sign, turn.inv_freq.tolist())
             digest.update(repr(what).encode())

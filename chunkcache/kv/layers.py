@@ -30,13 +30,13 @@ def with_room(tokens: int) -> int:
     return tokens + max(SLACK_TOKENS, math.ceil(tokens * SLACK_SHARE))
 
 
-def allocate(
+def flat_memory(
     size: int, dtype: torch.dtype, device: torch.device, memory: BufferPool | None = None
 ) -> Tensor:
     """Uninitialised flat memory for `size` numbers, on the CPU that of `memory` if it has any."""
     if torch.is_inference_mode_enabled():  # whose tensors do not count writes (see WriteCount)
         with torch.inference_mode(False):
-            return allocate(size, dtype, device, memory)
+            return flat_memory(size, dtype, device, memory)
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = size * dtype.itemsize
@@ -143,7 +143,7 @@ class GrowingLayer(DynamicLayer):
         assert self._value_room is not None
         return self._key_room, self._value_room
 
-    def settle(
+    def allocate(
         self, key_room: Tensor, value_room: Tensor, writes: WriteCount | None = None
     ) -> None:
         """Begin empty in the given memory, `[batch, kv_heads, capacity, head_dim]` each.
@@ -181,7 +181,7 @@ class GrowingLayer(DynamicLayer):
         """A layer of one row only, on the same memory, that holds `tokens` from `column` on."""
         layer = GrowingLayer()
         keys, values = (room[row : row + 1, :, column:] for room in self._rooms)
-        layer.settle(keys, values, self._writes)
+        layer.allocate(keys, values, self._writes)
         layer.hold(tokens)
         return layer
 
@@ -349,7 +349,7 @@ class GrowingLayer(DynamicLayer):
             batch, heads, _, dim = new.shape
             shape = (batch, heads, with_room(total), dim)
             dtype = torch.promote_types(old.dtype, new.dtype) if held else new.dtype
-            room = allocate(math.prod(shape), dtype, new.device).view(shape)
+            room = flat_memory(math.prod(shape), dtype, new.device).view(shape)
             if held:
                 room[:, :, :held].copy_(old)
             rooms.append(room)
@@ -361,7 +361,7 @@ def _is_view(view: Tensor, room: Tensor) -> bool:
     return view.data_ptr() == start and view.stride() == room.stride()
 
 
-def settle_all(
+def allocate_all(
     layers: Sequence[Any],
     layout: KVLayout,
     batch: int,
@@ -375,7 +375,7 @@ def settle_all(
     """
     room = with_room(tokens)
     numbers = batch * room * layout.token_bytes // layout.dtype.itemsize
-    arena = allocate(numbers, layout.dtype, device, memory)
+    arena = flat_memory(numbers, layout.dtype, device, memory)
     writes = WriteCount(arena)
     at = 0
 
@@ -387,7 +387,7 @@ def settle_all(
 
     for layer, shape in zip(layers, layout.layers, strict=True):
         if shape is not None:
-            layer.settle(
+            layer.allocate(
                 take(shape.key_heads, shape.key_dim),
                 take(shape.value_heads, shape.value_dim),
                 writes,

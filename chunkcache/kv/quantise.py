@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, Slot
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 
 # int8 without -128. A hair more than 127, so that no number grows by rounding and overflows.
 _STEPS = 127.0001
@@ -58,7 +58,7 @@ def quantise(x: Tensor, across: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_int8(
-    form: BlobForm, layers: Sequence[LayerKV | None], start: int, mover: KeyMover | None
+    form: BlobForm, layers: Sequence[LayerKV | None], start: int, rotation: KeyRotation | None
 ) -> memoryview:
     """Build a blob.
 
@@ -66,12 +66,12 @@ def encode_int8(
         form: The chunk's form, arranged by `int8_slots`.
         layers: Keys and values per layer, each `[kv_heads, tokens, head_dim]`; on any device.
         start: Position of the first token.
-        mover: Turns keys to position 0; `None` leaves them as they are.
+        rotation: Turns keys to position 0; `None` leaves them as they are.
     """
     there = torch.arange(start, start + form.tokens)
     pairs = [
         quantise(part, across)
-        for kv in _moved(layers, mover, there, torch.zeros_like(there))
+        for kv in _moved(layers, rotation, there, torch.zeros_like(there))
         if kv
         for part, across in zip(kv, _ACROSS.values(), strict=True)
     ]
@@ -79,7 +79,7 @@ def encode_int8(
 
 
 def decode_int8(
-    form: BlobForm, blob: memoryview, start: int, mover: KeyMover | None
+    form: BlobForm, blob: memoryview, start: int, rotation: KeyRotation | None
 ) -> list[LayerKV | None]:
     """The keys and values of a checked blob in `form.layout.dtype`; the rest as it was encoded."""
     tensors = form.tensors(blob)
@@ -93,21 +93,21 @@ def decode_int8(
     dtype = form.layout.dtype
     return [
         kv and (kv[0].to(dtype), kv[1].to(dtype))
-        for kv in _moved(layers, mover, torch.zeros_like(there), there)
+        for kv in _moved(layers, rotation, torch.zeros_like(there), there)
     ]
 
 
 def _moved(
-    layers: Sequence[LayerKV | None], mover: KeyMover | None, old: Tensor, new: Tensor
+    layers: Sequence[LayerKV | None], rotation: KeyRotation | None, old: Tensor, new: Tensor
 ) -> list[LayerKV | None]:
     """All layers in float32, at other positions, `[tokens]`."""
     wide: list[LayerKV | None] = [
         kv and (kv[0].detach().float(), kv[1].detach().float()) for kv in layers
     ]
-    if mover is None:
+    if rotation is None:
         return wide
     out: list[LayerKV | None] = [
         kv and (torch.empty_like(kv[0]), torch.empty_like(kv[1])) for kv in wide
     ]
-    mover.move_into(out, wide, old, new)
+    rotation.move_into(out, wide, old, new)
     return out

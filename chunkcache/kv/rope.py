@@ -1,4 +1,4 @@
-"""KeyMover: turns keys computed at one position into keys at another.
+"""KeyRotation: turns keys computed at one position into keys at another.
 
 RoPE rotates pairs of dimensions by angles linear in the position, so `K(p') = R(p' - p) K(p)`,
 exactly, whatever the model around it. How a model pairs dimensions, which ones it rotates and with
@@ -120,7 +120,7 @@ class LayerRule:
 
 
 @dataclass(frozen=True)
-class KeyMover:
+class KeyRotation:
     """The rules of all layers of a model. Found by `find_rules`, proven in `proof.py`."""
 
     layers: tuple[LayerRule | None, ...]
@@ -201,7 +201,7 @@ def find_rules(
     at_zero: LoneToken,
     moved: dict[int, LoneToken],
     noises: Sequence[tuple[float, float]],
-) -> KeyMover | str:
+) -> KeyRotation | str:
     """Find each layer's rule.
 
     Args:
@@ -228,7 +228,7 @@ def find_rules(
                 return f"layer {index}: no known rotation explains how its {what} turn ({rule})"
             found.append(rule)
         rules.append(LayerRule(found[0], found[1]))
-    return KeyMover(tuple(rules))
+    return KeyRotation(tuple(rules))
 
 
 def find_misfit(

@@ -19,7 +19,7 @@ from chunkcache.anywhere.index import MOST_VARIANTS, index_entries
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError, UnsupportedCallError
 from chunkcache.model.check import check_model
-from chunkcache.model.proof import forward, takes
+from chunkcache.model.self_test import forward, takes
 from chunkcache.model.state import ModelState
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import created_now
@@ -96,7 +96,7 @@ class Compiler:
         state = ModelState.of(self.model)
         context = CacheContext(self.model, state, self.store, self.settings, self._grid)
         identity = state.identity()
-        layout = state.proof(identity, self.store).layout
+        layout = state.self_test(identity, self.store).layout
         assert layout is not None, "a model without a layout is refused"
         self._keys = context.keyspace(identity, layout)
         # Never "anywhere" here: what documents have in common would be moved from one to the other,

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.kv.codec import KVLayout, LayerKV
-from chunkcache.kv.layers import GrowingLayer, settle_all
-from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyMover, find_misfit, find_rules
+from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyRotation, find_misfit, find_rules
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
-from chunkcache.model.proof import (
+from chunkcache.model.queries import Queries
+from chunkcache.model.ranks import Ranks
+from chunkcache.model.rounding import MARGIN, PARTS, SUMS, judge, spread
+from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
+from chunkcache.model.self_test import (
     NoVerdict,
     cache_of,
     forward,
@@ -30,10 +34,6 @@ from chunkcache.model.proof import (
     rounded_layers,
     takes,
 )
-from chunkcache.model.queries import Queries
-from chunkcache.model.ranks import Ranks
-from chunkcache.model.rounding import MARGIN, PARTS, SUMS, judge, spread
-from chunkcache.model.scatter import MASKED_ATTENTION, close_layers, open_layers, scatter_mask
 
 _TEST = "the self-test for moving"
 _NO_POSITIONS = "the model takes no position_ids, so its positions cannot be set"
@@ -46,11 +46,11 @@ _SCATTERED = (2, 3, 7, 11, 12, 16, 17)
 _SCATTER_TOKENS = 18
 
 
-def find_rotation(model: nn.Module) -> KeyMover | str:
+def find_rotation(model: nn.Module) -> KeyRotation | str:
     """The rule by which a model's keys turn with their position, or why it is not known.
 
     Good for turning keys and turning them back, which needs no proof. For models that passed
-    `proof.prove`.
+    `self_test.run_self_test`.
     """
     if not takes(model, "position_ids"):
         return _NO_POSITIONS
@@ -61,13 +61,13 @@ def find_rotation(model: nn.Module) -> KeyMover | str:
         return NoVerdict(error, _TEST)
 
 
-def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyMover | str:
-    """The model's proven mover, or why there is none. For models that passed `proof.prove`.
+def verify_rotation(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyRotation | str:
+    """The model's verified rotation, or why there is none. For models that passed the self-test.
 
     Of a model that is `proven` to be movable, only the rule is found.
     """
-    if obstacle := _known_obstacle(model):
-        return obstacle
+    if bypass_reason := _known_reason(model):
+        return bypass_reason
     try:
         with torch.no_grad():
             lone = _Lone(model)
@@ -89,7 +89,7 @@ def prove_moving(model: nn.Module, layout: KVLayout, proven: bool = False) -> Ke
         return NoVerdict(error, _TEST)
 
 
-def _known_obstacle(model: nn.Module) -> str:
+def _known_reason(model: nn.Module) -> str:
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     if Ranks.of(model).size > 1:
@@ -156,7 +156,7 @@ class _Lone:
         noise = max(MARGIN * float(spread(rounded, plain)[-1]), unit * largest)
         return min(noise, max(8 * unit, SUMS[dtype]) * largest)
 
-    def rules(self) -> KeyMover | str:
+    def rules(self) -> KeyRotation | str:
         """How keys and values turn, or why that is not known."""
         at_zero, moved = self._runs[0][0], {p: run[0] for p, run in self._runs.items() if p}
         found = find_rules(self._model, at_zero, moved, [(0.0, 0.0)] * len(at_zero))
@@ -168,11 +168,11 @@ class _Lone:
             found = find_rules(self._model, at_zero, moved, noises)
         return found
 
-    def misfit(self, mover: KeyMover) -> str:
+    def misfit(self, rotation: KeyRotation) -> str:
         """What besides keys and values knows its position, or `""`."""
         kv, queries, logits = self._runs[0]
         for index, query in queries.items():
-            rule, part = mover.layers[index], kv[index]
+            rule, part = rotation.layers[index], kv[index]
             if rule is None or part is None:
                 continue
             samples = {p: run[1][index] for p, run in self._runs.items() if p}
@@ -197,13 +197,13 @@ class _Noise:
     Of tokens where they are, and `far` positions further on, or not so far.
     """
 
-    def __init__(self, model: nn.Module, mover: KeyMover, far: int) -> None:
-        self._model, self._mover, self._far = model, mover, far
+    def __init__(self, model: nn.Module, rotation: KeyRotation, far: int) -> None:
+        self._model, self._rotation, self._far = model, rotation, far
 
     @cached_property
     def _rounded(self) -> tuple[Sequence[LayerKV | None], Tensor]:
         ids, positions = _probe(self._model, _SCATTER_TOKENS)
-        layers = rounded_layers(self._model, torch.tensor([0.0, self._far]), self._mover)
+        layers = rounded_layers(self._model, torch.tensor([0.0, self._far]), self._rotation)
         return _run(self._model, ids, positions.expand(2, -1), layers)
 
     def of_kv(self, layer: int, part: int, plain: Tensor, shift: int) -> Tensor:
@@ -220,23 +220,25 @@ class _Noise:
         return spreads[int(shift > _NEAR_SHIFT)]
 
 
-def _far_shift_test(model: nn.Module, mover: KeyMover, noise: _Noise, shifts: Sequence[int]) -> str:
+def _far_shift_test(
+    model: nn.Module, rotation: KeyRotation, noise: _Noise, shifts: Sequence[int]
+) -> str:
     ids, near = _probe(model, _SHIFTED_TOKENS)
     there, logits = _run(model, ids, near + torch.tensor(shifts)[:, None])
     for row, shift in enumerate(shifts):
         for index, kv in enumerate(there):
-            rule = mover.layers[index]
+            rule = rotation.layers[index]
             if kv is None or rule is None:
                 continue
             start = kv[0][:1], kv[1][:1]
             old, new = (near[0].to(kv[0].device) + by for by in (0, shift))
-            turned = mover.move(start, index, old, new)
-            for part, rotation in enumerate((rule.keys, rule.values)):
+            turned = rotation.move(start, index, old, new)
+            for part, turn in enumerate((rule.keys, rule.values)):
                 if wrong := judge(
                     turned[part],
                     kv[part][row : row + 1],
                     partial(noise.of_kv, index, part, start[part], shift),
-                    rotation.slack(turned[part], new, turned[part].dtype) if rotation else None,
+                    turn.slack(turned[part], new, turned[part].dtype) if turn else None,
                     few_may_differ=True,
                 ):
                     return (
@@ -257,7 +259,7 @@ def _scatter_test(model: nn.Module, layout: KVLayout, noise: _Noise) -> str:
     whole, logits = _run(model, ids, positions)
     columns = torch.tensor(_SCATTERED, device=logits.device)
     layers = growing_layers(model) or []
-    settle_all(layers, layout, 1, _SCATTER_TOKENS, logits.device)
+    allocate_all(layers, layout, 1, _SCATTER_TOKENS, logits.device)
     for layer, kv in zip(layers, whole, strict=True):
         if kv is not None:
             layer.place(0, 0, kv[0][0], kv[1][0])

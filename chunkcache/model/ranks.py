@@ -23,14 +23,14 @@ class Ranks:
         rank: This one's number.
         group: Their process group, `None` for a single process.
         device: Where tensors must be for the group to exchange them.
-        obstacle: Why they cannot be handled, or `""`.
+        bypass_reason: Why they cannot be handled, or `""`.
     """
 
     size: int = 1
     rank: int = 0
     group: Any = None
     device: str = "cpu"
-    obstacle: str = ""
+    bypass_reason: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
@@ -42,7 +42,9 @@ class Ranks:
         others = [name for name, size in sizes.items() if size > 1 and name != "tp"]
         if others or "tp" not in sizes:
             how = ", ".join(others) or "an unnamed mesh"
-            return cls(obstacle=f"the model is spread over processes in a way not known: {how}")
+            return cls(
+                bypass_reason=f"the model is spread over processes in a way not known: {how}"
+            )
         group = mesh.get_group("tp")
         return cls(sizes["tp"], mesh.get_local_rank("tp"), group, mesh.device_type)
 

@@ -15,13 +15,19 @@ from torch import nn
 from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
 from chunkcache.kv.codec import BufferPool, KVLayout
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup
-from chunkcache.model.moving import find_rotation, prove_moving
-from chunkcache.model.proof import NoVerdict, Proof, measure_layout, prove, zeros_matter
+from chunkcache.model.moving import find_rotation, verify_rotation
 from chunkcache.model.ranks import Ranks
+from chunkcache.model.self_test import (
+    NoVerdict,
+    SelfTest,
+    measure_layout,
+    run_self_test,
+    zeros_matter,
+)
 from chunkcache.model.weights import PHASES, Parts, Watched, watch
 from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
@@ -33,12 +39,12 @@ MOVING_FORMAT = "moving"
 _PROMPT_RETRIES = 3
 _RETRY_WAIT = 50.0
 
-_T = TypeVar("_T", Proof, KeyMover | str)
+_T = TypeVar("_T", SelfTest, KeyRotation | str)
 
 
 @dataclass
 class ModelState:
-    """Identity and proof of one model, and the stores opened for it by URL.
+    """Identity and self-test of one model, and the stores opened for it by URL.
 
     Found through a weak dictionary, so that it goes with the model.
     """
@@ -57,9 +63,9 @@ class ModelState:
     _edited: set[str] = field(default_factory=set)
     _rest: tuple[object, ...] = ()
     _identity: ModelIdentity | None = None
-    _proofs: dict[str, Proof] = field(default_factory=dict)
-    _movers: dict[str, KeyMover | str] = field(default_factory=dict)
-    _rotations: dict[str, KeyMover | str] = field(default_factory=dict)
+    _self_tests: dict[str, SelfTest] = field(default_factory=dict)
+    _verified: dict[str, KeyRotation | str] = field(default_factory=dict)
+    _rotations: dict[str, KeyRotation | str] = field(default_factory=dict)
     # Of self-tests that could not run, how often in a row, and when to try again.
     _failures: dict[tuple[int, str], tuple[int, float]] = field(default_factory=dict)
     _zeros: dict[tuple[str, str], bool] = field(default_factory=dict)
@@ -122,39 +128,41 @@ class ModelState:
         self._makeup.forget_changes(makeup, self._makeup.look(self.model, parts))
         return self._makeup.look(self.model, parts)
 
-    def proof(self, identity: ModelIdentity, store: ChunkStore) -> Proof:
+    def self_test(self, identity: ModelIdentity, store: ChunkStore) -> SelfTest:
         """Whether K/V of that identity, the model's present one, may be reused.
 
         Known from before, known to the store, or tested now.
         """
         if reason := dict(identity.parts)["random"]:
-            return Proof(reason)
+            return SelfTest(reason)
         with self._lock:
             return self._verdict(
-                self._proofs, identity.digest, lambda: self._prove(store, identity)
+                self._self_tests, identity.digest, lambda: self._run_self_test(store, identity)
             )
 
-    def mover(self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore) -> KeyMover | str:
-        """The proven rotation of that identity, the model's present one, or why there is none.
+    def verified_rotation(
+        self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore
+    ) -> KeyRotation | str:
+        """The verified rotation of that identity, the model's present one, or why there is none.
 
         The rotation is found anew by each process; that it is good enough is known from before,
         known to the store, or tested now.
         """
 
-        def test() -> KeyMover | str:
-            proven = _was_proven(store, identity, MOVING_FORMAT)
-            mover = prove_moving(self.tested, layout, proven)
-            if not proven and not isinstance(mover, str):
-                _keep_proven(store, identity, MOVING_FORMAT)
-            return mover
+        def test() -> KeyRotation | str:
+            passed = _has_passed(store, identity, MOVING_FORMAT)
+            rotation = verify_rotation(self.tested, layout, passed)
+            if not passed and not isinstance(rotation, str):
+                _note_passed(store, identity, MOVING_FORMAT)
+            return rotation
 
         with self._lock:
-            return self._verdict(self._movers, identity.digest, test)
+            return self._verdict(self._verified, identity.digest, test)
 
-    def rotation(self, identity: ModelIdentity) -> KeyMover | None:
+    def rotation(self, identity: ModelIdentity) -> KeyRotation | None:
         """How keys of that identity, the model's present one, turn with their position, if known.
 
-        Unlike `mover`, not proven: good for turning them and turning them back.
+        Unlike `verified_rotation`, not verified: good for turning them and turning them back.
         """
         with self._lock:
             found = self._verdict(
@@ -184,7 +192,7 @@ class ModelState:
             return known[digest]
         began = time.monotonic()
         found = known[digest] = test()
-        reason = found.obstacle if isinstance(found, Proof) else found
+        reason = found.bypass_reason if isinstance(found, SelfTest) else found
         self._failures.pop((id(known), digest), None)
         if isinstance(reason, NoVerdict) and self.ranks.size == 1:  # ranks test together
             count, now = (failure[0] + 1 if failure else 1), time.monotonic()
@@ -215,20 +223,20 @@ class ModelState:
                 self._stores[key] = open_store(url, **settings)
             return self._stores[key]
 
-    def _prove(self, store: ChunkStore, identity: ModelIdentity) -> Proof:
+    def _run_self_test(self, store: ChunkStore, identity: ModelIdentity) -> SelfTest:
         # Tests are forwards, which all ranks run or none.
-        if self.ranks.all(_was_proven(store, identity, PROOF_FORMAT)):
-            proof = measure_layout(self.tested)
-            if self.ranks.all(not proof.obstacle):
-                return proof
-        proof = prove(self.tested)
-        if not proof.obstacle:
-            _keep_proven(store, identity, PROOF_FORMAT)
-        return proof
+        if self.ranks.all(_has_passed(store, identity, PROOF_FORMAT)):
+            found = measure_layout(self.tested)
+            if self.ranks.all(not found.bypass_reason):
+                return found
+        found = run_self_test(self.tested)
+        if not found.bypass_reason:
+            _note_passed(store, identity, PROOF_FORMAT)
+        return found
 
 
-def _was_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> bool:
-    """Whether another process has proven this very model. Only that is taken on trust."""
+def _has_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> bool:
+    """Whether this very model has passed in another process. Only that is taken on trust."""
     try:
         fields = store.read_metadata([str(identity.key(identity.digest, format))])[0] or {}
     except StoreError:
@@ -236,7 +244,7 @@ def _was_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> bool
     return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
 
 
-def _keep_proven(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
+def _note_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
     fields = {
         "model": identity.name,
         "identity": identity.digest,

@@ -48,7 +48,7 @@ class CacheContext:
         chosen = self.settings
         codec = Codec(chosen.codec, chosen.sealing)
         if codec.numbers == INT8:
-            codec = replace(codec, mover=self.state.rotation(identity))
+            codec = replace(codec, rotation=self.state.rotation(identity))
         salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
         return KeySpace(identity, layout, salt, codec)
 

@@ -16,8 +16,8 @@ from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.sample import Sample
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
-from chunkcache.model.proof import Proof, growing_layers
 from chunkcache.model.scatter import close_layers
+from chunkcache.model.self_test import SelfTest, growing_layers
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import ByText, harvest
@@ -47,6 +47,7 @@ class Conversation:
             the model then computes as with a plain cache.
         beyond: The same, where more than tokens is held (as an image).
         edited: Whether others have changed what is held.
+        self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         known: Hashes of chunks that are in the store or on their way there.
         surplus: Columns held after a forward beyond those given: some models are odd.
@@ -62,7 +63,7 @@ class Conversation:
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
-        self._proof = Proof()
+        self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
         self._hooks_registered = 0
         # What is held, as it was left.
@@ -101,18 +102,13 @@ class Conversation:
         self._identity, self._foreign_code = identity, foreign_code
         self._numerics = numerics(self.context.model)
         if foreign_code:  # which may go again: no verdict on the model
-            self._proof = Proof(foreign_code)
+            self.self_test = SelfTest(foreign_code)
             return changed
-        self._proof = state.proof(identity, self.context.store)
-        if not self._proof.obstacle:
-            assert self._proof.layout is not None
-            self.keys = self.context.keyspace(identity, self._proof.layout)
+        self.self_test = state.self_test(identity, self.context.store)
+        if not self.self_test.bypass_reason:
+            assert self.self_test.layout is not None
+            self.keys = self.context.keyspace(identity, self.self_test.layout)
         return changed
-
-    @property
-    def obstacle(self) -> str:
-        """Why K/V of the model may not be reused, as far as it was looked at; or `""`."""
-        return self._proof.obstacle
 
     @property
     def distrust(self) -> str:
@@ -221,7 +217,9 @@ class Conversation:
         """Columns with the same tokens, the last ones that must be computed left out."""
         if call.bypass_reason or call.whole:
             return 0
-        if not self.edited and (self.bypass_reason or self.identify() or self.obstacle):
+        if not self.edited and (
+            self.bypass_reason or self.identify() or self.self_test.bypass_reason
+        ):
             return 0
         assert call.ids is not None
         pads = call.pads()
@@ -282,8 +280,8 @@ class Conversation:
             return "the model changed after a part of this sequence was computed"
         if not held:
             self.empty()
-        if self.obstacle:
-            return self.obstacle
+        if self.self_test.bypass_reason:
+            return self.self_test.bypass_reason
         if not held:
             self.transcript.start(call.pads())
         if self.transcript.columns != held:
@@ -311,8 +309,8 @@ class Conversation:
         self._sample = None
 
     def _new_layers(self) -> list[Any]:
-        """Ours where the model is proven, else those of a plain `DynamicCache`."""
-        ours = None if self.obstacle else growing_layers(self.context.model)
+        """Ours where the model has passed its self-test, else those of a plain `DynamicCache`."""
+        ours = None if self.self_test.bypass_reason else growing_layers(self.context.model)
         config: Any = self.context.model.config
         return ours or DynamicCache(config=config).layers
 

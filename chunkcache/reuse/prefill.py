@@ -18,7 +18,7 @@ from torch import nn
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.gain import NO_GAIN
 from chunkcache.kv.coding import Form
-from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.model.foreign import has_outer_hooks
 from chunkcache.model.scatter import close_layers
 from chunkcache.report import Report, RowReport
@@ -276,7 +276,7 @@ class Prefill:
         if not self.held:
             assert self.call.ids is not None
             device, memory = self.call.ids.device, self.context.state.memory
-            settle_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
+            allocate_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
             return
         for layer in layers:
             if isinstance(layer, GrowingLayer):
@@ -286,7 +286,7 @@ class Prefill:
         """Take down what was read since it was counted last."""
         reader = self._reader
         self.report.bytes_read += reader.bytes_read
-        self.report.bytes_spared += reader.bytes_saved
+        self.report.bytes_saved += reader.bytes_saved
         reader.bytes_read = reader.bytes_saved = 0
         self.conversation.known -= reader.bad  # so that they are written anew
 
@@ -431,7 +431,7 @@ class Prefill:
         waited, busy, gauge = background.waited_ms, background.busy_ms, self.context.gauge
         self._began += waited / 1e3  # which was not computing
         self.report.read_ms += waited
-        self.report.hidden_ms += max(0.0, busy - waited)
+        self.report.overlapped_ms += max(0.0, busy - waited)
         gauge.note_read(self._reader.bytes_read, busy)
         if not is_sound:
             gauge.note_unsound()

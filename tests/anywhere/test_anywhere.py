@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from chunkcache import RedisChunkCache, UnsupportedModelError
 from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.probes import Probes
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.repair import Repair
 from chunkcache.stores.base import ReadOnly
 from chunkcache.stores.memory import MemoryStore
@@ -132,9 +132,9 @@ def test_text_moved_with_all_that_it_sees_is_exact():
 def test_a_wrong_rotation_would_be_noticed(monkeypatch):
     model, store = build(num_hidden_layers=1), MemoryStore()
     meet(model, store)
-    move = KeyMover.move_into
+    move = KeyRotation.move_into
     monkeypatch.setattr(
-        KeyMover, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
+        KeyRotation, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
     )
     found, _ = prefill(model, store, shuffled_prompt(), repair="none")
     assert not close(found, logits(model, shuffled_prompt()), 1e-3)

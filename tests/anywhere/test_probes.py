@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from chunkcache.anywhere.probes import Probes
 from chunkcache.errors import RepairError
-from chunkcache.model.proof import cache_of, growing_layers
+from chunkcache.model.self_test import cache_of, growing_layers
 from tests.models import tiny, tokens
 from tests.prompts import logits
 

@@ -11,10 +11,10 @@ from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.anywhere.relocate import fill_pieces
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.kv.seal import Seal
-from chunkcache.model.moving import prove_moving
-from chunkcache.model.proof import growing_layers, prove
+from chunkcache.model.moving import verify_rotation
+from chunkcache.model.self_test import growing_layers, run_self_test
 from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry
@@ -24,8 +24,8 @@ from tests.scripted import Scripted, blobs, fail_at
 
 PLAIN = Codec()
 MODEL = tiny("deepseek_v3", num_hidden_layers=2)
-LAYOUT = prove(MODEL).layout
-MOVER = prove_moving(MODEL, LAYOUT)
+LAYOUT = run_self_test(MODEL).layout
+ROTATION = verify_rotation(MODEL, LAYOUT)
 
 
 def random_kv(tokens, seed):
@@ -54,7 +54,7 @@ class Filling:
     def __init__(self, store):
         self.store = store
         self.layers = growing_layers(MODEL)
-        settle_all(self.layers, LAYOUT, 3, 100, torch.device("cpu"))
+        allocate_all(self.layers, LAYOUT, 3, 100, torch.device("cpu"))
         for layer in self.layers:
             layer.hold(100)
             layer.keys.fill_(7.0)
@@ -70,7 +70,7 @@ class Filling:
         names = [keys.key(name) for name in chunks]
         sizes = dict(zip(chunks, self.store.inner.sizes(names), strict=True))
         forms = {n: keys.form(c.tokens.tolist(), c.start, n) for n, c in chunks.items()}
-        placed = fill_pieces(reader, self.layers, MOVER, wanted, sizes, forms, at_hand or {})
+        placed = fill_pieces(reader, self.layers, ROTATION, wanted, sizes, forms, at_hand or {})
         return placed, reader.bytes_read
 
     def holds(self, row, column, kv, part, old, new):
@@ -78,7 +78,7 @@ class Filling:
         for index, layer in enumerate(self.layers):
             keys, values = (x[:, part] for x in kv[index])
             count = keys.shape[1]
-            keys, values = MOVER.move(
+            keys, values = ROTATION.move(
                 (keys, values), index, old + torch.arange(count), new + torch.arange(count)
             )
             place = slice(column, column + count)

@@ -24,7 +24,7 @@ def test_a_model(monkeypatch, codec):
         with RedisChunkCache(model, store, codec=codec.removesuffix("+zstd")) as cache:
             model.generate(tokens(128), past_key_values=cache, max_new_tokens=1)
         (entry,) = catalog.entries(store)
-    assert (found.obstacle, found.moving, found.dtype) == ("", "", "float32")
+    assert (found.bypass_reason, found.moving, found.dtype) == ("", "", "float32")
     assert found.token_bytes == pytest.approx(entry.nbytes / 128, rel=0.01)
     assert f": 1 GB holds {1e9 / found.token_bytes:,.0f} tokens" in str(found)
     assert found.break_even is not None
@@ -34,7 +34,7 @@ def test_a_model(monkeypatch, codec):
 def test_a_model_that_cannot_be_moved():
     with MemoryStore() as store:
         found = examine_model("a model", tiny("gpt2"), store, quiet)
-    assert found.obstacle == ""
+    assert found.bypass_reason == ""
     assert "cannot be moved: " in str(found)
 
 

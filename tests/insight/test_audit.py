@@ -14,7 +14,7 @@ from servers import Server
 from chunkcache import RedisChunkCache, SettingError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import compare
 from chunkcache.insight.runs import Run
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.kv.sample import Sample
 from chunkcache.report import Report
 from chunkcache.samples import load_smollm2
@@ -157,9 +157,9 @@ def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill(model, store, first_prompt(), reuse="anywhere")
     cache = RedisChunkCache(model, store, reuse="anywhere", repair="none")
     assert is_exact(cache.audit(moved_prompt()))
-    move = KeyMover.move_into
+    move = KeyRotation.move_into
     monkeypatch.setattr(
-        KeyMover, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
+        KeyRotation, "move_into", lambda self, to, kv, old, new: move(self, to, kv, old, new + 1)
     )
     audit = cache.audit(moved_prompt())
     assert audit.key_deviation[0] > 0.05

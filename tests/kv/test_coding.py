@@ -17,11 +17,11 @@ from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
 from chunkcache.kv.coding import Codec, Form
 from chunkcache.kv.seal import Seal
 from tests.kv.test_codec import DTYPES, HASH, TOKENS, layouts, random_kv, token_ids
-from tests.kv.test_quantise import LAYOUT, MOVER
+from tests.kv.test_quantise import LAYOUT, ROTATION
 
 SEAL = Seal((b"k" * 32,))
 KEY = f"format@model@1@0@{HASH}"
-MOVERS = {name: MOVER if name.startswith(INT8) else None for name in CODECS}
+MOVERS = {name: ROTATION if name.startswith(INT8) else None for name in CODECS}
 ALL = [Codec(name, seal, MOVERS[name]) for name in CODECS for seal in (None, SEAL)]
 every_codec = pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.format)
 
@@ -40,7 +40,7 @@ def pairs(
 
 
 @given(
-    st.sampled_from([codec for codec in ALL if codec.mover is None]),
+    st.sampled_from([codec for codec in ALL if codec.rotation is None]),
     layouts, token_ids, st.integers(0, 10**5),
 )  # fmt: skip
 def test_round_trip(codec: Codec, layout: KVLayout, tokens: list[int], start: int) -> None:
@@ -100,14 +100,14 @@ def test_no_two_codecs_share_a_key_or_a_hash() -> None:
 
 @pytest.mark.parametrize("what", ["first", "interleaved", "sign", "inv_freq"])
 def test_another_rule_for_turning_is_another_world(what: str) -> None:
-    rule = MOVER.layers[0]
+    rule = ROTATION.layers[0]
     assert rule is not None
     assert rule.keys is not None
     value = getattr(rule.keys, what)
     other = value + 1e-6 if what == "inv_freq" else -value if what == "sign" else 1 - value
-    changed = replace(MOVER, layers=(replace(rule, keys=replace(rule.keys, **{what: other})),))
-    same = replace(MOVER, layers=MOVER.layers[:1])
-    assert Codec(INT8, mover=changed).world != Codec(INT8, mover=same).world
+    changed = replace(ROTATION, layers=(replace(rule, keys=replace(rule.keys, **{what: other})),))
+    same = replace(ROTATION, layers=ROTATION.layers[:1])
+    assert Codec(INT8, rotation=changed).world != Codec(INT8, rotation=same).world
 
 
 # ------------------------------------------------------------------------ damage
@@ -161,7 +161,7 @@ def test_the_blob_of_another_codec_is_refused() -> None:
 
 
 def test_keys_turned_by_the_writer_alone_are_refused() -> None:
-    turned, not_turned = Codec(INT8, mover=MOVER), Codec(INT8)
+    turned, not_turned = Codec(INT8, rotation=ROTATION), Codec(INT8)
     for mine, its in ((turned, not_turned), (not_turned, turned)):
         with pytest.raises(BlobError):
             form_of(mine).decode(form_of(its).encode(random_kv(LAYOUT, 3)))

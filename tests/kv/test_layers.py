@@ -17,9 +17,9 @@ from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
 from chunkcache.kv.layers import (
     SLACK_TOKENS,
     GrowingLayer,
+    allocate_all,
     row_runs,
     row_slice,
-    settle_all,
     with_room,
 )
 
@@ -63,7 +63,7 @@ class AgainstDynamicLayer(RuleBasedStateMachine):
         if settled:
             layout = KVLayout(torch.float32, (LayerShape(2, 3, 2, 5),))
             with torch.inference_mode(inference):
-                settle_all([self.ours], layout, self.batch, 3, torch.device("cpu"))
+                allocate_all([self.ours], layout, self.batch, 3, torch.device("cpu"))
 
     @rule(tokens=st.integers(1, 4))
     def append(self, tokens: int) -> None:
@@ -305,7 +305,7 @@ def test_inference_goes_on_after_training() -> None:
 
 def settled(batch: int = 2, tokens: int = 6) -> list[Any]:
     layers: list[Any] = [GrowingLayer(), object(), GrowingLayer()]
-    settle_all(layers, LAYOUT, batch, tokens, torch.device("cpu"))
+    allocate_all(layers, LAYOUT, batch, tokens, torch.device("cpu"))
     return layers
 
 
@@ -406,7 +406,7 @@ def test_tokens_go_behind_what_was_placed() -> None:
 def test_a_blob_fits_the_runs_of_a_row_byte_by_byte(dtype: torch.dtype) -> None:
     layout = KVLayout(dtype, LAYOUT.layers)
     layers: list[Any] = [GrowingLayer(), object(), GrowingLayer()]
-    settle_all(layers, layout, 3, 6, torch.device("cpu"))
+    allocate_all(layers, layout, 3, 6, torch.device("cpu"))
     parts = [
         tuple(t.to(dtype) for t in kv(2, 3, 5, 4)),
         None,
@@ -445,7 +445,7 @@ def test_runs_are_the_layers_own_memory() -> None:
 def test_a_copy_of_the_runs_is_the_blob_of_the_slices(dtype: torch.dtype) -> None:
     layout = KVLayout(dtype, LAYOUT.layers)
     layers: list[Any] = [GrowingLayer(), object(), GrowingLayer()]
-    settle_all(layers, layout, 3, 6, torch.device("cpu"))
+    allocate_all(layers, layout, 3, 6, torch.device("cpu"))
     for layer in (layers[0], layers[2]):
         layer.hold(6)
         layer.keys.normal_()

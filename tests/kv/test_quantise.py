@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots, quantise
-from chunkcache.kv.rope import KeyMover, LayerRule, Rotation
+from chunkcache.kv.rope import KeyRotation, LayerRule, Rotation
 from tests.kv.test_codec import DTYPES, HASH, layouts, random_kv
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 8, 2, 6), None, LayerShape(1, 4, 1, 2)))
 # A partial, interleaved rotation of keys, and one of values, as some latent attention has.
 HALVES = Rotation(1 / 10 ** torch.arange(0, 2, 0.5), 0, False, 1)
 PAIRS = Rotation(torch.tensor([0.9]), 2, True, -1)
-MOVER = KeyMover((LayerRule(HALVES, None), None, LayerRule(PAIRS, None)))
+ROTATION = KeyRotation((LayerRule(HALVES, None), None, LayerRule(PAIRS, None)))
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -98,16 +98,16 @@ def test_keys_are_turned_to_position_0_and_back(start: int, dtype: torch.dtype) 
     at_zero = random_kv(layout, 20, seed=3)
     there = torch.arange(start, start + 20)
     layers = [
-        kv and MOVER.move(kv, index, torch.zeros(20).long(), there)
+        kv and ROTATION.move(kv, index, torch.zeros(20).long(), there)
         for index, kv in enumerate(at_zero)
     ]
-    blob = encode_int8(form, layers, start, MOVER)
+    blob = encode_int8(form, layers, start, ROTATION)
     # What is stored is the same wherever the text stands, up to rounding.
     for stored, kv in zip(decode_int8(form, blob, start, None), at_zero, strict=True):
         if stored and kv:
             for mine, its in zip(stored, kv, strict=True):
                 assert (mine - its).abs().max() <= 0.03 * its.abs().max()
-    for back, kv in zip(decode_int8(form, blob, start, MOVER), layers, strict=True):
+    for back, kv in zip(decode_int8(form, blob, start, ROTATION), layers, strict=True):
         if back and kv:
             for mine, its in zip(back, kv, strict=True):
                 assert mine.dtype == dtype
@@ -118,21 +118,21 @@ def test_large_channels_cost_less_at_position_0() -> None:
     """The reason for turning: a rotated channel shares its size with its pair."""
     layout = KVLayout(torch.float32, (LayerShape(1, 64, 1, 2),))
     rule = Rotation(1 / 10_000 ** (torch.arange(0, 64, 2) / 64), 0, False, 1)
-    mover = KeyMover((LayerRule(rule, None),))
+    rotation = KeyRotation((LayerRule(rule, None),))
     source = torch.Generator().manual_seed(0)
     keys, values = torch.randn(1, 128, 64, generator=source), torch.randn(1, 128, 2)
     keys[..., :8] *= 50
     there = torch.arange(128)
-    kv = mover.move((keys, values), 0, torch.zeros(128).long(), there)
+    kv = rotation.move((keys, values), 0, torch.zeros(128).long(), there)
     form = BlobForm.of(layout, range(128), 0, HASH, int8_slots)
 
-    def error(turn: KeyMover | None) -> float:
+    def error(turn: KeyRotation | None) -> float:
         (back,) = decode_int8(form, encode_int8(form, [kv], 0, turn), 0, turn)
         assert back is not None
-        gap = mover.move(back, 0, there, torch.zeros(128).long())[0] - keys
+        gap = rotation.move(back, 0, there, torch.zeros(128).long())[0] - keys
         return float(gap[..., 32:40].pow(2).mean().sqrt())
 
-    assert error(mover) < 0.1 * error(None)
+    assert error(rotation) < 0.1 * error(None)
 
 
 def test_safetensors_reads_a_blob(tmp_path: Path) -> None:

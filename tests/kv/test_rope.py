@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.kv.codec import BlobForm
-from chunkcache.kv.layers import peek_all, settle_all
-from chunkcache.kv.rope import KeyMover, Rotation
-from chunkcache.model.moving import prove_moving
-from chunkcache.model.proof import growing_layers, prove
+from chunkcache.kv.layers import allocate_all, peek_all
+from chunkcache.kv.rope import KeyRotation, Rotation
+from chunkcache.model.moving import verify_rotation
+from chunkcache.model.self_test import growing_layers, run_self_test
 from tests.models import tiny
 
 positions = st.integers(0, 120_000)
@@ -58,9 +58,9 @@ def test_a_move_by_nothing_changes_no_bit(position):
 @pytest.mark.parametrize("kind", ["llama", "cohere", "gpt_neox", "gemma3_text", "deepseek_v3"])
 def test_all_layers_at_once_are_each_on_its_own(kind):
     model = tiny(kind)
-    layout = prove(model).layout
-    mover = prove_moving(model, layout)
-    assert isinstance(mover, KeyMover)
+    layout = run_self_test(model).layout
+    rotation = verify_rotation(model, layout)
+    assert isinstance(rotation, KeyRotation)
     generator = torch.Generator().manual_seed(3)
     layers = [
         (
@@ -71,9 +71,9 @@ def test_all_layers_at_once_are_each_on_its_own(kind):
     ]
     old, new = torch.arange(5), torch.arange(50, 55)
     targets = [(torch.empty_like(k), torch.empty_like(v)) for k, v in layers]
-    mover.move_into(targets, layers, old, new)
+    rotation.move_into(targets, layers, old, new)
     for index, (k, v) in enumerate(targets):
-        alone = mover.move(layers[index], index, old, new)
+        alone = rotation.move(layers[index], index, old, new)
         assert torch.equal(k, alone[0])
         assert torch.equal(v, alone[1])
 
@@ -81,13 +81,13 @@ def test_all_layers_at_once_are_each_on_its_own(kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "deepseek_v3"])
 def test_layers_in_one_memory_are_turned_at_once_and_nothing_else(kind, monkeypatch):
     model = tiny(kind)
-    layout = prove(model).layout
-    mover = prove_moving(model, layout)
+    layout = run_self_test(model).layout
+    rotation = verify_rotation(model, layout)
     form = BlobForm.of(layout, [1, 2, 3, 4, 5], 0, "hash")
     blob = torch.randint(0, 60, (form.size,), dtype=torch.uint8).numpy().data
     sources = [(k[:, 1:4], v[:, 1:4]) for k, v in form.views(blob)]
     layers = growing_layers(model)
-    settle_all(layers, layout, 2, 20, torch.device("cpu"))
+    allocate_all(layers, layout, 2, 20, torch.device("cpu"))
     for layer in layers:
         layer.hold(20)
         layer.keys[:] = layer.values[:] = 7
@@ -95,12 +95,12 @@ def test_layers_in_one_memory_are_turned_at_once_and_nothing_else(kind, monkeypa
     turns = []
     turn = Rotation.turn
     monkeypatch.setattr(Rotation, "turn", lambda *args: turns.append(1) or turn(*args))
-    mover.move_into(peek_all(layers, 1, 6, 3), sources, old, new)
-    alike = [rule.keys for rule in mover.layers]
+    rotation.move_into(peek_all(layers, 1, 6, 3), sources, old, new)
+    alike = [rule.keys for rule in rotation.layers]
     assert len(turns) == 1 + sum(a is not b for a, b in itertools.pairwise(alike))
     for index, (layer, source) in enumerate(zip(layers, sources, strict=True)):
         for held, moved in zip(
-            (layer.keys, layer.values), mover.move(source, index, old, new), strict=True
+            (layer.keys, layer.values), rotation.move(source, index, old, new), strict=True
         ):
             assert torch.equal(held[1, :, 6:9], moved)
             held[1, :, 6:9] = 7
@@ -150,9 +150,9 @@ def test_the_rule_is_found(kind):
     """How many dimensions turn, how they pair, and where: MLA caches what turns as values."""
     dims, interleaved, where = RULES[kind]
     model = tiny(kind)
-    mover = prove_moving(model, prove(model).layout)
-    assert isinstance(mover, KeyMover)
-    for rule in mover.layers:
+    rotation = verify_rotation(model, run_self_test(model).layout)
+    assert isinstance(rotation, KeyRotation)
+    for rule in rotation.layers:
         turning, still = (rule.keys, rule.values)[:: 1 if where == "keys" else -1]
         assert still is None
         assert (2 * len(turning.inv_freq), turning.interleaved) == (dims, interleaved)
@@ -160,16 +160,16 @@ def test_the_rule_is_found(kind):
 
 def test_layers_of_two_kinds_have_two_rules():
     model = tiny("gemma3_text", num_hidden_layers=4)
-    mover = prove_moving(model, prove(model).layout)
-    sliding, full = (mover.layers[n].keys.inv_freq for n in (0, 1))
+    rotation = verify_rotation(model, run_self_test(model).layout)
+    sliding, full = (rotation.layers[n].keys.inv_freq for n in (0, 1))
     assert not torch.equal(sliding, full)
-    assert torch.equal(mover.layers[2].keys.inv_freq, sliding)
+    assert torch.equal(rotation.layers[2].keys.inv_freq, sliding)
 
 
 def test_keys_that_no_known_rotation_explains_are_refused():
     model = tiny("llama")
     layer = model.model.layers[2].self_attn.k_proj
     layer.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
-    assert "layer 2: no known rotation explains how its keys turn" in prove_moving(
-        model, prove(tiny("llama")).layout
+    assert "layer 2: no known rotation explains how its keys turn" in verify_rotation(
+        model, run_self_test(tiny("llama")).layout
     )

@@ -12,11 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chunkcache.kv.rope import KeyMover, LayerRule, Rotation, find_rules
+from chunkcache.kv.rope import KeyRotation, LayerRule, Rotation, find_rules
 from chunkcache.model import moving
-from chunkcache.model.moving import find_rotation, prove_moving
-from chunkcache.model.proof import NoVerdict, measure_layout, prove
+from chunkcache.model.moving import find_rotation, verify_rotation
 from chunkcache.model.scatter import scatter_mask
+from chunkcache.model.self_test import NoVerdict, measure_layout, run_self_test
 from chunkcache.samples import cache_folder, load_folder, smollm2_folder
 from tests.models import tiny
 
@@ -28,18 +28,18 @@ MOVABLE = ["llama", "qwen3", "gemma3_text", "cohere", "phi", "deepseek_v3", "mix
 
 
 def verdict(model, **options):
-    return prove_moving(model, prove(model).layout, **options)
+    return verify_rotation(model, run_self_test(model).layout, **options)
 
 
 @pytest.mark.parametrize("kind", MOVABLE)
 def test_who_may_be_moved(kind):
-    assert isinstance(verdict(tiny(kind, attn_implementation="eager")), KeyMover)
+    assert isinstance(verdict(tiny(kind, attn_implementation="eager")), KeyRotation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_in_any_precision(dtype):
     """With the usual initialisation: ten times larger weights make 16 bits useless."""
-    assert isinstance(verdict(tiny("llama", dtype=dtype, initializer_range=0.03)), KeyMover)
+    assert isinstance(verdict(tiny("llama", dtype=dtype, initializer_range=0.03)), KeyRotation)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_attention_that_takes_no_mask_is_refused():
 
 @pytest.mark.parametrize(("kind", "known"), [("llama", True), ("gpt2", False), ("bloom", False)])
 def test_the_rule_alone_is_known_or_not(kind, known):
-    assert isinstance(find_rotation(tiny(kind)), KeyMover) == known
+    assert isinstance(find_rotation(tiny(kind)), KeyRotation) == known
 
 
 def test_where_the_model_fails_there_is_no_rule_and_no_verdict(monkeypatch):
@@ -104,14 +104,14 @@ def unmasked(plain):
 
 def test_a_query_that_knows_its_position_is_found_out():
     model = tiny("llama")
-    layout = prove(model).layout
-    assert "absolute positions" in prove_moving(spoil(model, scaled), layout)
+    layout = run_self_test(model).layout
+    assert "absolute positions" in verify_rotation(spoil(model, scaled), layout)
 
 
 def test_attention_that_ignores_the_mask_is_found_out():
     model = tiny("llama")
-    layout = prove(model).layout
-    assert "into the middle of a prompt" in prove_moving(spoil(model, unmasked), layout)
+    layout = run_self_test(model).layout
+    assert "into the middle of a prompt" in verify_rotation(spoil(model, unmasked), layout)
 
 
 def test_a_model_that_fails_is_refused():
@@ -122,19 +122,19 @@ def test_a_model_that_fails_is_refused():
         return attend
 
     model = tiny("llama")
-    layout = prove(model).layout
-    found = prove_moving(spoil(model, failing), layout)
+    layout = run_self_test(model).layout
+    found = verify_rotation(spoil(model, failing), layout)
     assert found == "the self-test for moving could not run: ValueError: not today"
 
 
 def test_the_tests_leave_no_trace():
     model = tiny("llama")
-    layout = prove(model).layout
+    layout = run_self_test(model).layout
     state = torch.get_rng_state()
     ids = torch.arange(9)[None]
     with torch.no_grad():
         before = model(ids).logits
-        prove_moving(model, layout)
+        verify_rotation(model, layout)
         assert torch.equal(model(ids).logits, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model._forward_hooks
@@ -194,7 +194,7 @@ def test_many_positions_are_no_wrong_rule(kind, dtype):
         model = tiny(kind, dtype=dtype, max_position_embeddings=positions, **RIGHT[kind])
         if kind == "qwen2":
             model = with_large_key_biases(model)
-        assert isinstance(prove_moving(model, measure_layout(model).layout), KeyMover)
+        assert isinstance(verify_rotation(model, measure_layout(model).layout), KeyRotation)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
@@ -211,9 +211,9 @@ def test_real_models_may_be_moved(name):
         model.config.max_position_embeddings = positions or model.config.max_position_embeddings
         # Gemma's 262,144 logits make bfloat16 slow: one of its tests will do.
         only_moving = name == "gemma3" and dtype == torch.bfloat16
-        proof = measure_layout(model) if only_moving else prove(model)
-        assert proof.obstacle == ""
-        assert isinstance(prove_moving(model, proof.layout), KeyMover)
+        proof = measure_layout(model) if only_moving else run_self_test(model)
+        assert proof.bypass_reason == ""
+        assert isinstance(verify_rotation(model, proof.layout), KeyRotation)
 
 
 # ------------------------------------------------------------------------ wrong rules are wrong
@@ -307,7 +307,7 @@ def test_a_model_that_turns_otherwise_than_its_table_tells_is_refused(wrong, dty
             with_large_key_biases(model)
         layout = measure_layout(model).layout
         WRONG_MODELS[wrong](model)
-        reason = prove_moving(model, layout)
+        reason = verify_rotation(model, layout)
         assert isinstance(reason, str)
         assert "bound" in reason
 
@@ -343,13 +343,13 @@ def test_several_tokens_show_a_wrong_rule_by_themselves(wrong, dtype, monkeypatc
 
     def found(*args):
         rules = find_rules(*args).layers
-        return KeyMover(tuple(LayerRule(WRONG_RULES[wrong](rule.keys), None) for rule in rules))
+        return KeyRotation(tuple(LayerRule(WRONG_RULES[wrong](rule.keys), None) for rule in rules))
 
     monkeypatch.setattr(moving, "find_rules", found)
     monkeypatch.setattr(moving._Lone, "misfit", lambda *args: "")
     for kind in ("llama", "cohere"):
         model = tiny(kind, dtype=dtype, max_position_embeddings=32_768, rope_parameters=YARN)
-        reason = prove_moving(model, measure_layout(model).layout)
+        reason = verify_rotation(model, measure_layout(model).layout)
         assert "keys of several tokens do not turn like those of one" in reason
         assert "bound" in reason
 
@@ -368,6 +368,6 @@ def test_a_window_that_is_off_by_one_is_refused(off, dtype, monkeypatch):
     model = tiny("gemma3_text", dtype=dtype)
     layout = measure_layout(model).layout
     monkeypatch.setattr(moving, "scatter_mask", shifted)
-    reason = prove_moving(model, layout)
+    reason = verify_rotation(model, layout)
     assert "into the middle of a prompt" in reason
     assert "bound" in reason

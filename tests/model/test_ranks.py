@@ -57,7 +57,7 @@ dist.destroy_process_group()
 
 def test_a_single_process_agrees_with_itself():
     ranks = Ranks.of(tiny())
-    assert (ranks.size, ranks.rank, ranks.obstacle) == (1, 0, "")
+    assert (ranks.size, ranks.rank, ranks.bypass_reason) == (1, 0, "")
     assert ranks.least(7) == 7
     assert ranks.all(True)
     assert not ranks.all(False)
@@ -107,4 +107,4 @@ def test_other_ways_of_spreading_a_model_are_not_guessed(shape):
     Mesh.shape = Mesh.shape_
     model = tiny()
     model._device_mesh = Mesh()
-    assert "not known" in Ranks.of(model).obstacle
+    assert "not known" in Ranks.of(model).bypass_reason

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.model import identity, moving, proof
 from chunkcache.model import state as model_state
-from chunkcache.model.proof import Proof, forward
+from chunkcache.model.self_test import SelfTest, forward
 from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
@@ -58,9 +58,9 @@ def down() -> Scripted:
     return Scripted(read_metadata=StoreError("no connection"), write=StoreError("no connection"))
 
 
-def proof_of(model: PreTrainedModel, store: ChunkStore) -> Proof:
+def proof_of(model: PreTrainedModel, store: ChunkStore) -> SelfTest:
     state = ModelState.of(model)
-    return state.proof(state.identity(), store)
+    return state.self_test(state.identity(), store)
 
 
 # ------------------------------------------------------------------------ one per model
@@ -270,7 +270,7 @@ def test_a_model_is_tested_once(proven: Counter) -> None:
     store = MemoryStore()
     model = tiny("llama")
     proof = proof_of(model, store)
-    assert proof.obstacle == ""
+    assert proof.bypass_reason == ""
     assert proof_of(model, store) is proof
     # Another process finds the verdict in the store.
     assert proof_of(tiny("llama"), store) == proof
@@ -284,7 +284,7 @@ def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> 
     store = MemoryStore()
     for _ in range(2):
         model = tiny("mamba")
-        assert proof_of(model, store).obstacle
+        assert proof_of(model, store).bypass_reason
     assert proven.calls == 2
     found = ModelState.of(model).identity()
     assert store.read_metadata([str(found.key(found.digest, PROOF_FORMAT))]) == [None]
@@ -293,7 +293,7 @@ def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> 
 def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
     model = tiny("llama")
     for _ in range(2):
-        assert proof_of(model, down()).obstacle == ""
+        assert proof_of(model, down()).bypass_reason == ""
     assert proven.calls == 1
 
 
@@ -312,7 +312,7 @@ LIES = {
     "nothing": {},
     "proven, of no model": {"proven": "yes"},
     "proven, of another model": {"proven": "yes", "identity": "0" * 64},
-    "a layout": {"obstacle": "", "layout": "[" * 100_000},
+    "a layout": {"bypass_reason": "", "layout": "[" * 100_000},
     "garbage": {"proven": "\x00", "identity": "["},
 }
 
@@ -331,7 +331,7 @@ def test_a_stored_verdict_is_no_shortcut_for_a_model_known_to_be_unfit() -> None
     model = tiny("mamba")
     digest = ModelState.of(model).identity().digest
     found = proof_of(model, stored(model, {"proven": "yes", "identity": digest}))
-    assert "not supported" in found.obstacle
+    assert "not supported" in found.bypass_reason
 
 
 # ------------------------------------------------------------------------ moving
@@ -345,26 +345,26 @@ def scattered(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counter
 
 
-def mover_of(model: PreTrainedModel, store: ChunkStore) -> KeyMover | str:
+def mover_of(model: PreTrainedModel, store: ChunkStore) -> KeyRotation | str:
     state = ModelState.of(model)
     found = state.identity()
-    layout = state.proof(found, store).layout
+    layout = state.self_test(found, store).layout
     assert layout is not None
-    return state.mover(found, layout, store)
+    return state.verified_rotation(found, layout, store)
 
 
 def test_whether_a_model_may_be_moved_is_tested_once(scattered: Counter) -> None:
     store = MemoryStore()
     model = tiny("llama")
-    mover = mover_of(model, store)
-    assert isinstance(mover, KeyMover)
-    assert mover_of(model, store) is mover
+    rotation = mover_of(model, store)
+    assert isinstance(rotation, KeyRotation)
+    assert mover_of(model, store) is rotation
     # Another process finds the verdict in the store, and the rule on its own.
     other = mover_of(tiny("llama"), store)
-    assert isinstance(other, KeyMover)
-    assert len(other.layers) == len(mover.layers)
+    assert isinstance(other, KeyRotation)
+    assert len(other.layers) == len(rotation.layers)
     assert scattered.calls == 1
-    assert isinstance(mover_of(tiny("llama", seed=1), store), KeyMover)
+    assert isinstance(mover_of(tiny("llama", seed=1), store), KeyRotation)
     assert scattered.calls == 2
 
 
@@ -379,7 +379,7 @@ def test_that_a_model_may_not_be_moved_is_not_kept_in_the_store() -> None:
 def test_a_store_that_is_down_costs_no_more_than_the_test_for_moving(scattered: Counter) -> None:
     model = tiny("llama")
     for _ in range(2):
-        assert isinstance(mover_of(model, down()), KeyMover)
+        assert isinstance(mover_of(model, down()), KeyRotation)
     assert scattered.calls == 1
 
 
@@ -388,7 +388,7 @@ def test_a_stored_verdict_on_moving_that_lies_is_not_believed(
     fields: dict[str, str], scattered: Counter
 ) -> None:
     model = tiny("llama")
-    assert isinstance(mover_of(model, stored(model, fields, MOVING_FORMAT)), KeyMover)
+    assert isinstance(mover_of(model, stored(model, fields, MOVING_FORMAT)), KeyRotation)
     assert scattered.calls == 1
 
 
@@ -406,7 +406,7 @@ def test_the_rule_for_turning_keys_is_found_once(monkeypatch: pytest.MonkeyPatch
     model = tiny("llama")
     state = ModelState.of(model)
     found = state.rotation(state.identity())
-    assert isinstance(found, KeyMover)
+    assert isinstance(found, KeyRotation)
     monkeypatch.setattr(model, "forward", None)
     assert state.rotation(state.identity()) is found
 
@@ -437,15 +437,15 @@ def test_a_test_that_could_not_run_is_tried_again(
     state = ModelState.of(model)
     identity = state.identity()
     failures.append(kind("not now"))
-    assert "could not run" in state.proof(identity, store).obstacle
-    layout = state.proof(identity, store).layout
+    assert "could not run" in state.self_test(identity, store).bypass_reason
+    layout = state.self_test(identity, store).layout
     assert layout is not None
     failures.append(kind("not now"))
-    assert "could not run" in str(state.mover(identity, layout, store))
-    assert isinstance(state.mover(identity, layout, store), KeyMover)
+    assert "could not run" in str(state.verified_rotation(identity, layout, store))
+    assert isinstance(state.verified_rotation(identity, layout, store), KeyRotation)
     failures.append(kind("not now"))
     assert state.rotation(identity) is None
-    assert isinstance(state.rotation(identity), KeyMover)
+    assert isinstance(state.rotation(identity), KeyRotation)
     failures.append(kind("not now"))
     assert state.zeros_matter(identity, "token_type_ids")  # in doubt, yes
     assert state._zeros == {}
@@ -460,15 +460,15 @@ def test_a_test_that_goes_on_failing_is_tried_at_times_only(
     model, store = tiny("llama"), MemoryStore()
     failures += [ValueError("never")] * 99
     for _ in range(8):
-        assert "never" in proof_of(model, store).obstacle
+        assert "never" in proof_of(model, store).bypass_reason
     assert proven.calls == 3
     now[0] += 51
     for _ in range(8):
-        assert "never" in proof_of(model, store).obstacle
+        assert "never" in proof_of(model, store).bypass_reason
     assert proven.calls == 4
     failures.clear()
     now[0] += 51
-    assert proof_of(model, store).obstacle == ""
+    assert proof_of(model, store).bypass_reason == ""
 
 
 def taking(seconds: float, clock: list[float], function: Counter) -> Callable[..., Any]:

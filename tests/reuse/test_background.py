@@ -156,7 +156,7 @@ def test_a_layer_waits_for_its_own_part_only(
     assert arrivals
     assert all(event.is_set() for event in passed)
     assert cache.report.reused == PROMPT - 1
-    assert cache.report.hidden_ms >= 0
+    assert cache.report.overlapped_ms >= 0
     assert torch.equal(out, generate(model, ids))
 
 
@@ -474,6 +474,6 @@ def test_hidden_reading_is_not_free(store: ChunkStore) -> None:
 
     cache = ask(model, ids, Gated(store, slow))
     report = cache.report
-    assert report.hidden_ms > 0
+    assert report.overlapped_ms > 0
     ((_, noted),) = cache._context.gauge._read
-    assert noted == pytest.approx(report.read_ms + report.hidden_ms, rel=0.2)
+    assert noted == pytest.approx(report.read_ms + report.overlapped_ms, rel=0.2)

@@ -11,7 +11,7 @@ import torch
 from chunkcache.errors import StoreError
 from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer, settle_all
+from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
@@ -62,7 +62,7 @@ class Batch:
                 form = self.keys.form(tokens, chunk.start, chunk.hash)
                 self.store.write([Entry(form.key, {}, form.encode(truth(tokens, chunk.start)))])
         self.layers: list[Any] = [GrowingLayer() if s else object() for s in LAYOUT.layers]
-        settle_all(self.layers, LAYOUT, len(rows), width, torch.device("cpu"))
+        allocate_all(self.layers, LAYOUT, len(rows), width, torch.device("cpu"))
         self.troubles: list[Exception] = []
 
     def fill(self, limit: int, held: int = 0, together: bool = True) -> Filled:

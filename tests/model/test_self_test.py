@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from chunkcache.kv.codec import KVLayout, LayerShape
 from chunkcache.kv.layers import GrowingLayer
-from chunkcache.model.proof import growing_layers, measure_layout, prove
+from chunkcache.model.self_test import growing_layers, measure_layout, run_self_test
 from tests.models import VOCABULARY, tiny, tokens
 
 ACCEPTED = [
@@ -37,8 +37,8 @@ ACCEPTED = [
 @pytest.mark.parametrize("model_type", ACCEPTED)
 def test_accepted(model_type: str) -> None:
     model = tiny(model_type)
-    proof = prove(model)
-    assert proof.obstacle == ""
+    proof = run_self_test(model)
+    assert proof.bypass_reason == ""
     assert proof.layout is not None
     assert proof.layout.dtype == torch.float32
     assert len(proof.layout.layers) == 4
@@ -57,8 +57,8 @@ def test_accepted(model_type: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_accepted_in_other_types(dtype: torch.dtype) -> None:
-    proof = prove(tiny("llama", dtype=dtype))
-    assert proof.obstacle == ""
+    proof = run_self_test(tiny("llama", dtype=dtype))
+    assert proof.bypass_reason == ""
     assert proof.layout is not None
     assert proof.layout.dtype == dtype
 
@@ -75,7 +75,7 @@ def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 
 def test_rope_of_a_fixed_kind_is_accepted() -> None:
     for parameters in (rope("linear"), rope("yarn")):
-        assert prove(tiny("llama", rope_parameters=parameters)).obstacle == ""
+        assert run_self_test(tiny("llama", rope_parameters=parameters)).bypass_reason == ""
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_rope_of_a_fixed_kind_is_accepted() -> None:
     ids=["dynamic", "longrope"],
 )
 def test_rope_that_depends_on_the_length_is_an_obstacle(parameters: dict[str, Any]) -> None:
-    proof = prove(tiny("llama", rope_parameters=parameters))
-    assert f"RoPE type {parameters['rope_type']!r}" in proof.obstacle
+    proof = run_self_test(tiny("llama", rope_parameters=parameters))
+    assert f"RoPE type {parameters['rope_type']!r}" in proof.bypass_reason
 
 
 def test_rope_of_one_kind_of_layer_is_looked_at_too() -> None:
@@ -96,7 +96,9 @@ def test_rope_of_one_kind_of_layer_is_looked_at_too() -> None:
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
         "full_attention": rope("dynamic"),
     }
-    assert "'dynamic'" in prove(tiny("gemma3_text", rope_parameters=parameters)).obstacle
+    assert (
+        "'dynamic'" in run_self_test(tiny("gemma3_text", rope_parameters=parameters)).bypass_reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,9 +111,9 @@ def test_rope_of_one_kind_of_layer_is_looked_at_too() -> None:
 )
 def test_layers_that_hold_more_than_kv_are_an_obstacle(model_type: str, kind: str) -> None:
     model = tiny(model_type)
-    proof = prove(model)
-    assert "kind that is not supported" in proof.obstacle
-    assert kind in proof.obstacle
+    proof = run_self_test(model)
+    assert "kind that is not supported" in proof.bypass_reason
+    assert kind in proof.bypass_reason
     assert growing_layers(model) is None
 
 
@@ -123,7 +125,7 @@ def test_sliding_layers_become_whole_ones() -> None:
 
 def test_layers_that_look_ahead_are_an_obstacle() -> None:
     # K/V of a token would depend on those behind it, and its chunk is named by those before it.
-    assert prove(tiny("gemma3_text", use_bidirectional_attention=True)).obstacle
+    assert run_self_test(tiny("gemma3_text", use_bidirectional_attention=True)).bypass_reason
 
 
 # ------------------------------------------------------------------------ models that do wrong
@@ -176,8 +178,8 @@ BROKEN: list[tuple[Callable[[PreTrainedModel], None], str]] = [
 def test_a_broken_model_is_refused(spoil: Callable[[PreTrainedModel], None], why: str) -> None:
     model = tiny("llama")
     spoil(model)
-    proof = prove(model)
-    assert why in proof.obstacle
+    proof = run_self_test(model)
+    assert why in proof.bypass_reason
     assert proof.layout is None
 
 
@@ -273,8 +275,8 @@ def test_what_depends_on_later_tokens_or_on_the_length_is_refused(
     for scale in (0.1, 0.3):
         model = tiny("llama", dtype=dtype, initializer_range=scale)
         WRONG[wrong](model)
-        proof = prove(model)
-        assert "bound" in proof.obstacle
+        proof = run_self_test(model)
+        assert "bound" in proof.bypass_reason
         assert proof.layout is None
 
 
@@ -282,13 +284,13 @@ def test_what_depends_on_later_tokens_or_on_the_length_is_refused(
 @in_each_dtype
 def test_rounding_is_no_obstacle(kind: str, dtype: torch.dtype) -> None:
     for scale in (0.02, 0.3):
-        assert prove(tiny(kind, dtype=dtype, initializer_range=scale)).obstacle == ""
+        assert run_self_test(tiny(kind, dtype=dtype, initializer_range=scale)).bypass_reason == ""
 
 
 def test_a_window_of_its_own_is_no_obstacle() -> None:
     model = tiny("llama")
     attention(window(0))(model)
-    assert prove(model).obstacle == ""
+    assert run_self_test(model).bypass_reason == ""
 
 
 def test_a_type_of_kv_that_no_blob_holds_is_an_obstacle() -> None:
@@ -298,7 +300,7 @@ def test_a_type_of_kv_that_no_blob_holds_is_an_obstacle() -> None:
             # Complex numbers stand for whatever type comes next.
             forward = projection.forward
             projection.forward = lambda x, forward=forward: forward(x).to(torch.complex64)
-    assert prove(model).obstacle
+    assert run_self_test(model).bypass_reason
 
 
 # ------------------------------------------------------------------------ without a trace
@@ -308,7 +310,7 @@ def test_the_random_numbers_of_the_caller_are_left_alone() -> None:
     model = tiny("mixtral")
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    prove(model)
+    run_self_test(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -319,7 +321,7 @@ def test_the_model_is_left_as_it_was() -> None:
     ids = tokens(10)
     with torch.no_grad():
         logits = model(ids).logits
-    prove(model)
+    run_self_test(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
@@ -331,7 +333,7 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_in_every_mode(mode: Callable[[], Any]) -> None:
     with mode():
-        assert prove(tiny("llama")).obstacle == ""
+        assert run_self_test(tiny("llama")).bypass_reason == ""
 
 
 def test_special_tokens_are_not_used() -> None:
@@ -343,7 +345,7 @@ def test_special_tokens_are_not_used() -> None:
         lambda _module, _args, kwargs: seen.update(kwargs["input_ids"].flatten().tolist()),
         with_kwargs=True,
     )
-    prove(model)
+    run_self_test(model)
     assert seen
     assert not seen & {0, 1, 20, 30, 31}
     assert max(seen) < VOCABULARY
@@ -351,7 +353,7 @@ def test_special_tokens_are_not_used() -> None:
 
 @pytest.mark.parametrize("size", [8, 40, 5000])
 def test_vocabularies_of_any_size(size: int) -> None:
-    assert prove(tiny("llama", vocab_size=size)).obstacle == ""
+    assert run_self_test(tiny("llama", vocab_size=size)).bypass_reason == ""
 
 
 # ------------------------------------------------------------------------ what is cached
@@ -364,10 +366,10 @@ def test_the_layout_is_measured() -> None:
     assert measure_layout(tiny("mamba")).layout is None
     for kind in ("gemma3_text", "deepseek_v3", "gpt2"):
         model = tiny(kind)
-        assert measure_layout(model).layout == prove(model).layout
+        assert measure_layout(model).layout == run_self_test(model).layout
 
 
 def test_a_model_that_makes_much_of_rounding_is_an_obstacle() -> None:
     """Many turns through the same layers: a prompt of another length already rounds otherwise."""
-    assert "changes this model's logits" in prove(tiny("hrm_text")).obstacle
-    assert prove(tiny("hrm_text", dtype=torch.float64)).obstacle == ""
+    assert "changes this model's logits" in run_self_test(tiny("hrm_text")).bypass_reason
+    assert run_self_test(tiny("hrm_text", dtype=torch.float64)).bypass_reason == ""

@@ -1,4 +1,4 @@
-"""Proof: may this model's K/V be taken out, put back, and continued from? It is tried, not assumed.
+"""SelfTest: may this model's K/V be taken out, put back, and continued from? It is tried.
 
 A name or a class says little: models differ in what they cache, and some give other results when
 a prompt is computed in two parts, with any cache. So each model is tested once: 32 tokens in one
@@ -24,8 +24,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from chunkcache.errors import ChunkCacheError
 from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
-from chunkcache.kv.layers import GrowingLayer, row_slice, settle_all
-from chunkcache.kv.rope import KeyMover
+from chunkcache.kv.layers import GrowingLayer, allocate_all, row_slice
+from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import is_compiled
 from chunkcache.model.queries import Queries
@@ -57,15 +57,15 @@ class NoVerdict(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class SelfTest:
     """The verdict on one model.
 
-    `obstacle` is empty when the model is proven; otherwise it says why the cache falls
+    `bypass_reason` is empty when the model is proven; otherwise it says why the cache falls
     back to normal prefill.
     `layout` is what its layers cache, when they could be tapped.
     """
 
-    obstacle: str = ""
+    bypass_reason: str = ""
     layout: KVLayout | None = None
 
 
@@ -89,41 +89,41 @@ def growing_layers(model: nn.Module) -> list[Any] | None:
 
 
 def rounded_layers(
-    model: nn.Module, far: Tensor, mover: KeyMover | None = None, keys_only: bool = False
+    model: nn.Module, far: Tensor, rotation: KeyRotation | None = None, keys_only: bool = False
 ) -> list[Any]:
     """As `growing_layers`, of a model that has some: rows of K/V that are off by their last bits.
 
-    See `RoundedLayer` for `far`, `[batch]`. Without a mover, all angles are exact.
+    See `RoundedLayer` for `far`, `[batch]`. Without a rotation, all angles are exact.
     """
     layers = growing_layers(model) or []
     return [
-        RoundedLayer(far, mover.layers[index] if mover else None, index, keys_only)
+        RoundedLayer(far, rotation.layers[index] if rotation else None, index, keys_only)
         if isinstance(layer, GrowingLayer)
         else layer
         for index, layer in enumerate(layers)
     ]
 
 
-def prove(model: nn.Module) -> Proof:
+def run_self_test(model: nn.Module) -> SelfTest:
     """Test a model in evaluation mode. Draws no random numbers and leaves no trace in the model."""
     return _try(model, _split_test)
 
 
-def measure_layout(model: nn.Module) -> Proof:
+def measure_layout(model: nn.Module) -> SelfTest:
     """For a model that is proven: what its layers cache, seen on one token."""
-    return _try(model, lambda m: Proof("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
+    return _try(model, lambda m: SelfTest("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
 
 
-def _try(model: nn.Module, test: Callable[[nn.Module], Proof]) -> Proof:
-    if obstacle := known_obstacle(model):
-        return Proof(obstacle)
+def _try(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTest:
+    if bypass_reason := known_obstacle(model):
+        return SelfTest(bypass_reason)
     try:
         with torch.no_grad():
             proof = test(model)
     except ChunkCacheError as error:
-        return Proof(f"the self-test failed: {error}")
+        return SelfTest(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
-        return Proof(NoVerdict(error))
+        return SelfTest(NoVerdict(error))
     return proof
 
 
@@ -131,8 +131,8 @@ def known_obstacle(model: nn.Module) -> str:
     """Why a model cannot pass the test, as far as its configuration tells, or `""`."""
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
-    if obstacle := Ranks.of(model).obstacle:
-        return obstacle
+    if bypass_reason := Ranks.of(model).bypass_reason:
+        return bypass_reason
     if growing_layers(model) is None:
         kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
         return f"cache layers of a kind that is not supported: {', '.join(sorted(kinds)) or 'none'}"
@@ -155,13 +155,13 @@ def _rope_parts(parameters: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _split_test(model: nn.Module) -> Proof:
+def _split_test(model: nn.Module) -> SelfTest:
     ids = probe_ids(model)
     config: Any = model.config
     whole = forward(model, ids, DynamicCache(config=config))
     largest = float(whole.abs().max())
     if not math.isfinite(largest):
-        return Proof("this model's logits are not all numbers")
+        return SelfTest("this model's logits are not all numbers")
     half, most = ids.shape[1] // 2 - 1, ids.shape[1] - 1
     # What is stored must not depend on what comes behind it. Of two prompts of one length, all that
     # is computed for their common beginning is computed alike.
@@ -187,18 +187,18 @@ def _split_test(model: nn.Module) -> Proof:
 
     layers, logits = _prefill(model, other)
     if wrong := compare(_part(_steps(layers, logits), 0, half), 0, half, is_alike=True):
-        return Proof(f"K/V of this model depend on tokens that come later: {wrong}")
+        return SelfTest(f"K/V of this model depend on tokens that come later: {wrong}")
     # Nor on how long the prompt was, nor on where it was taken up again.
     short = _test_layers(model)
     if wrong := compare(_run(model, ids[:, :half], short), 0, half):
-        return Proof(f"K/V of this model depend on how long the prompt is: {wrong}")
+        return SelfTest(f"K/V of this model depend on how long the prompt is: {wrong}")
     for cut, source in ((most, stored), (half, short)):
         # As a hit would: through a blob, into fresh layers.
         tokens = ids[0, :cut].tolist()
         form = BlobForm.of(layout, tokens, 0, "")
         parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
         layers = _test_layers(model)
-        settle_all(layers, layout, 1, ids.shape[1], whole.device)
+        allocate_all(layers, layout, 1, ids.shape[1], whole.device)
         for layer, kv in zip(layers, parts, strict=True):
             if kv is not None:
                 layer.place(0, 0, *kv)
@@ -208,13 +208,13 @@ def _split_test(model: nn.Module) -> Proof:
         error = float((rest - whole[:, cut:]).abs().max()) / largest
         least, ceiling = _BOUNDS[layout.dtype]
         if not error <= least and not error <= (bound := min(max(least, noise()), ceiling)):
-            return Proof(
+            return SelfTest(
                 "continuing from stored K/V changes this model's logits by "
                 f"{error:.1e} of the largest, bound {bound:.1e}"
             )
         if cut < most and (wrong := compare(_part(steps, 0, most - cut), cut, most)):
-            return Proof(f"continuing from stored K/V gives other K/V: {wrong}")
-    return Proof("", layout)
+            return SelfTest(f"continuing from stored K/V gives other K/V: {wrong}")
+    return SelfTest("", layout)
 
 
 def _run(model: nn.Module, ids: Tensor, layers: list[Any] | None = None) -> Steps:

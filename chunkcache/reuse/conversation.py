@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
@@ -132,8 +132,7 @@ class Conversation:
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
-        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
-        if any(layer.check_edited() for layer in growing) or (
+        if are_edited(self.layers) or (
             thoroughly and self._sample is not None and self._sample.differs(self.layers)
         ):
             self.edited = True
@@ -366,9 +365,8 @@ class Conversation:
 
     def note_written(self) -> None:
         """What is in the layers now is ours."""
-        for layer in self.layers:
-            if isinstance(layer, GrowingLayer) and not self.edited:
-                layer.note_written()
+        if not self.edited:
+            note_all_written(self.layers)
 
     def store(
         self, certain: int, report: Report, tail: bool = False, by_text: ByText | None = None

@@ -18,7 +18,7 @@ from torch import nn
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.gain import NO_GAIN
 from chunkcache.kv.coding import Form
-from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.layers import allocate_all, hold_all, reserve_all
 from chunkcache.model.foreign import has_outer_hooks
 from chunkcache.model.scatter import close_layers
 from chunkcache.report import Report, RowReport
@@ -278,9 +278,7 @@ class Prefill:
             device, memory = self.call.ids.device, self.context.state.memory
             allocate_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
             return
-        for layer in layers:
-            if isinstance(layer, GrowingLayer):
-                layer.reserve(self.total)
+        reserve_all(layers, self.total)
 
     def _count_read(self) -> None:
         """Take down what was read since it was counted last."""
@@ -315,11 +313,7 @@ class Prefill:
         return TrimSpec(begin - self.past)
 
     def _hold(self, columns: int) -> None:
-        for layer in self.conversation.layers:
-            if isinstance(layer, GrowingLayer):
-                for row, pad in enumerate(self.pads):
-                    layer.blank(row, self.held, min(pad, columns))
-                layer.hold(columns)
+        hold_all(self.conversation.layers, columns, self.pads, self.held)
 
     def _checked_rows(self, known: int) -> list[int]:
         """Rows that have tokens to check among the first `known` columns, if these are to be.

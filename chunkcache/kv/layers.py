@@ -143,6 +143,11 @@ class GrowingLayer(DynamicLayer):
         assert self._value_room is not None
         return self._key_room, self._value_room
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self._rooms[0].shape[2]
+
     def allocate(
         self, key_room: Tensor, value_room: Tensor, writes: WriteCount | None = None
     ) -> None:

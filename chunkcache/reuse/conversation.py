@@ -20,7 +20,7 @@ from chunkcache.model.scatter import close_layers
 from chunkcache.model.self_test import SelfTest, growing_layers
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.harvest import ByText, harvest
+from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
@@ -50,6 +50,7 @@ class Conversation:
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         known: Hashes of chunks that are in the store or on their way there.
+        shorter: Chunks in the store that longer ones of the same text may replace.
         surplus: Columns held after a forward beyond those given: some models are odd.
     """
 
@@ -60,6 +61,7 @@ class Conversation:
         self.edited = False
         self.keys: KeySpace | None = None
         self.known: set[str] = set()
+        self.shorter: Shorter = {}
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
@@ -369,7 +371,7 @@ class Conversation:
             note_all_written(self.layers)
 
     def store(
-        self, certain: int, report: Report, tail: bool = False, by_text: ByText | None = None
+        self, certain: int, report: Report, tail: bool = False, found: Found = NOTHING_FOUND
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
 
@@ -377,20 +379,22 @@ class Conversation:
             certain: Columns that nobody will take back.
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
-            by_text: What else `reuse="anywhere"` has to store.
+            found: What the prompt has found that bears on it.
 
         Raises:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         assert self.keys is not None
         with self.context.store_calls(report):
-            entries = harvest(
-                self.context, self.keys, self.layers, self.transcript, self.known,
-                certain, tail, by_text,
+            entries, replaced = harvest(
+                self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
+                certain, tail, found,
             )  # fmt: skip
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
+                if replaced:
+                    self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)
             report.bytes_written += taken

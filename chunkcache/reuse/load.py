@@ -102,10 +102,11 @@ class ChunkLoader:
 
     def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
         """A chunk that is read straight to where it belongs in its first row, if that may be."""
-        row, tokens = rows[0], chunk.stop - chunk.start
+        row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []
         if (
             form.is_direct
+            and self._pads[row] + chunk.start + tokens <= self._growing[0].capacity
             # What is held already must not be overwritten by bytes that are not checked yet.
             and chunk.start >= self._plans[row].held
             and self._growing[0].device.type == "cpu"

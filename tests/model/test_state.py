@@ -270,7 +270,7 @@ def test_a_model_is_tested_once(proven: Counter) -> None:
     store = MemoryStore()
     model = tiny("llama")
     proof = proof_of(model, store)
-    assert self_test.bypass_reason == ""
+    assert proof.bypass_reason == ""
     assert proof_of(model, store) is proof
     # Another process finds the verdict in the store.
     assert proof_of(tiny("llama"), store) == proof

@@ -24,6 +24,7 @@ from chunkcache.tokens.chunking import Chunk, Tokens, as_text, from_text, keyed_
 WINDOW = 16  # tokens by which an entry is named: shorter beginnings are not found
 MOST = 16  # chunks that an entry names; the newest are enough
 
+_PINNED = "pinned "
 _NAME = b"chunkcache/continuation/1"
 
 
@@ -33,12 +34,14 @@ class Continuation(NamedTuple):
     Attributes:
         chunk: Its place in the prompt, as far as it is like the prompt; its hash.
         tokens: `[tokens]`, all of its own token ids.
+        pinned: Whether it was stored to stay.
         key: The key of the index entry that names it.
         fields: The fields of that entry.
     """
 
     chunk: Chunk
     tokens: Tokens
+    pinned: bool
     key: str
     fields: Mapping[str, str]
 
@@ -72,7 +75,7 @@ def continuation_entry(
     if len(tokens) < WINDOW:
         return None
     key = _key(keys, parent, tokens)
-    text = keys.codec.hide(as_text(tokens.tolist()), key)
+    text = (_PINNED if pinned else "") + keys.codec.hide(as_text(tokens.tolist()), key)
     fields = {chunk.hash: f"0 {created} {text}"}
     return Entry(key, fields, memoryview(b""), merge=True, pinned=pinned)
 
@@ -127,8 +130,10 @@ def _compare(
     wanted = branch.tokens[branch.start :]
     found = []
     for name in _newest(fields):
+        text = fields[name].split(" ", 2)[-1]
+        pinned = text.startswith(_PINNED)
         try:
-            text = keys.codec.reveal(fields[name].split(" ", 2)[-1], key)
+            text = keys.codec.reveal(text.removeprefix(_PINNED), key)
         except (SealedBlobError, BlobError):
             continue
         tokens = from_text(text)
@@ -139,6 +144,6 @@ def _compare(
         alike = int(differs[0]) if len(differs) else both
         if alike:
             chunk = Chunk(branch.start, branch.start + alike, name)
-            found.append(Continuation(chunk, tokens, key, fields))
+            found.append(Continuation(chunk, tokens, pinned, key, fields))
     # Of those that are alike the longest: it may have replaced the others.
     return sorted(found, key=lambda each: (-each.chunk.stop, -len(each.tokens)))

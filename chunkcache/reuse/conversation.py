@@ -393,7 +393,7 @@ class Conversation:
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
-                if replaced:
+                if replaced and taken == size:
                     self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)

@@ -252,7 +252,7 @@ class Prefill:
         for row, (branch, continuations) in enumerate(zip(branches, found, strict=True)):
             for each in continuations:
                 stop = each.chunk.start + len(each.tokens)
-                if stop == each.chunk.stop:  # all of it is in the row
+                if stop == each.chunk.stop and not each.pinned:  # all of it is in the row
                     place = branch.parent, branch.start
                     self.conversation.shorter.setdefault(place, {})[each.chunk.hash] = stop
             plan = self.plans[row]

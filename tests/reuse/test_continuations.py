@@ -221,3 +221,21 @@ def test_the_shorter_chunk_of_other_text_stays():
     assert torch.equal(generate(other, cache), generate(other))  # the same object, another text
     assert meet(store, one).report.reused == one.shape[1] - 1
     assert meet(store, other).report.reused == other.shape[1] - 1
+
+
+def test_a_pinned_chunk_is_not_replaced_by_one_that_may_go():
+    store, ids = MemoryStore(), tokens(60)
+    meet(store, ids, pin=True)
+    meet(store, joined(ids, tokens(90, seed=1)))
+    lengths = [
+        (store.read_metadata([key])[0] or {}).get("tokens") for key in entries(store, "safe")
+    ]
+    assert sorted(map(str, lengths)) == ["128", "22", "60"]
+
+
+def test_nothing_is_replaced_by_what_the_store_did_not_take():
+    store, ids = Scripted(), tokens(60)
+    meet(store, ids)
+    store.script["write"] = lambda entries: 0
+    meet(store, joined(ids, tokens(90, seed=1)))
+    assert not store.asked("delete")

@@ -6,6 +6,7 @@ each token written behind is added here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from chunkcache.reuse.harvest import ByText, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
+from chunkcache.stores.base import Entry
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -371,7 +373,12 @@ class Conversation:
                 layer.note_written()
 
     def store(
-        self, certain: int, report: Report, tail: bool = False, by_text: ByText | None = None
+        self,
+        certain: int,
+        report: Report,
+        tail: bool = False,
+        by_text: ByText | None = None,
+        more: Callable[[], list[Entry]] = list,
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
 
@@ -380,6 +387,7 @@ class Conversation:
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
             by_text: What else `reuse="anywhere"` has to store.
+            more: Gives entries that stand behind these.
 
         Raises:
             StoreError: The store failed, and `on_error="raise"` was asked for.
@@ -390,6 +398,7 @@ class Conversation:
                 self.context, self.keys, self.layers, self.transcript, self.known,
                 certain, tail, by_text,
             )  # fmt: skip
+            entries += more()
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -195,6 +195,8 @@ class PrefillAware(ABC):
 
     untrimmed: dict[str, Any] | None = None
     """The arguments of a forward that may have to be done again."""
+    on_output: Callable[[Any], Any] | None = None
+    """What makes of a forward's output what its caller gets, who knows of no cache."""
 
     @abstractmethod
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
@@ -207,6 +209,14 @@ class PrefillAware(ABC):
     @abstractmethod
     def fail_forward(self) -> None:
         """Take note that the forward raised an exception."""
+
+
+def cover(model: nn.Module, give: Cover | None) -> None:
+    """Have forwards of a model without a cache given one, or no more; it has the hook."""
+    if give is None:
+        _COVERS.pop(model, None)
+    else:
+        _COVERS[model] = give
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -251,6 +261,9 @@ def _before(
     if args:
         kwargs = _by_name(module, args, kwargs)
     cache = cache_in(kwargs)
+    if cache is None and (give := _COVERS.get(module)) is not None:
+        kwargs = give(kwargs)
+        cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
     if kwargs.get("use_cache") is False:
@@ -274,13 +287,17 @@ def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     if not isinstance(cache, PrefillAware):
         return None
     feed(None)
+    on_output, cache.on_output = cache.on_output, None
     if output is None:
         cache.fail_forward()
         return None
     arguments, cache.untrimmed = cache.untrimmed, None
-    if cache.end_forward(module):
-        return _done_again(module, cache, arguments or {})
-    return None
+    again = cache.end_forward(module)
+    if again:
+        output = _done_again(module, cache, arguments or {})
+    if on_output is not None:
+        return on_output(output)
+    return output if again else None
 
 
 def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) -> Any:
@@ -454,4 +471,7 @@ def trim(kwargs: dict[str, Any], rest: TrimSpec) -> dict[str, Any]:
     return {**kwargs, **trimmed}
 
 
+Cover = Callable[[dict[str, Any]], dict[str, Any]]
+"""Gives the arguments of a forward that brings no cache, with one or as they are."""
+_COVERS: weakref.WeakKeyDictionary[nn.Module, Cover] = weakref.WeakKeyDictionary()
 _PARAMETERS: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()

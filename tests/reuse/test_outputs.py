@@ -95,7 +95,8 @@ def test_logits_to_keep_means_what_it_means_to_the_model(
 ) -> None:
     check(model, store)
     report = check(model, store, logits_to_keep=keep)
-    assert report.computed == 1 and report.skipped == ""
+    assert report.computed == 1
+    assert report.skipped == ""
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -109,7 +110,7 @@ def test_padded_rows(model: Any, store: ChunkStore, side: str) -> None:
     more = {"attention_mask": mask, "position_ids": positions}
     labels = ids.masked_fill(mask == 0, -100)
     want = score(model, ids, labels=labels, **more)
-    for warm in (False, True):
+    for _warm in (False, True):
         for labelled in (True, False):
             cache = new(model, store)
             got = score(model, ids, cache, labels=labels if labelled else None, **more)
@@ -125,7 +126,8 @@ def test_padded_rows(model: Any, store: ChunkStore, side: str) -> None:
         labels[torch.arange(3), mask.argmax(1)] = -100
         want = score(model, ids, labels=labels, **more)
         got = score(model, ids, cache := new(model, store), labels=labels, **more)
-        assert abs(float(got.loss - want.loss)) < 1e-5 and cache.report.skipped == ""
+        assert abs(float(got.loss - want.loss)) < 1e-5
+        assert cache.report.skipped == ""
 
 
 def test_rows_get_their_own_outputs(model: Any, store: ChunkStore) -> None:
@@ -220,14 +222,16 @@ def test_more_than_logits_is_computed_in_full(store: ChunkStore, name: str) -> N
     model = tiny("llama", attn_implementation="eager")
     for _ in range(2):
         report = check(model, store, **{name: True})
-        assert report.computed == 100 and name in report.skipped
+        assert report.computed == 100
+        assert name in report.skipped
 
 
 def test_gradients_are_computed_in_full(model: Any, store: ChunkStore) -> None:
     check(model, store)
     cache = new(model, store)
     out = model(IDS, labels=IDS, past_key_values=cache)
-    assert out.loss.requires_grad and "gradients" in cache.report.skipped
+    assert out.loss.requires_grad
+    assert "gradients" in cache.report.skipped
     assert cache.report.computed == 100
 
 
@@ -317,7 +321,8 @@ def test_a_test_tells_hidden_states_of_other_tokens(
     monkeypatch.setattr(HeadInput, "__init__", off_by_one)
     for _ in range(2):
         report = check(tiny("llama"), store)
-        assert report.computed == 100 and "stored hidden states" in report.skipped
+        assert report.computed == 100
+        assert "stored hidden states" in report.skipped
 
 
 def test_the_model_is_left_as_it_was(store: ChunkStore) -> None:

@@ -103,8 +103,8 @@ def enabled(
             hooked = is_installed(inner)
             try:
                 # What cannot work is told of here, before any prompt.
-                cache = RedisChunkCache(inner, store, **settings)
-                context = Enabled(cache.store, settings, forwards, outputs_from)
+                opened = RedisChunkCache(inner, store, **settings).store
+                context = Enabled(opened, settings, forwards, outputs_from)
             except BaseException:
                 _unhook(inner, hooked)
                 raise

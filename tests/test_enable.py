@@ -242,7 +242,7 @@ def test_forwards_inside_use_the_cache(model, store, how):
             assert torch.allclose(got.logits, want.logits, atol=1e-4)
             assert ("past_key_values" in got) == ("use_cache" not in how)
             assert "labels" not in how or abs(float(got.loss - want.loss)) < 1e-5
-    del got
+        del got  # its cache needs the hook
     assert is_as_before(model)
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(scored(model, IDS, **how)[0], want[0])
@@ -282,7 +282,7 @@ def test_forwards_that_are_not_for_it(model, store):
 def test_outputs_from(model, store):
     want = scored(model, IDS).logits
     with enabled(model, store, forwards=True, outputs_from=20, chunk_size=16) as context:
-        for computed in (300, 20):
+        for computed in (300, 28):
             got = scored(model, IDS).logits
             assert got.shape == want.shape
             assert got[:, :280].isnan().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,11 @@ from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.test_processes import ENVIRONMENT
 
-ARCHITECTURES = (
+DENSE = (
     "llama", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "cohere2", "gpt2", "gpt_neox",
-    "bloom", "opt", "granite", "falcon", "mpt", "qwen2_moe", "deepseek_v3", "gpt_oss",
-    "llama4_text",
+    "bloom", "opt", "granite", "falcon", "mpt",
 )  # fmt: skip
+EXPERTS = ("qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text")  # torch has none in float64
 IDS = tokens(100, seed=1)
 LABELS = IDS.clone().index_fill(1, torch.arange(3, 40), -100)
 
@@ -69,13 +70,15 @@ def check(
     return cache.report
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_logits_and_loss_are_those_of_a_plain_run(model_type: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "bound"),
+    [(name, torch.float32, 1e-4) for name in DENSE + EXPERTS]
+    + [(name, torch.float64, 1e-9) for name in DENSE],
+)
+def test_logits_and_loss_are_those_of_a_plain_run(
+    model_type: str, dtype: torch.dtype, bound: float
+) -> None:
     model, store = tiny(model_type, dtype=dtype), MemoryStore()
-    bound = 1e-4 if dtype == torch.float32 else 1e-9
-    if model_type in ("gemma3n_text", "gpt_oss", "llama4_text", "deepseek_v3"):
-        bound = 1e-4  # which compute in float32 inside
     for computed in (100, 1):
         report = check(model, store, bound=bound, labels=LABELS)
         assert (report.computed, report.skipped) == (computed, "")
@@ -143,7 +146,7 @@ def test_part_by_part_with_one_cache(model: Any, store: ChunkStore) -> None:
     check(model, store)
     want = score(model)
     cache = new(model, store)
-    parts = [score(model, part, cache).logits for part in IDS.split(40, 1)]
+    parts = [score(model, part, cache).logits for part in IDS.split(48, 1)]
     assert torch.allclose(torch.cat(parts, 1), want.logits, atol=1e-4)
     assert cache.report.computed <= 3
 
@@ -253,17 +256,18 @@ def test_another_process_finds_them(store: ChunkStore, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ heads that are called otherwise
 
 
+WAY = "CHUNKCACHE_TEST_WAY"  # in the environment, which no identity of a model sees
+
+
 class Moody(nn.Linear):
     """A head that its model gives what it should, at first."""
 
-    way = "once"
-
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.way == "flat":
+        if os.environ.get(WAY) == "flat":
             return super().__call__(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        if self.way == "twice":
+        if os.environ.get(WAY) == "twice":
             super().__call__(hidden)
-        if self.way == "by name":
+        if os.environ.get(WAY) == "by name":
             return super().__call__(input=hidden)
         return super().__call__(hidden)
 
@@ -282,7 +286,7 @@ def test_a_head_that_is_called_otherwise(
     store: ChunkStore, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_moody_head()
-    monkeypatch.setattr(Moody, "way", way)
+    monkeypatch.setenv(WAY, way)
     if way == "none":
         model.get_output_embeddings = lambda: None
     for _ in range(2):
@@ -301,8 +305,8 @@ def test_a_head_that_is_called_otherwise_later(
     model = with_moody_head()
     for computed in (100, 1):
         assert check(model, store).computed == computed
-    monkeypatch.setattr(Moody, "way", way)
-    assert check(model, store, **more).computed == (41 if more else 100)
+    monkeypatch.setenv(WAY, way)
+    assert check(model, store, **more).computed == (60 if more else 100)
     report = check(model, store)
     assert report.computed == 100
     assert "output embeddings" in report.skipped

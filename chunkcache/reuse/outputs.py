@@ -127,7 +127,7 @@ class Outputs:
         users: defaultdict[str, list[tuple[int, Chunk]]] = defaultdict(list)
         for row, (pad, plan) in enumerate(zip(self._transcript.pads, plans, strict=True)):
             for chunk in plan.reads(stop - pad):
-                if pad + chunk.stop > self._wanted:
+                if max(pad + chunk.start, self._wanted) < min(pad + chunk.stop, stop):
                     users[chunk.hash].append((row, chunk))
         if not users:
             return 0

@@ -24,7 +24,15 @@ from chunkcache.model.check import CACHE, TAKES_A_CACHE, check_model
 from chunkcache.model.self_test import takes
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.reuse.hook import INSTALLING, TRAINING, cache_in, cover, is_installed, uninstall
+from chunkcache.reuse.hook import (
+    INSTALLING,
+    NO_LABEL,
+    TRAINING,
+    cache_in,
+    cover,
+    is_installed,
+    uninstall,
+)
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.locks import ForkSafeLock
 
@@ -83,8 +91,8 @@ def enabled(
             left, logits are NaN. The last, shorter chunk of a row is stored only with
             `store_tail=True`, as each call may end otherwise.
         outputs_from: Of these, only logits of the last so many positions are looked at: before
-            them they are NaN, and need not be computed. 0 for all. Calls with `labels` or
-            `logits_to_keep` are served as they are.
+            them they are NaN, and need not be computed. 0 for all. Calls whose labels count earlier
+            positions, or that say themselves what they keep, are served as they are.
         settings: Keyword arguments as in `Settings`.
 
     Raises:
@@ -172,8 +180,10 @@ class _Cover:
         keeps = getattr(config, "use_cache", True) if keeps is None else keeps
         given = {**kwargs, CACHE: cache, "use_cache": True}
         last = context.outputs_from
-        if last and _wants_all(self.model, kwargs):
+        if last and _may_end_with(self.model, kwargs, last):
             given["logits_to_keep"] = last
+            if kwargs.get("labels") is not None:
+                given["labels"] = kwargs["labels"][:, -last:]
         else:
             last = 0
 
@@ -218,11 +228,16 @@ class _Cover:
         return False
 
 
-def _wants_all(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward gives logits of every token, and could give fewer."""
-    none = all(kwargs.get(name) is None for name in ("labels", "logits_to_keep"))
+def _may_end_with(model: nn.Module, kwargs: Mapping[str, Any], last: int) -> bool:
+    """Whether a forward gives logits of every token, and the last so many can stand for them.
+
+    The first of these tells the second one's label.
+    """
+    labels = kwargs.get("labels")
+    counts = labels is not None and bool((labels[:, : 1 - last or None] != NO_LABEL).any())
     tuples = kwargs.get("return_dict") is False
-    return none and not tuples and takes(model, "logits_to_keep")
+    given = kwargs.get("logits_to_keep") is not None
+    return not (counts or tuples or given) and takes(model, "logits_to_keep")
 
 
 def _behind_nothing(logits: Tensor, tokens: int) -> Tensor:

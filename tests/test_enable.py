@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import pytest
@@ -281,6 +282,7 @@ def test_forwards_that_are_not_for_it(model, store):
 
 def test_outputs_from(model, store):
     want = scored(model, IDS).logits
+    fresh = partial(scored, tiny("llama"), IDS)
     with enabled(model, store, forwards=True, outputs_from=20, chunk_size=16) as context:
         for computed in (300, 28):
             got = scored(model, IDS).logits
@@ -290,6 +292,11 @@ def test_outputs_from(model, store):
             assert context.report.computed == computed
             context.flush()
         assert not scored(model, IDS, labels=IDS).logits.isnan().any()
+        for first in (280, 281):  # the logits of 280 tell the label of 281
+            labels = IDS.clone().index_fill(1, torch.arange(first), -100)
+            got, plain = scored(model, IDS, labels=labels), fresh(labels=labels)
+            assert abs(float(got.loss - plain.loss)) < 1e-5
+            assert bool(got.logits[:, :280].isnan().all()) == (first == 281)
     for wrong in ({"outputs_from": -1, "forwards": True}, {"outputs_from": 3}):
         with pytest.raises(SettingError, match="outputs_from"), enabled(model, store, **wrong):
             pass

@@ -23,6 +23,7 @@ from chunkcache.errors import UnsupportedCallError
 from chunkcache.model.head import HeadInput, feed, untap
 
 INSTALLING = RLock()  # held by who puts the hook on or takes it off
+NO_LABEL = -100  # of tokens that a loss leaves out
 TRAINING = "the model is in training mode: call model.eval()"
 # Tensors with one entry per new token along their last dimension: trimmed together.
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")

@@ -20,19 +20,18 @@ from chunkcache.kv.codec import KVLayout
 from chunkcache.model.head import HeadInput
 from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.hook import ForwardCall
+from chunkcache.reuse.hook import NO_LABEL, ForwardCall
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import OUTPUTS, Entry
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 from chunkcache.tokens.transcript import Transcript
 
-_NO_LABEL = -100  # of tokens that a loss leaves out
 _GRADIENTS = "gradients are enabled, which stored outputs have none of: use torch.no_grad()"
 _ANYWHERE = "reuse='anywhere' keeps no outputs"
 _PADDING = (
     "labels count outputs of padding: set those of each row's padding, and of its first token, to "
-    f"{_NO_LABEL}"
+    f"{NO_LABEL}"
 )
 _NOT_STORED = "outputs of these tokens are wanted, and were not stored yet: they are now"
 
@@ -63,7 +62,7 @@ def outputs_of(
         return _GRADIENTS
     past = total - call.new
     if call.labels is not None and any(
-        pad > past and bool((labels[: pad - past + 1] != _NO_LABEL).any())
+        pad > past and bool((labels[: pad - past + 1] != NO_LABEL).any())
         for labels, pad in zip(call.labels, transcript.pads, strict=False)
     ):
         return _PADDING

@@ -21,6 +21,7 @@ from chunkcache.insight.runs import run_both
 from chunkcache.keys import INT8
 from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
+from chunkcache.model.head import tap
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext, Indexer
@@ -271,6 +272,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if not again and (starts or not past or past != self._reported):
                 self.report = Report(tokenizer=self._context.tokenizer)
             self._reported = total
+            if self._records_past:  # drafts, which nobody will ask for again
+                call = replace(call, scores=False)
+            if call.scores:
+                tap(module)
             self._prefill = self._prefill_type(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,

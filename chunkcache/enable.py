@@ -1,25 +1,38 @@
 """enabled(): every `generate()` of a model uses the cache, for code that cannot pass one itself.
 
 Pipelines, evaluation harnesses and agents call `model.generate()` out of reach. While a context is
-open, a `generate` that makes a cache for each call covers the model's own.
+open, a `generate` that makes a cache for each call covers the model's own. With `forwards=True`, so
+does each forward that brings none: losses, perplexities and log-likelihoods are made with such.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from chunkcache.cache import RedisChunkCache
+from chunkcache.errors import SettingError
 from chunkcache.model.check import CACHE, TAKES_A_CACHE, check_model
+from chunkcache.model.self_test import takes
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
-from chunkcache.reuse.hook import INSTALLING, cache_in, is_installed, uninstall
+from chunkcache.reuse.hook import (
+    INSTALLING,
+    NO_LABEL,
+    TRAINING,
+    cache_in,
+    cover,
+    is_installed,
+    uninstall,
+)
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.locks import ForkSafeLock
 
@@ -31,11 +44,15 @@ class Enabled:
     Attributes:
         store: Where chunks are looked up and kept.
         settings: Keyword arguments for each cache.
+        forwards: Whether forwards without a cache use one too.
+        outputs_from: How many positions at the end of these have logits; 0 for all.
         report: What was reused of the last prompt.
     """
 
     store: ChunkStore
     settings: Mapping[str, Any]
+    forwards: bool = False
+    outputs_from: int = 0
     report: Report = field(default_factory=Report)
     thread: int = field(default_factory=get_ident)
 
@@ -46,7 +63,12 @@ class Enabled:
 
 @contextmanager
 def enabled(
-    model: nn.Module, store: ChunkStore | str | list[str] | None = None, **settings: Any
+    model: nn.Module,
+    store: ChunkStore | str | list[str] | None = None,
+    *,
+    forwards: bool = False,
+    outputs_from: int = 0,
+    **settings: Any,
 ) -> Iterator[Enabled]:
     """Within this context, each `model.generate()` uses a `RedisChunkCache` of its own.
 
@@ -64,31 +86,43 @@ def enabled(
     Args:
         model: As for `RedisChunkCache`.
         store: As for `RedisChunkCache`.
+        forwards: Also forwards that bring no cache use one, `use_cache=False` or not, unless
+            gradients are enabled. Logits and losses are those of a plain run; of padding on the
+            left, logits are NaN. The last, shorter chunk of a row is stored only with
+            `store_tail=True`, as each call may end otherwise.
+        outputs_from: Of these, only logits of the last so many positions are looked at: before
+            them they are NaN, and need not be computed. 0 for all. Calls whose labels count earlier
+            positions, or that say themselves what they keep, are served as they are.
         settings: Keyword arguments as in `Settings`.
 
     Raises:
         UnsupportedModelError: As `RedisChunkCache`, at once.
         UnsupportedCallError: As `RedisChunkCache`, at once.
-        SettingError: As `RedisChunkCache`, at once.
+        SettingError: As `RedisChunkCache`, at once; or `outputs_from` is below 0, or has no use.
     """
+    if outputs_from < 0 or (outputs_from and not forwards):
+        raise SettingError(
+            f"outputs_from={outputs_from} must be 0 or a number of positions, with forwards=True"
+        )
     inner = check_model(model)
-    cover = context = None
+    over = context = None
     try:
         with _LOCK.own:
             hooked = is_installed(inner)
             try:
                 # What cannot work is told of here, before any prompt.
-                context = Enabled(RedisChunkCache(inner, store, **settings).store, settings)
+                opened = RedisChunkCache(inner, store, **settings).store
+                context = Enabled(opened, settings, forwards, outputs_from)
             except BaseException:
                 _unhook(inner, hooked)
                 raise
-            cover = _COVERS.setdefault(id(inner), _Cover(inner, hooked))
-            cover.open(context)
+            over = _COVERS.setdefault(id(inner), _Cover(inner, hooked))
+            over.open(context)
         yield context
     finally:
-        if cover is not None and context is not None:
+        if over is not None and context is not None:
             with _LOCK.own:
-                cover.close(context)
+                over.close(context)
 
 
 class _Cover:
@@ -109,6 +143,7 @@ class _Cover:
                 return self.call(args, kwargs)
 
             self.model.generate = generate
+            cover(self.model, self.give)
 
     def close(self, context: Enabled) -> None:
         if context in self.contexts:  # not if its opening was interrupted
@@ -116,18 +151,62 @@ class _Cover:
         if self.contexts:
             return
         _COVERS.pop(id(self.model), None)
+        cover(self.model, None)
         if self.own is None:
             vars(self.model).pop("generate", None)
         else:
             self.model.generate = self.own
         _unhook(self.model, self.hooked)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def context(self) -> Enabled | None:
+        """That of a call by this thread."""
         contexts = [*self.contexts]  # empty for who kept it longer than the context
-        if not contexts or self._is_of_its_own(args, kwargs):
-            return self.generate(*args, **kwargs)
         mine = [context for context in contexts if context.thread == get_ident()]
-        context = (mine or contexts)[-1]
+        return (mine or contexts)[-1] if contexts else None
+
+    def give(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward that brings no cache, with one if that may be."""
+        context = self.context()
+        if context is None or not context.forwards or getattr(_LOCAL, "generates", False):
+            return kwargs
+        if torch.is_grad_enabled() or self.model.training:
+            why = TRAINING if self.model.training else "gradients are enabled: use torch.no_grad()"
+            context.report = Report(skipped=why)
+            return kwargs
+        settings = {"store_tail": False, **context.settings}
+        cache = RedisChunkCache(self.model, context.store, **settings)
+        config: Any = self.model.config
+        keeps = kwargs.get("use_cache")
+        keeps = getattr(config, "use_cache", True) if keeps is None else keeps
+        given = {**kwargs, CACHE: cache, "use_cache": True}
+        last = context.outputs_from
+        if last and _may_end_with(self.model, kwargs, last):
+            given["logits_to_keep"] = last
+            if kwargs.get("labels") is not None:
+                given["labels"] = kwargs["labels"][:, -last:]
+        else:
+            last = 0
+
+        def finish(output: Any) -> Any:
+            context.report = cache.report
+            if last:
+                output.logits = _behind_nothing(output.logits, kwargs["input_ids"].shape[1])
+            return output if keeps else _without(output, cache)
+
+        cache.on_output = finish
+        return given
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer, _LOCAL.generates = getattr(_LOCAL, "generates", False), True
+        try:
+            return self._call(args, kwargs)
+        finally:
+            _LOCAL.generates = outer
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        context = self.context()
+        if context is None or self._is_of_its_own(args, kwargs):
+            return self.generate(*args, **kwargs)
         cache = RedisChunkCache(self.model, context.store, **context.settings)
         try:
             return self.generate(*args, **kwargs, **{CACHE: cache})
@@ -149,6 +228,33 @@ class _Cover:
         return False
 
 
+def _may_end_with(model: nn.Module, kwargs: Mapping[str, Any], last: int) -> bool:
+    """Whether a forward gives logits of every token, and the last so many can stand for them.
+
+    The first of these tells the second one's label.
+    """
+    labels = kwargs.get("labels")
+    counts = labels is not None and bool((labels[:, : 1 - last or None] != NO_LABEL).any())
+    tuples = kwargs.get("return_dict") is False
+    given = kwargs.get("logits_to_keep") is not None
+    return not (counts or tuples or given) and takes(model, "logits_to_keep")
+
+
+def _behind_nothing(logits: Tensor, tokens: int) -> Tensor:
+    """Logits `[batch, last, vocabulary]` as those of so many tokens: NaN where there are none."""
+    batch, last, vocabulary = logits.shape
+    whole = logits.new_full((batch, tokens, vocabulary), torch.nan)
+    whole[:, tokens - last :] = logits
+    return whole
+
+
+def _without(output: Any, cache: Any) -> Any:
+    """What a forward returns, but for the cache, of which its caller knows nothing."""
+    if isinstance(output, tuple):
+        return tuple(part for part in output if part is not cache)
+    return type(output)(**{name: part for name, part in output.items() if part is not cache})
+
+
 def _unhook(model: nn.Module, hooked: bool) -> None:
     """Take our hook off a model that did not have it before, unless a cache lives that needs it."""
     with INSTALLING:
@@ -158,3 +264,4 @@ def _unhook(model: nn.Module, hooked: bool) -> None:
 
 _COVERS: dict[int, _Cover] = {}
 _LOCK = ForkSafeLock()
+_LOCAL = threading.local()  # `.generates`: whether this thread is within `generate()`

@@ -25,7 +25,7 @@ class ChunkKey:
     """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
 
     `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
-    a store adds `@metadata` and `@kv_bytes`, and in a cluster the hash stands in braces.
+    a store adds `@metadata`, `@kv_bytes` or `@outputs`; in a cluster the hash stands in braces.
     """
 
     format: str
@@ -45,7 +45,7 @@ class ChunkKey:
         Raises:
             SettingError: The text is not a key of ours.
         """
-        name = text.removesuffix("@metadata").removesuffix("@kv_bytes")
+        name = text.removesuffix("@metadata").removesuffix("@kv_bytes").removesuffix("@outputs")
         name = re.sub(r"@\{([0-9a-f]{64})\}\Z", r"@\1", name)
         if match := _KEY.fullmatch(name):
             format, model, world_size, worker, chunk_hash = match.groups()

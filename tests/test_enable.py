@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import pytest
@@ -215,3 +216,87 @@ def test_a_peft_model_uses_it_and_adapters_are_told_apart(store):
                 assert torch.equal(model.generate(input_ids=IDS, **HOW), off)
                 context.flush()
         assert context.report.computed < 50
+
+
+# ------------------------------------------------------------------ forwards
+
+
+def scored(model, ids, **more):
+    with torch.no_grad():
+        return model(ids, **more)
+
+
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"labels": IDS}, {"return_dict": False}])
+def test_forwards_inside_use_the_cache(model, store, how):
+    want = scored(model, IDS, **how)
+    with enabled(model, store, forwards=True, chunk_size=16) as context:
+        for computed in (300, 300 % 16):
+            with torch.inference_mode():
+                got = model(IDS, **how)
+            assert context.report.computed == computed
+            assert context.report.skipped == ""
+            assert context.flush()
+            assert len(got) == len(want)
+            if isinstance(got, tuple):
+                assert torch.allclose(got[0], want[0], atol=1e-4)
+                continue
+            assert torch.allclose(got.logits, want.logits, atol=1e-4)
+            assert ("past_key_values" in got) == ("use_cache" not in how)
+            assert "labels" not in how or abs(float(got.loss - want.loss)) < 1e-5
+        del got  # its cache needs the hook
+    assert is_as_before(model)
+    assert not model.lm_head._forward_pre_hooks
+    assert torch.equal(scored(model, IDS, **how)[0], want[0])
+
+
+def test_rows_padded_on_the_right_without_a_mask(model, store):
+    """As lm-eval has them: what stands behind a row's last token are more tokens."""
+    ids = IDS[:, :100].repeat(4, 1)
+    for row in range(4):
+        ids[row, 80 + row : 95] = tokens(15 - row, seed=row)
+        ids[row, 95 - row :] = 0
+    want = scored(model, ids).logits
+    with enabled(model, store, forwards=True, chunk_size=16) as context:
+        for computed in (400, 16):
+            assert torch.allclose(scored(model, ids).logits, want, atol=1e-4)
+            assert context.report.computed == computed
+            context.flush()
+        swapped = scored(model, ids[[3, 0]]).logits
+    assert torch.allclose(swapped, want[[3, 0]], atol=1e-4)
+
+
+def test_forwards_that_are_not_for_it(model, store):
+    with enabled(model, store, forwards=True, chunk_size=16) as context:
+        assert model(IDS).logits.requires_grad
+        assert "gradients" in context.report.skipped
+        cache = DynamicCache(config=model.config)
+        assert scored(model, IDS, past_key_values=cache).past_key_values is cache
+        model.generate(IDS, use_cache=False, **HOW)
+        assert "gradients" in context.report.skipped  # nobody has asked since
+        with enabled(model, store, chunk_size=16) as inner:
+            scored(model, IDS)
+        assert inner.report.prompt_tokens == 0
+    assert store.sizes([]) == []
+    assert list(store.scan("safetensors")) == []
+
+
+def test_outputs_from(model, store):
+    want = scored(model, IDS).logits
+    fresh = partial(scored, tiny("llama"), IDS)
+    with enabled(model, store, forwards=True, outputs_from=20, chunk_size=16) as context:
+        for computed in (300, 28):
+            got = scored(model, IDS).logits
+            assert got.shape == want.shape
+            assert got[:, :280].isnan().all()
+            assert torch.allclose(got[:, 280:], want[:, 280:], atol=1e-4)
+            assert context.report.computed == computed
+            context.flush()
+        assert not scored(model, IDS, labels=IDS).logits.isnan().any()
+        for first in (280, 281):  # the logits of 280 tell the label of 281
+            labels = IDS.clone().index_fill(1, torch.arange(first), -100)
+            got, plain = scored(model, IDS, labels=labels), fresh(labels=labels)
+            assert abs(float(got.loss - plain.loss)) < 1e-5
+            assert bool(got.logits[:, :280].isnan().all()) == (first == 281)
+    for wrong in ({"outputs_from": -1, "forwards": True}, {"outputs_from": 3}):
+        with pytest.raises(SettingError, match="outputs_from"), enabled(model, store, **wrong):
+            pass

@@ -31,7 +31,7 @@ from chunkcache.cli.options import (
 from chunkcache.errors import SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import NO_MATCH
-from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Listed
+from chunkcache.stores.base import KV_BYTES, METADATA, OUTPUTS, ChunkStore, Listed, chunk_of
 from chunkcache.tokens.token_text import shown
 
 app = typer.Typer()
@@ -69,7 +69,9 @@ def ls(
         fields = {"created": "", **(entry.metadata or {})}
         fields["created"] = fields["created"][:16].replace("T", " ")
         cells = (escape(shown(fields.get(column, ""))) for column in _COLUMNS)
-        view.add_row(shown(_hash(entry.key)[:12]), *cells, f"{entry.nbytes / 1e6:.2f}")
+        view.add_row(
+            shown(_hash(entry.key)[:12]), *cells, f"{(entry.nbytes + entry.outputs) / 1e6:.2f}"
+        )
     out.print(view)
     _tell_if_none(terms, len(found))
     if limit and len(found) == limit:
@@ -165,12 +167,12 @@ def _find(store: ChunkStore, key: str) -> Listed | None:
     Raises:
         SettingError: Several chunks are meant.
     """
-    key = key.removesuffix(METADATA).removesuffix(KV_BYTES)
+    key = chunk_of(key.removesuffix(METADATA).removesuffix(KV_BYTES))
     if not key:
         raise SettingError("show needs a key or the beginning of a hash: ls lists them")
     if "@" in key:
-        (fields,), (size,) = store.read_metadata([key]), store.sizes([key])
-        return Listed(key, fields, size) if fields or size else None
+        (fields,), sizes = store.read_metadata([key]), store.sizes([key, key + OUTPUTS])
+        return Listed(key, fields, *sizes) if fields or any(sizes) else None
     meant = (entry for entry in catalog.entries(store) if _hash(entry.key).startswith(key))
     found = list(islice(meant, 2))
     if len(found) > 1:

@@ -38,7 +38,7 @@ ALL = Filter()
 
 @dataclass(slots=True)
 class Group:
-    """Chunks that have something in common; `bytes` are those of their blobs.
+    """Chunks that have something in common; `bytes` are those of their blobs, outputs included.
 
     `oldest` and `newest` say when the first and the last of them was made (ISO 8601, UTC).
     """
@@ -53,7 +53,7 @@ class Group:
         """Count one more chunk."""
         self.chunks += 1
         self.tokens += tokens_of(entry)
-        self.bytes += entry.nbytes
+        self.bytes += entry.nbytes + entry.outputs
         if created := (entry.metadata or {}).get("created", ""):
             self.oldest = min(self.oldest or created, created)
             self.newest = max(self.newest, created)

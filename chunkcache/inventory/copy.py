@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice, repeat
 
@@ -19,7 +19,7 @@ from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import Filter
 from chunkcache.inventory.inspection import check_blob
 from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
-from chunkcache.stores.base import ChunkStore, Entry, Listed, read_blobs
+from chunkcache.stores.base import OUTPUTS, ChunkStore, Entry, Listed, read_blobs
 from chunkcache.stores.writer import PatientStore
 
 AT_ONCE, ANCHORS_AT_ONCE = 64, 256  # entries asked for together
@@ -99,7 +99,7 @@ def copy_chunks(
     done = 0
     while page := list(islice(found, AT_ONCE)):
         copy.chunks(page)
-        done += sum(entry.nbytes for entry in page)
+        done += sum(entry.nbytes + entry.outputs for entry in page)
         progress(done, total)
     copy.index()
     copy.settle(last=True)
@@ -140,6 +140,26 @@ class _Copy:
             self.pins[_hash(entry)] = pinned = _is_pinned(entry)
             whole = Entry(entry.key, entry.metadata or {}, memoryview(bytes(blob)), pinned=pinned)
             self.write(whole, replaces=lacking[entry.key])
+        self.outputs([entry for entry in sent if entry.outputs and _hash(entry) in self.pins])
+
+    def outputs(self, chunks: list[Listed]) -> None:
+        """Copy the outputs of chunks that were copied."""
+        blobs = self.blobs([entry.key + OUTPUTS for entry in chunks])
+        for entry, blob in zip(chunks, blobs, strict=True):
+            fields = entry.metadata or {}
+            told = {name: fields.get(name, "") for name in ("outputs", "positions")}
+            try:
+                if blob is None:
+                    continue  # they are computed again
+                if self.verify:
+                    named = {**fields, "bytes": told["outputs"]}
+                    check_blob(replace(entry, metadata=named), blob)
+            except BlobError as error:
+                self.leave_out(entry, f"outputs: {error}")
+                continue
+            self.told.bytes += entry.outputs
+            pinned, own = _is_pinned(entry), memoryview(bytes(blob))
+            self.write(Entry(entry.key + OUTPUTS, told, own, merge=True, pinned=pinned))
 
     def index(self) -> None:
         """Add what the source's index says of the chunks that the destination has now."""

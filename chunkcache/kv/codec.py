@@ -30,6 +30,7 @@ from torch import Tensor
 from chunkcache.errors import BlobError
 
 LAYOUT = "[kv_heads, tokens, head_dim]"
+OUTPUTS_LAYOUT = "[tokens, hidden]"
 # Tensor data begins on a cache line, whatever the header's length.
 _ALIGNMENT = 64
 _DTYPE_NAMES = {
@@ -170,17 +171,18 @@ class BlobForm:
         start: int,
         chunk_hash: str,
         arrange: Arrange = KVLayout.slots,
+        shape: str = LAYOUT,
         **notes: str,
     ) -> BlobForm:
         """The form of the chunk with these token ids, whose first one stands at `start`.
 
-        `notes` are more for the header's metadata.
+        `shape` tells people what the tensors are; `notes` are more for the header's metadata.
         """
         # As json.dumps would write it, which takes ten times as long: each chunk has one.
         more = "".join(f",{json.dumps(name)}:{json.dumps(note)}" for name, note in notes.items())
         described = (
             f'{{"format":"pt","chunk_hash":"{chunk_hash}","tokens":"[{",".join(map(str, tokens))}]"'
-            f',"positions":"{start}-{start + len(tokens)}","layout":"{LAYOUT}"{more}'
+            f',"positions":"{start}-{start + len(tokens)}","layout":"{shape}"{more}'
             f',"checksum":"xxh3_128:{_NO_CHECKSUM.decode()}"}}'
         )
         table, nbytes = _tensor_table(arrange, layout, len(tokens))
@@ -274,6 +276,18 @@ def _tensor_table(arrange: Arrange, layout: KVLayout, tokens: int) -> tuple[str,
         for slot in slots
     }
     return json.dumps(table, separators=(",", ":"))[1:], slots[-1].end
+
+
+def output_layout(dtype: torch.dtype, hidden: int) -> KVLayout:
+    """Of a model's outputs: what it gives to its output embeddings, so many numbers a token."""
+    return KVLayout(dtype, (LayerShape(1, hidden, 0, 0),))
+
+
+def output_slots(layout: KVLayout, tokens: int) -> list[Slot]:
+    """The one tensor of a chunk's outputs, `[tokens, hidden]`."""
+    size = layout.token_bytes
+    shape = (tokens, size // layout.dtype.itemsize)
+    return [Slot("hidden", shape, 0, tokens * size, layout.dtype)]
 
 
 def encode(form: BlobForm, layers: Iterable[LayerKV | None]) -> memoryview:

@@ -9,13 +9,21 @@ and the size of what every step must give; whatever else a blob is, it is a miss
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
+from chunkcache.kv.codec import (
+    OUTPUTS_LAYOUT,
+    BlobForm,
+    KVLayout,
+    LayerKV,
+    encode,
+    output_slots,
+)
 from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
 from chunkcache.kv.rope import KeyRotation
@@ -85,6 +93,18 @@ class Codec:
             file = BlobForm.of(layout, tokens, start, chunk_hash, int8_slots, keys=turned)
         return Form(self, layout, start, key, file)
 
+    def output_form(
+        self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
+    ) -> Form:
+        """The form of one chunk's outputs, whose numbers are kept as they are.
+
+        Arguments are those of `form`; the layout is that of outputs.
+        """
+        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
+        exact = replace(self, name=plain, rotation=None)
+        file = BlobForm.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
+        return Form(exact, layout, start, key, file)
+
     def hide(self, text: str, key: str) -> str:
         """Text for the metadata under a key that only those may read who can read the blob."""
         return self.seal.seal_text(text, key + _TEXT) if self.seal else text
@@ -144,13 +164,19 @@ class Form:
             layers: Keys and values per layer, each `[kv_heads, tokens, head_dim]`, `None` for
                 layers that cache nothing; on any device.
         """
-        codec, file = self.codec, self.file
-        if codec.numbers == INT8:
-            blob = encode_int8(file, layers, self.start, codec.rotation)
-        else:
-            blob = encode(file, layers)
+        if self.codec.numbers == INT8:
+            return self._wrapped(encode_int8(self.file, layers, self.start, self.codec.rotation))
+        return self._wrapped(encode(self.file, layers))
+
+    def encode_tensors(self, tensors: Iterable[Tensor]) -> memoryview:
+        """The same of the file's tensors, in order."""
+        return self._wrapped(self.file.build(tensors))
+
+    def _wrapped(self, blob: memoryview) -> memoryview:
+        """A file compressed and sealed, as the codec has it."""
+        codec = self.codec
         if codec.name.endswith(ZSTD):
-            blob = compress(blob, len(file.header), self._width)
+            blob = compress(blob, len(self.file.header), self._width)
         return codec.seal.seal(blob, self.key) if codec.seal else blob
 
     def decode(self, blob: memoryview) -> list[LayerKV | None]:
@@ -160,6 +186,18 @@ class Form:
             SealedBlobError: It is sealed with another key.
             BlobError: It is not this chunk's, or it is damaged.
         """
+        file, blob = self.file, self._unwrapped(blob)
+        if self.codec.numbers == INT8:
+            return decode_int8(file, blob, self.start, self.codec.rotation)
+        dtype = self.layout.dtype
+        return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(blob)]
+
+    def decode_tensors(self, blob: memoryview) -> list[Tensor]:
+        """The same, as the file's tensors, in order."""
+        return self.file.tensors(self._unwrapped(blob))
+
+    def _unwrapped(self, blob: memoryview) -> memoryview:
+        """The file in a blob, checked."""
         codec, file, head = self.codec, self.file, len(self.file.header)
         if codec.seal:
             blob = codec.seal.open(blob, self.key)
@@ -167,11 +205,7 @@ class Form:
             blob = decompress(blob, file.size, head, self._width)
         file.check(blob[:head], [blob[head:]])
         # torch warns of memory that may not be written, though nobody writes to it here.
-        blob = memoryview(bytearray(blob)) if blob.readonly else blob
-        if codec.numbers == INT8:
-            return decode_int8(file, blob, self.start, codec.rotation)
-        dtype = self.layout.dtype
-        return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(blob)]
+        return memoryview(bytearray(blob)) if blob.readonly else blob
 
     @property
     def _width(self) -> int:

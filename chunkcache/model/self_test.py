@@ -34,7 +34,7 @@ from chunkcache.model.rounding import MARGIN, RoundedLayer, Steps, compare_steps
 
 # Logits may be off by so much of the largest, however little a model makes of rounding, and never
 # by more, however much it makes: wrong K/V are off by 10 % and more.
-_BOUNDS = {
+BOUNDS = {
     torch.float64: (1e-5, 1e-5),  # parts of many models compute in float32 all the same
     torch.float32: (1e-3, 1e-3),
     torch.float16: (4e-3, 3e-1),
@@ -193,20 +193,10 @@ def _split_test(model: nn.Module) -> SelfTest:
     if wrong := compare(_run(model, ids[:, :half], short), 0, half):
         return SelfTest(f"K/V of this model depend on how long the prompt is: {wrong}")
     for cut, source in ((most, stored), (half, short)):
-        # As a hit would: through a blob, into fresh layers.
-        tokens = ids[0, :cut].tolist()
-        form = BlobForm.of(layout, tokens, 0, "")
-        parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
-        layers = _test_layers(model)
-        allocate_all(layers, layout, 1, ids.shape[1], whole.device)
-        for layer, kv in zip(layers, parts, strict=True):
-            if kv is not None:
-                layer.place(0, 0, *kv)
-                layer.hold(cut)
-        steps = _run(model, ids[:, cut:], layers)
+        steps = _run(model, ids[:, cut:], layers_with(model, layout, source, ids[:, :cut]))
         rest = steps[-1][0]
         error = float((rest - whole[:, cut:]).abs().max()) / largest
-        least, ceiling = _BOUNDS[layout.dtype]
+        least, ceiling = BOUNDS[layout.dtype]
         if not error <= least and not error <= (bound := min(max(least, noise()), ceiling)):
             return SelfTest(
                 "continuing from stored K/V changes this model's logits by "
@@ -215,6 +205,23 @@ def _split_test(model: nn.Module) -> SelfTest:
         if cut < most and (wrong := compare(_part(steps, 0, most - cut), cut, most)):
             return SelfTest(f"continuing from stored K/V gives other K/V: {wrong}")
     return SelfTest("", layout)
+
+
+def layers_with(
+    model: nn.Module, layout: KVLayout, source: Sequence[Any], ids: Tensor
+) -> list[Any]:
+    """Fresh layers with what others hold of their first ids: through a blob, as a hit would."""
+    cut = ids.shape[1]
+    form = BlobForm.of(layout, ids[0].tolist(), 0, "")
+    parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
+    layers = _test_layers(model)
+    device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))
+    allocate_all(layers, layout, 1, _TOKENS, device)
+    for layer, kv in zip(layers, parts, strict=True):
+        if kv is not None:
+            layer.place(0, 0, *kv)
+            layer.hold(cut)
+    return layers
 
 
 def _run(model: nn.Module, ids: Tensor, layers: list[Any] | None = None) -> Steps:
@@ -269,7 +276,7 @@ def zeros_matter(model: nn.Module, name: str) -> bool | None:
     (keys, values, logits_without), (keys_with, values_with, logits_with) = runs
     error = float((logits_with - logits_without).abs().max() / logits_without.abs().max())
     is_first_the_same = torch.equal(keys, keys_with) and torch.equal(values, values_with)
-    return not (is_first_the_same and error <= _BOUNDS.get(keys.dtype, (0.0, 0.0))[0])
+    return not (is_first_the_same and error <= BOUNDS.get(keys.dtype, (0.0, 0.0))[0])
 
 
 def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
@@ -285,6 +292,12 @@ def takes(model: nn.Module, name: str) -> bool:
 
 def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> Tensor:
     """Logits of `[batch, tokens]` ids, computed where the model's embeddings are."""
+    logits: Tensor = outputs(model, ids, cache, **more).logits
+    return logits
+
+
+def outputs(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> Any:
+    """The same with all that the forward returns."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = next(embedding.parameters()).device
     if device.type == "meta":  # offloaded: accelerate brings inputs to where weights will be
@@ -294,9 +307,7 @@ def forward(model: nn.Module, ids: Tensor, cache: DynamicCache, **more: Any) -> 
         for name, value in more.items()
     }
     placed[CACHE] = cache
-    out: Any = model(input_ids=ids.to(device), use_cache=True, **placed)
-    logits: Tensor = out.logits
-    return logits
+    return model(input_ids=ids.to(device), use_cache=True, **placed)
 
 
 def cache_of(layers: list[Any]) -> DynamicCache:
@@ -326,7 +337,7 @@ def _layout_of(layers: Sequence[Any]) -> KVLayout:
         dtypes |= {k.dtype, v.dtype}
     if len(dtypes) != 1:
         raise ChunkCacheError(f"layers cache K/V of several types: {sorted(map(str, dtypes))}")
-    if not dtypes <= set(_BOUNDS):
+    if not dtypes <= set(BOUNDS):
         raise ChunkCacheError(f"K/V of type {dtypes.pop()} are not supported")
     return KVLayout(dtypes.pop(), tuple(shapes))
 

@@ -17,6 +17,7 @@ from chunkcache.gain import Gauge
 from chunkcache.kv.codec import BufferPool, KVLayout
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
+from chunkcache.model.head import run_head_test
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup
 from chunkcache.model.moving import find_rotation, verify_rotation
@@ -35,6 +36,7 @@ from chunkcache.stores.locks import ForkSafeLock
 
 PROOF_FORMAT = "proof"
 MOVING_FORMAT = "moving"
+HEAD_FORMAT = "head"
 # A self-test that could not run so often in a row waits so many times what it took.
 _PROMPT_RETRIES = 3
 _RETRY_WAIT = 50.0
@@ -64,6 +66,7 @@ class ModelState:
     _rest: tuple[object, ...] = ()
     _identity: ModelIdentity | None = None
     _self_tests: dict[str, SelfTest] = field(default_factory=dict)
+    _heads: dict[str, SelfTest] = field(default_factory=dict)
     _verified: dict[str, KeyRotation | str] = field(default_factory=dict)
     _rotations: dict[str, KeyRotation | str] = field(default_factory=dict)
     # Of self-tests that could not run, how often in a row, and when to try again.
@@ -139,6 +142,28 @@ class ModelState:
             return self._verdict(
                 self._self_tests, identity.digest, lambda: self._run_self_test(store, identity)
             )
+
+    def head_test(self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore) -> SelfTest:
+        """Whether logits of that identity, the model's present one, can be had from hidden states.
+
+        Known as for `self_test`. `layout` is what its layers cache.
+        """
+
+        def test() -> SelfTest:
+            if self.ranks.size > 1:
+                return SelfTest("the model is spread over several processes")
+            passed = _has_passed(store, identity, HEAD_FORMAT)
+            found = run_head_test(self.tested, None if passed else layout)
+            if not (passed or found.bypass_reason):
+                _note_passed(store, identity, HEAD_FORMAT)
+            return found
+
+        with self._lock:
+            return self._verdict(self._heads, identity.digest, test)
+
+    def distrust_head(self, identity: ModelIdentity, reason: str) -> None:
+        """Its head was not called as the test has seen it: it is not fed any more."""
+        self._heads[identity.digest] = SelfTest(reason)
 
     def verified_rotation(
         self, identity: ModelIdentity, layout: KVLayout, store: ChunkStore

@@ -6,6 +6,7 @@ each token written behind is added here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
+from chunkcache.stores.base import Entry
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -371,7 +373,12 @@ class Conversation:
             note_all_written(self.layers)
 
     def store(
-        self, certain: int, report: Report, tail: bool = False, found: Found = NOTHING_FOUND
+        self,
+        certain: int,
+        report: Report,
+        tail: bool = False,
+        found: Found = NOTHING_FOUND,
+        more: Callable[[], list[Entry]] = list,
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
 
@@ -380,6 +387,7 @@ class Conversation:
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
             found: What the prompt has found that bears on it.
+            more: Gives entries that stand behind these.
 
         Raises:
             StoreError: The store failed, and `on_error="raise"` was asked for.
@@ -390,6 +398,7 @@ class Conversation:
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
                 certain, tail, found,
             )  # fmt: skip
+            entries += more()
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0

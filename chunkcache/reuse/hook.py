@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
+from chunkcache.model.head import HeadInput, feed, untap
 
 INSTALLING = RLock()  # held by who puts the hook on or takes it off
+NO_LABEL = -100  # of tokens that a loss leaves out
 TRAINING = "the model is in training mode: call model.eval()"
 # Tensors with one entry per new token along their last dimension: trimmed together.
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -63,6 +65,9 @@ class ForwardCall:
         positions: `[..., batch, new]` positions, or `None` for the model's default.
         keep: How many tokens at the end have outputs that the caller wants; 0 means all.
         whole: Why outputs of all tokens are wanted, or `""`.
+        scores: Whether logits of several tokens are wanted, and nothing else of them.
+        logits_to_keep: As the caller gave it.
+        labels: As the caller gave them.
         bypass_reason: Why the K/V of this call cannot be named by its tokens, or `""`.
         drafts: How many tokens at the end may be taken back.
         beyond: What the K/V depend on besides the tokens (as an image), in words, or `""`.
@@ -77,6 +82,9 @@ class ForwardCall:
     keep: int
     whole: str
     bypass_reason: str
+    scores: bool = False
+    logits_to_keep: Any = None
+    labels: Tensor | None = None
     drafts: int = 0
     beyond: str = ""
     embedded: tuple[int, int] | None = None
@@ -162,12 +170,15 @@ class TrimSpec:
         columns: Or compute these columns of the ids only, `[queries]`, with what follows.
         positions: Position of each of them in each row, `[batch, queries]`.
         mask: What to pass as attention mask.
+        head: What sees, and completes, the input of the output embeddings; then the model is to
+            give it all tokens that it computes.
     """
 
     skip: int = 0
     columns: Tensor | None = None
     positions: Tensor | None = None
     mask: Any = None
+    head: HeadInput | None = None
 
 
 NOTHING_TRIMMED = TrimSpec()
@@ -185,6 +196,8 @@ class PrefillAware(ABC):
 
     untrimmed: dict[str, Any] | None = None
     """The arguments of a forward that may have to be done again."""
+    on_output: Callable[[Any], Any] | None = None
+    """What makes of a forward's output what its caller gets, who knows of no cache."""
 
     @abstractmethod
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
@@ -197,6 +210,14 @@ class PrefillAware(ABC):
     @abstractmethod
     def fail_forward(self) -> None:
         """Take note that the forward raised an exception."""
+
+
+def cover(model: nn.Module, give: Cover | None) -> None:
+    """Have forwards of a model without a cache given one, or no more; it has the hook."""
+    if give is None:
+        _COVERS.pop(model, None)
+    else:
+        _COVERS[model] = give
 
 
 def is_installed(model: nn.Module) -> bool:
@@ -223,6 +244,7 @@ def uninstall(model: nn.Module) -> None:
                 del hooks[number]
                 flags.pop(number, None)
                 model._forward_hooks_always_called.pop(number, None)
+        untap(model)
 
 
 # A hook and the flag that says how to call it are two entries: a forward of another thread that
@@ -234,11 +256,15 @@ def uninstall(model: nn.Module) -> None:
 def _before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    feed(None)
     if kwargs is None:
         return None
     if args:
         kwargs = _by_name(module, args, kwargs)
     cache = cache_in(kwargs)
+    if cache is None and (give := _COVERS.get(module)) is not None:
+        kwargs = give(kwargs)
+        cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
     if kwargs.get("use_cache") is False:
@@ -249,6 +275,7 @@ def _before(
         )
     rest = cache.begin_forward(module, read_call(module, kwargs))
     cache.untrimmed = kwargs
+    feed(rest.head)
     return (), trim(kwargs, rest)
 
 
@@ -260,13 +287,18 @@ def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
+    feed(None)
+    on_output, cache.on_output = cache.on_output, None
     if output is None:
         cache.fail_forward()
         return None
     arguments, cache.untrimmed = cache.untrimmed, None
-    if cache.end_forward(module):
-        return _done_again(module, cache, arguments or {})
-    return None
+    again = cache.end_forward(module)
+    if again:
+        output = _done_again(module, cache, arguments or {})
+    if on_output is not None:
+        return on_output(output)
+    return output if again else None
 
 
 def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) -> Any:
@@ -282,6 +314,8 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
     except Exception:
         cache.fail_forward()
         raise
+    finally:
+        feed(None)
     for number, hook in list(module._forward_hooks.items()):
         if hook is _after:
             break
@@ -318,12 +352,17 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
     wanted = kwargs.get("logits_to_keep")
     keep = _last_wanted(wanted, 0 if ids is None else ids.shape[1])
     beyond = _beyond(module, kwargs, ids is not None, mask)
+    labels = kwargs.get("labels")
+    others = _why_others(module, kwargs)
     return ForwardCall(
         ids=ids,
         mask=mask if isinstance(mask, Tensor) else None,
         positions=kwargs.get("position_ids"),
         keep=keep,
-        whole=_why_whole(module, kwargs, keep),
+        whole=others or _why_whole(labels, keep),
+        scores=not others and (keep != 1 or labels is not None),
+        logits_to_keep=wanted,
+        labels=labels,
         bypass_reason=TRAINING if module.training else beyond,
         drafts=max(keep - 1, 0) if isinstance(wanted, int) else 0,
         beyond=beyond,
@@ -356,14 +395,20 @@ def _last_wanted(keep: Any, new: int) -> int:
     return new - first if 0 <= first < new else 0
 
 
-def _why_whole(module: nn.Module, kwargs: dict[str, Any], keep: int) -> str:
-    if kwargs.get("labels") is not None:
-        return "labels were given: the loss needs the outputs of every token"
+def _why_others(module: nn.Module, kwargs: dict[str, Any]) -> str:
+    """Why more than logits is wanted of all tokens, or `""`."""
     config: Any = module.config
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         wanted = kwargs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
             return f"{name} was asked for: it covers every token"
+    return ""
+
+
+def _why_whole(labels: Any, keep: int) -> str:
+    """Why logits of all tokens are wanted, or `""`."""
+    if labels is not None:
+        return "labels were given: the loss needs the outputs of every token"
     if not keep:
         return "logits of every token are wanted (logits_to_keep is not set)"
     return ""
@@ -408,6 +453,8 @@ def _is_nothing(value: Any) -> bool:
 
 def trim(kwargs: dict[str, Any], rest: TrimSpec) -> dict[str, Any]:
     """The arguments for what is left to compute."""
+    if rest.head is not None and kwargs.get("logits_to_keep") is not None:
+        kwargs = {**kwargs, "logits_to_keep": 0}
     if not rest.skip and rest.columns is None:
         return kwargs
     kept = slice(rest.skip, None) if rest.columns is None else rest.columns
@@ -425,4 +472,7 @@ def trim(kwargs: dict[str, Any], rest: TrimSpec) -> dict[str, Any]:
     return {**kwargs, **trimmed}
 
 
+Cover = Callable[[dict[str, Any]], dict[str, Any]]
+"""Gives the arguments of a forward that brings no cache, with one or as they are."""
+_COVERS: weakref.WeakKeyDictionary[nn.Module, Cover] = weakref.WeakKeyDictionary()
 _PARAMETERS: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()

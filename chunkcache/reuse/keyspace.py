@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec, Form
 from chunkcache.model.identity import ModelIdentity
+from chunkcache.stores.base import OUTPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,13 @@ class KeySpace:
     def lossy(self) -> str:
         """The codec's name if K/V come back rounded, else `""`."""
         return "" if self.codec.is_exact(self.layout.dtype) else self.codec.name
+
+    def output_form(
+        self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str
+    ) -> Form:
+        """The form of the outputs of such a chunk, for the layout of the model's outputs."""
+        key = self.key(chunk_hash) + OUTPUTS
+        return self.codec.output_form(layout, tokens, start, chunk_hash, key)
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
         """The form of the blob of the chunk with these token ids, whose first stands at `start`."""

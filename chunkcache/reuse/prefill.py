@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -35,6 +36,7 @@ from chunkcache.reuse.harvest import Found
 from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
+from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
@@ -109,6 +111,8 @@ class Prefill:
         self._loader: ChunkLoader | None = None
         self._background: BackgroundLoad | None = None
         self._witness: Witness | None = None
+        self._whole = call.whole  # why all is computed
+        self._outputs: Outputs | None = None  # where logits of several tokens are wanted
         self._began = 0.0  # when the model did, in seconds of `perf_counter`
 
     @staticmethod
@@ -124,7 +128,9 @@ class Prefill:
             if self.bypass_reason():
                 trim = self._bypass()
             else:
+                self._seek_outputs()
                 self.plan()
+                self._read_outputs()
                 self.load()
                 trim = self.trim()
                 self._report_prompt()
@@ -151,7 +157,7 @@ class Prefill:
         began = perf_counter()
         report, transcript = self.report, self.conversation.transcript
         gaps = "" if transcript.text_until is None else GAPS
-        report.skipped = self.call.whole or gaps
+        report.skipped = self._whole or gaps
         rows = [
             cut(self._tokens(row), self.context.grid, self.keys.salt, tail=True)
             for row in range(len(self.pads))
@@ -170,7 +176,9 @@ class Prefill:
         if gaps:
             self.plans = [replace(plan, rest=GAPS) for plan in self.plans]
         self._stop_at_wrong_sizes()
-        if self.sizes or (not self.lookup_failed and self.context.settings.reuse != "off"):
+        if self._outputs:
+            report.skipped = self._outputs.settle(self.plans) or report.skipped
+        elif self.sizes or (not self.lookup_failed and self.context.settings.reuse != "off"):
             self._follow_branches(dry)
         if self._reads_together and not self._pays(dry):
             self.plans = [plan.cut_at(plan.held, NO_GAIN) for plan in self.plans]
@@ -185,6 +193,8 @@ class Prefill:
     @property
     def limit(self) -> int:
         """Column from which on all is computed, since its outputs are wanted."""
+        if self._outputs:
+            return max(self.held, self._outputs.limit)
         return self.held if self.call.whole else self.total - max(self.call.keep, 1)
 
     @property
@@ -219,12 +229,17 @@ class Prefill:
         )
         try:
             names = [self.keys.key(name) for name in hashes]
+            if self._outputs:
+                names += map(self._outputs.key, hashes)
             sizes = self.context.store.sizes(names) if names else []
         except StoreError as error:
             self.lookup_failed = True
             self._handle(error)
             return str(error)
-        self.sizes = {name: size for name, size in zip(hashes, sizes, strict=True) if size}
+        self.sizes = {name: size for name, size in zip(hashes, sizes, strict=False) if size}
+        if self._outputs:
+            found = zip(hashes, sizes[len(hashes) :], strict=True)
+            self._outputs.sizes = {name: size for name, size in found if size}
         return NOT_IN_STORE
 
     def _stop_at_wrong_sizes(self) -> None:
@@ -314,6 +329,30 @@ class Prefill:
         ask = gauge.expects_gain if dry else gauge.pays
         return ask(tokens, nbytes, self.context.settings.min_gain)
 
+    # ------------------------------------------------------------------ outputs of what is known
+
+    def _seek_outputs(self) -> None:
+        """Where logits of several tokens are wanted, and may be had of known ones, see to that."""
+        if not self.call.scores:
+            return
+        found = outputs_of(
+            self.context, self.keys, self.call, self.conversation.transcript, self.total,
+            self._handle,
+        )  # fmt: skip
+        if isinstance(found, Outputs):
+            self._outputs, self._whole = found, ""
+        elif self._whole:
+            self._whole = f"{self._whole}; {found}"
+
+    def _read_outputs(self) -> None:
+        """Bring them; where that fails, more is computed."""
+        if self._outputs is None or min(self.stops) <= self.held:
+            return
+        began = perf_counter()
+        self.report.bytes_read += self._outputs.read(self.plans, min(self.stops))
+        self.report.read_ms += 1e3 * (perf_counter() - began)
+        self.stops = [min(stop, self.limit) for stop in self.stops]
+
     # ------------------------------------------------------------------ into the layers
 
     def load(self) -> None:
@@ -376,7 +415,8 @@ class Prefill:
         self.spans = [
             plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
         ]
-        return TrimSpec(begin - self.past)
+        head = self._outputs.behind(begin) if self._outputs else None
+        return TrimSpec(begin - self.past, head=head)
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)
@@ -466,6 +506,9 @@ class Prefill:
         report.prefill_ms += prefill_ms
         if not is_sound or not self._agrees():
             return False
+        if self._outputs and not self._outputs.are_taken():
+            close_layers(conversation.layers)
+            return False
         conversation.bypass_reason = conversation.bypass_reason or conversation.distrust
         if self.plans:
             computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
@@ -526,7 +569,12 @@ class Prefill:
         certain = self.total - self.call.drafts
         tail = not self.call.drafts  # the prompt ends here
         if self.conversation.may_store(self.total, certain, prompt=True, tail=tail):
-            self.conversation.store(certain, self.report, tail, self._found(certain))
+            more = (
+                partial(self._outputs.entries, self.plans, self.conversation.known, certain)
+                if self._outputs
+                else list
+            )
+            self.conversation.store(certain, self.report, tail, self._found(certain), more)
 
     def _found(self, certain: int) -> Found:
         """What was found out of what is stored, and bears on what is to be stored."""

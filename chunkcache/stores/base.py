@@ -1,7 +1,9 @@
 """What every store can do: the few verbs between the cache and wherever chunks are kept.
 
 An entry is a pair, as two Redis values would be: `metadata`, a mapping people can read, and
-`kv_bytes`, the blob. Stores know nothing of models or of what is inside a blob.
+`kv_bytes`, the blob. A chunk may have a third value, a blob under its key with `@outputs` behind
+it: written, looked up and read like any other, listed, described and deleted with the chunk. Stores
+know nothing of models or of what is inside a blob.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from chunkcache.errors import PickleError, StoreError
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
+OUTPUTS = "@outputs"
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
 
 
@@ -51,12 +54,34 @@ class Entry:
 class Listed:
     """What a listing tells of one entry; a half that is missing is `None`, or 0 bytes.
 
-    `nbytes` is the size of the blob.
+    `nbytes` is the size of the blob, `outputs` that of the third value.
     """
 
     key: str
     metadata: dict[str, str] | None
     nbytes: int
+    outputs: int = 0
+
+
+def chunk_of(key: str) -> str:
+    """The key of the chunk that a value belongs to."""
+    return key.removesuffix(OUTPUTS)
+
+
+def with_outputs(keys: Iterable[str]) -> list[str]:
+    """These keys, and of each chunk that of its outputs."""
+    return [name for key in keys for name in dict.fromkeys((key, chunk_of(key) + OUTPUTS))]
+
+
+def described(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The same, for stores where each key has metadata of its own.
+
+    What comes with outputs is said of their chunk.
+    """
+    for entry in entries:
+        yield entry
+        if entry.key != chunk_of(entry.key):
+            yield Entry(chunk_of(entry.key), entry.metadata, memoryview(b""), merge=True)
 
 
 def first_position(positions: str) -> int | None:
@@ -262,7 +287,10 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:
-        """Remove both halves of each entry. Returns how many entries were there."""
+        """Remove both halves of each entry, and of a chunk its outputs too.
+
+        Returns how many entries were there.
+        """
 
     @abstractmethod
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:

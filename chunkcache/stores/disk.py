@@ -10,7 +10,17 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
-from chunkcache.stores.base import ChunkStore, Entry, Listed, Part, merged
+from chunkcache.stores.base import (
+    OUTPUTS,
+    ChunkStore,
+    Entry,
+    Listed,
+    Part,
+    chunk_of,
+    described,
+    merged,
+    with_outputs,
+)
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
 
@@ -107,11 +117,13 @@ class DiskStore(ChunkStore):
     def write(self, entries: Sequence[Entry]) -> int:
         self._sweep()
         with self._errors("write"):
-            return sum(entry.nbytes for entry in entries if self._put(entry))
+            return sum(entry.nbytes for entry in described(entries) if self._put(entry))
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):
-            return sum(self._folder.remove(self._folder.file(key, "")) for key in keys)
+            remove = self._folder.remove
+            gone = {key for key in with_outputs(keys) if remove(self._folder.file(key, ""))}
+        return len(gone.intersection(keys))
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._errors("list"):
@@ -153,7 +165,14 @@ class DiskStore(ChunkStore):
     def _listed(self, stem: Path, key: str | None, nbytes: int) -> Listed | None:
         text = self._folder.json(Path(f"{stem}{METADATA}"))
         name = key or text.get("key")  # names of files have bounds, which keys have not
-        return Listed(name, _fields(text) or None, nbytes) if isinstance(name, str) else None
+        if not isinstance(name, str):
+            return None
+        fields = _fields(text) or None
+        if (chunk := chunk_of(name)) != name:  # told of with the chunk, if that is there
+            is_there = any(self._folder.status(chunk, half) for half in (METADATA, BLOB))
+            return None if is_there else Listed(chunk, None, 0, nbytes)
+        has_outputs = "outputs" in (fields or ())
+        return Listed(name, fields, nbytes, self._size(name + OUTPUTS) if has_outputs else 0)
 
     def _is_young(self, key: str) -> bool:
         """Whether an entry has not expired: its JSON is as old as the entry."""

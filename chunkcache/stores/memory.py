@@ -11,14 +11,18 @@ from typing import Any
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.base import (
+    OUTPUTS,
     ChunkStore,
     Entry,
     Listed,
     Part,
     StaysHere,
+    chunk_of,
     copy_part,
+    described,
     merged,
     tell_too_large,
+    with_outputs,
 )
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.locks import ForkSafeLock
@@ -76,17 +80,22 @@ class MemoryStore(StaysHere, ChunkStore):
 
     def write(self, entries: Sequence[Entry]) -> int:
         tell_too_large(entries, self.largest, f"bytes= of {self!r}")
-        return sum(entry.nbytes for entry in entries if self._put(entry))
+        return sum(entry.nbytes for entry in described(entries) if self._put(entry))
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:
-            return sum(self._remove(key) for key in keys)
+            gone = {key for key in with_outputs(keys) if self._remove(key)}
+        return len(gone.intersection(keys))
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._lock:
             keys = [key for key in (*self._free, *self._pinned) if key.startswith(prefix)]
-            found = [kept.entry for key in keys if (kept := self._get(key))]
-        page = [Listed(e.key, dict(e.metadata) or None, e.nbytes) for e in found]
+            found = {key: kept.entry for key in keys if (kept := self._get(key))}
+        page = []
+        for key in dict.fromkeys(map(chunk_of, found)):
+            entry, outputs = found.get(key), found.get(key + OUTPUTS)
+            fields, nbytes = (dict(entry.metadata), entry.nbytes) if entry else ({}, 0)
+            page.append(Listed(key, fields or None, nbytes, outputs.nbytes if outputs else 0))
         if page:
             yield page
 

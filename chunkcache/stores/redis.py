@@ -12,7 +12,16 @@ import redis
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
-from chunkcache.stores.base import KV_BYTES, METADATA, ChunkStore, Entry, Listed, Part, StaysHere
+from chunkcache.stores.base import (
+    KV_BYTES,
+    METADATA,
+    OUTPUTS,
+    ChunkStore,
+    Entry,
+    Listed,
+    Part,
+    StaysHere,
+)
 from chunkcache.stores.room import Room
 from chunkcache.stores.wire import BulkReader
 
@@ -136,7 +145,7 @@ class RedisStore(StaysHere, Room, ChunkStore):
         return taken
 
     def delete(self, keys: Sequence[str]) -> int:
-        replies = self._pipelined(keys, lambda pipe, key: pipe.unlink(*self._names(key)))
+        replies = self._pipelined(keys, lambda pipe, key: pipe.unlink(*self._values(key)))
         with self._store_errors():
             for (reply,) in replies:
                 self._check(reply)
@@ -207,24 +216,25 @@ class RedisStore(StaysHere, Room, ChunkStore):
     def _list(self, names: Sequence[bytes]) -> list[Listed]:
         """The entries to which these halves belong. Those with metadata come with that half."""
         keys = [key for name in names if (key := self._key(name, METADATA))]
-        blobs = [key for name in names if (key := self._key(name, KV_BYTES))]
+        halves = ((name, half) for name in names for half in (KV_BYTES, OUTPUTS))
+        blobs = list(dict.fromkeys(key for half in halves if (key := self._key(*half))))
         described = self._ask([("EXISTS", self._names(key)[0]) for key in blobs])
         keys += [key for key, there in zip(blobs, described, strict=True) if there == 0]
         looks: list[tuple[str | bytes, ...]] = []
         for key in keys:
-            metadata, blob = self._names(key)
-            looks += [("HGETALL", metadata), ("STRLEN", blob)]
+            metadata, *values = self._values(key)
+            looks += [("HGETALL", metadata), *(("STRLEN", name) for name in values)]
         switch = ("CLIENT", "NO-TOUCH")  # older servers refuse it, and serve the rest
         replies = self._ask([(*switch, "ON"), *looks, (*switch, "OFF")])[1:-1]
         with self._store_errors():
             for reply in replies:
                 self._check(reply)
-        found = zip(keys, replies[::2], replies[1::2], strict=True)
+        found = zip(keys, *(replies[at::3] for at in range(3)), strict=True)
         listed = [
-            Listed(key, _paired(fields), size if isinstance(size, int) else 0)
-            for key, fields, size in found
+            Listed(key, _paired(fields), *(n if isinstance(n, int) else 0 for n in sizes))
+            for key, fields, *sizes in found
         ]
-        return [entry for entry in listed if entry.metadata or entry.nbytes]
+        return [entry for entry in listed if entry.metadata or entry.nbytes or entry.outputs]
 
     def _write_small(self, entries: Sequence[Entry]) -> None:
         """Write entries without a blob, in two round trips for many."""
@@ -277,13 +287,14 @@ class RedisStore(StaysHere, Room, ChunkStore):
         """Replace what is there by this entry, both halves at once. False if it lies elsewhere."""
         metadata, blob = self._names(entry.key)
         expire_ms = None if entry.pinned else self._expire_ms
+        lasts = entry.merge and bool(self._lasting([entry]))
         with self._store_errors(), self._client.pipeline(transaction=True) as pipe:
             if not entry.merge:
                 pipe.delete(metadata, blob)
             if entry.metadata:
                 fields: dict[Any, Any] = dict(entry.metadata)
                 pipe.hset(metadata, mapping=fields)
-                if expire_ms:
+                if expire_ms and not lasts:
                     pipe.pexpire(metadata, expire_ms)
             pipe.set(blob, entry.blob, px=expire_ms)
             try:

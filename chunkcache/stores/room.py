@@ -19,7 +19,7 @@ import redis
 from chunkcache.errors import SettingError
 from chunkcache.keys import ChunkKey
 from chunkcache.stores.address import Address
-from chunkcache.stores.base import KV_BYTES, METADATA, Entry, first_position
+from chunkcache.stores.base import KV_BYTES, METADATA, OUTPUTS, Entry, chunk_of, first_position
 from chunkcache.stores.commands import Commands
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.stream import WINDOW_BYTES
@@ -70,7 +70,7 @@ class Room(Commands):
             left = [entry for entry in left if entry.key not in without]
             if not leave or not left:
                 break  # the rest is for the server to choose
-            self._ask([("UNLINK", *self._names(each.key)) for each in leave])
+            self._ask([("UNLINK", *self._values(each.key)) for each in leave])
             self._known_until = -math.inf
         if left:
             self._free -= sum(self._cost(entry) for entry in left)
@@ -80,7 +80,7 @@ class Room(Commands):
     def _choose(self, entries: Sequence[Entry]) -> tuple[list[Stored], set[str]]:
         """Which chunks leave for the entries, and the keys of those that have no place."""
         seen, server_chooses = self._seen()
-        own = {key for entry in entries for key in (*entry.before, entry.key)}
+        own = {key for entry in entries for key in (*entry.before, chunk_of(entry.key))}
         free = self._free
         leave: list[Stored] = []
         refused: set[str] = set()
@@ -149,43 +149,45 @@ class Room(Commands):
         found = {key for key in names.values() if key}
         looks: list[tuple[str | bytes, ...]] = []
         for key in found:
-            metadata, blob = self._names(key)
+            metadata, blob, outputs = self._values(key)
             looks += [
                 ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob),
                 ("MEMORY", "USAGE", blob),
                 ("PTTL", blob),
                 ("HMGET", metadata, "positions", "copied", "pinned"),
+                ("MEMORY", "USAGE", outputs),
             ]
         others = [name for name, key in names.items() if not key]
         replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
-        used, nbytes, expires, fields = (replies[n : len(looks) : 4] for n in range(4))
-        seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, strict=True)))
+        used, nbytes, expires, fields, more = (replies[n : len(looks) : 5] for n in range(5))
+        seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, more, strict=True)))
         refused |= any(isinstance(use, Exception) for use in used)
-        is_shared = _sum(replies[len(looks) :]) > _sum(nbytes)
+        is_shared = _sum(replies[len(looks) :]) > _sum(nbytes) + _sum(more)
         all_stay = not seen and any(isinstance(use, int) for use in used)
         is_full = not seen and self._free <= 0
         return seen, refused or is_shared or all_stay or is_full
 
     def _chunk_of(self, name: bytes) -> str | None:
         """The key to whose halves this one belongs, if it is named like one of ours."""
-        key = self._key(name, KV_BYTES) or self._key(name, METADATA)
+        halves = (self._key(name, half) for half in (KV_BYTES, METADATA, OUTPUTS))
+        key = next(filter(None, halves), None)
         try:
             return key and str(ChunkKey.parse(key))
         except SettingError:
             return None
 
-    def _stored(self, looked_at: Iterable[tuple[str, Any, Any, Any, Any]]) -> Iterator[Stored]:
+    def _stored(self, looked_at: Iterable[tuple[str, Any, Any, Any, Any, Any]]) -> Iterator[Stored]:
         """Those that are ours to delete: their metadata say where they stand in a prompt, or that
         they were copied from another tier.
         """
-        for key, used, nbytes, expires, fields in looked_at:
+        for key, used, nbytes, expires, fields, more in looked_at:
             if isinstance(used, int) and isinstance(nbytes, int) and isinstance(fields, list):
                 place, copied, pinned = fields
                 lasts = self._policy.startswith("volatile") and expires == -1
                 if (place or copied) and pinned != b"yes" and not lasts:
                     rank = used if self._counts_uses else -roughly(used)
                     depth = first_position((place or b"").decode(errors="replace")) or 0
-                    yield Stored((rank, -depth), key, nbytes)
+                    yield Stored((rank, -depth), key, _sum((nbytes, more)))
 
 
 def _sum(replies: Iterable[Any]) -> int:

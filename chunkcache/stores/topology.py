@@ -14,7 +14,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
-from chunkcache.stores.base import note_partial
+from chunkcache.stores.base import chunk_of, note_partial
 from chunkcache.stores.breaker import CircuitBreaker
 from chunkcache.stores.redis import RedisStore
 
@@ -66,9 +66,10 @@ class ClusterNode(RedisStore):
 
 
 def tagged(key: str) -> str:
-    """The key as it stands in a cluster: its last part in braces, which alone choose the server."""
-    rest, at, chunk_hash = key.rpartition("@")
-    return f"{rest}{at}{{{chunk_hash}}}"
+    """The key as it stands in a cluster: the hash in braces, which alone choose the server."""
+    chunk = chunk_of(key)
+    rest, at, chunk_hash = chunk.rpartition("@")
+    return f"{rest}{at}{{{chunk_hash}}}{key.removeprefix(chunk)}"
 
 
 @dataclass(slots=True, eq=False)

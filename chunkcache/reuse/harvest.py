@@ -1,4 +1,4 @@
-"""From the layers into the store: chunks that are complete and not there yet."""
+"""From the layers to store entries: the chunks that are complete and not in the store yet."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ByText:
     """What `reuse="anywhere"` stores besides.
 
     Attributes:
-        chunks: Of each row, chunks that are known by their text alone.
-        stale: Index entries to put right: by key, what shall replace them.
+        chunks: Of each row, chunks computed behind moved text, which only the index finds.
+        stale: Index entries to correct: by key, what shall replace them.
     """
 
     chunks: Sequence[Sequence[Chunk]]

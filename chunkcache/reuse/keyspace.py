@@ -36,5 +36,5 @@ class KeySpace:
         return "" if self.codec.is_exact(self.layout.dtype) else self.codec.name
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
-        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
+        """The form of the blob of the chunk with these token ids, the first at position `start`."""
         return self.codec.form(self.layout, tokens, start, chunk_hash, self.key(chunk_hash))

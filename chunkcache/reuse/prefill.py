@@ -65,9 +65,9 @@ class Prefill:
         lookup_failed: Whether the store could not say what it has.
         plans: What is to be read of each row; revised where a read fails.
         stops: Up to which column each row is known.
-        sizes: Bytes of the blobs that the store has, by the hash of their chunk.
-        forms: Forms of those that may be read, likewise.
-        spans: What happens to each row's tokens.
+        sizes: Bytes of the blobs that the store has, by chunk hash; 0: gone or damaged.
+        forms: Forms (key, header and encoding) of the blobs that may be read, by chunk hash.
+        spans: What happens to each row's tokens, for the report.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Prefill:
 
     @property
     def _reads_together(self) -> bool:
-        """Whether no row is read further than the one that is known least far."""
+        """Whether no row is read further than the row known least far, as in prefix reuse."""
         return True
 
     def _tokens(self, row: int) -> Tokens:
@@ -332,7 +332,7 @@ class Prefill:
         return [row for row, pad in enumerate(self.pads) if pad < known]
 
     def _watch(self, column: int, rows: list[int]) -> None:
-        """Have the first column that is computed compared with what is in the layers now."""
+        """Make the check token: the first column computed, whose K/V are in the layers already."""
         if rows:
             bound = rounding(self.context.model, self.keys.layout, self.keys.codec)
             self._witness = Witness(self.conversation.layers, column, rows, bound)
@@ -365,7 +365,7 @@ class Prefill:
                 row.spans += [span for span in new if span.start >= begin]
 
     def _bypass(self) -> TrimSpec:
-        """Leave the prompt to the model; what is held stays, where that may be."""
+        """Fall back to normal prefill; what is held is kept where it can be."""
         conversation = self.conversation
         if self.held > self.past and not (self._as_plain or conversation.edited):
             conversation.empty()  # the whole prompt is computed anew
@@ -473,7 +473,7 @@ class Prefill:
         return None
 
     def stop(self) -> None:
-        """Give up, half-way: what is held is of no use any more."""
+        """Give up half-way, after an interrupt: what is held must not be used any more."""
         if self._background:
             self._background.stop()
         self._background = self._witness = None

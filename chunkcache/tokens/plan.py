@@ -21,7 +21,7 @@ OFF = "reuse is off"
 WANTED = "its output is wanted"
 HELD = "held"  # by this cache object, from a turn before
 GAPS = (
-    "tokens behind the first gap in the attention mask are computed as usual and not stored (where "
+    "tokens behind the first gap in the attention mask are computed and not stored (where "
     "that gap is padding on the right, set tokenizer.padding_side = 'left')"
 )
 TOO_SHORT = "in the store, but too few tokens in a row to be moved"

@@ -238,12 +238,11 @@ def document(rows: list[Row]) -> str:
         share = f"{100 * row.skipped:.0f} %" if row.skipped else ""
         why = row.why.replace("|", "\\|")
         lines.append(f"| {row.model_type} | {prefix} | {share} | {row.anywhere} | {why} |")
-    lines += ["", "Not run, since no tiny configuration of theirs generates from a text alone:", ""]
-    others: dict[str, list[str]] = {}
-    for row in rows:
-        if row.prefix == NOT_RUN:
-            others.setdefault(row.why, []).append(row.model_type)
-    lines += [f"- {', '.join(names)}: {why}" for why, names in others.items()]
+    others = ", ".join(row.model_type for row in rows if row.prefix == NOT_RUN)
+    lines += [
+        "",
+        f"Not run, as no tiny configuration of theirs generates from text alone: {others}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ from chunkcache.stores.base import ChunkStore, Part, Place, nbytes_of
 
 # Of blobs that are not read straight to where they belong, so many bytes at once.
 BYTES_AT_ONCE = 64 << 20
-GONE = "it went from the store before it was read"
+GONE = "it was gone from the store before it was read"
 WRONG_SIZE = "the blob is damaged: its length is wrong"
 
 

@@ -27,7 +27,8 @@ from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
-    "K/V in the cache were changed by others: what they made is used, and nothing of it is stored"
+    "K/V in the cache were changed by others: the model uses them as they are, and they are not "
+    "stored"
 )
 _NEW_HOOKS = "forward hooks were registered while these tokens were computed"
 _NOT_TEXT = (
@@ -407,7 +408,7 @@ class Conversation:
         `prompt`: these are columns of a prompt. `tail`: its last, shorter chunk counts.
         """
         if self.length != total:
-            self.bypass_reason = "the model cached another number of tokens than it was given"
+            self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
         lengths = self.transcript.exact_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
@@ -425,7 +426,7 @@ class Conversation:
             self.bypass_reason = _NEW_HOOKS
         elif numerics(self.context.model) != self._numerics:
             self.bypass_reason = (
-                "autocast, attention or matrix precision changed in the course of it"
+                "autocast, attention or matrix precision changed within this sequence"
             )
         else:
             self._checks.clear()

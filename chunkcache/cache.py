@@ -35,8 +35,8 @@ from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
 
 _NOT_REACHED = (
-    "generate() has not passed this cache to the model: PEFT's prefix tuning, for one, puts a cache "
-    "of its own in its place"
+    "generate() has not passed this cache to the model: PEFT's prefix tuning, for one, puts a "
+    "cache of its own in its place"
 )
 
 

@@ -455,8 +455,8 @@ class Prefill:
         conversation.bypass_reason = conversation.distrust = (
             "K/V from the store were not those that the model computes (off by "
             f"{difference:.1e}, rounding explains {witness.bound:.0e}): this model, or the one "
-            "that stored them, was changed in a way that the identity does not show. Nothing is stored "
-            "until a prompt agrees with the store again; if none does, use another namespace"
+            "that stored them, was changed in a way that the identity does not show. Nothing is "
+            "stored until a prompt agrees with the store again; if none does, use another namespace"
         )
         close_layers(conversation.layers)
         return False

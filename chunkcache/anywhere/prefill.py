@@ -29,7 +29,7 @@ from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.scatter import open_layers, scatter_mask
 from chunkcache.repair import Head, Mask
 from chunkcache.reuse.conversation import Conversation
-from chunkcache.reuse.harvest import ByText
+from chunkcache.reuse.harvest import Found
 from chunkcache.reuse.hook import TrimSpec
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.stores.base import Entry
@@ -48,7 +48,6 @@ class AnywherePrefill(Prefill):
         super().__init__(*args, **kwargs)
         self.moved: list[MovedText] = []
         self._rotation: KeyRotation | None = None
-        self._stale: dict[str, Entry] = {}
         # Start and stop of each stretch of tokens that were found nowhere, row by row.
         self._fresh: list[list[tuple[int, int]]] = []
 
@@ -81,7 +80,7 @@ class AnywherePrefill(Prefill):
         passages = _passages(self.conversation.transcript.ids(), self.pads, self.stops, self.limit)
         try:
             self.moved, stale = find_moved(self, passages)
-            self._stale |= stale
+            self.stale |= stale
         except StoreError as error:
             self._handle(error)
             self.moved = []
@@ -191,7 +190,7 @@ class AnywherePrefill(Prefill):
 
     # ------------------------------------------------------------------ the model has computed
 
-    def _by_text(self, certain: int) -> ByText:
+    def _found(self, certain: int) -> Found:
         """Chunks that were computed behind moved ones, and index entries to correct."""
         grid, salt, transcript = self.context.grid, self.keys.salt, self.conversation.transcript
         chunks: list[list[Chunk]] = []
@@ -203,7 +202,7 @@ class AnywherePrefill(Prefill):
             for start, stop in self._fresh[row]:
                 begin, end = max(start, exact), min(stop, certain - pad)
                 chunks[-1] += _approximate(tokens, begin, end, grid.size, salt)
-        return ByText(chunks, self._stale)
+        return Found(chunks, self.stale)
 
 
 def verified_rotation(conversation: Conversation) -> KeyRotation:

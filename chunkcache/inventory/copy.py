@@ -28,7 +28,7 @@ MOST_BLOB, MOST_METADATA = 1 << 30, 1 << 20  # bytes; more is garbage
 MOST_TOLD = 20  # reasons that are kept
 CLOCKS = timedelta(days=1)  # by so much may those of two machines differ
 # An index entry keeps the newest mentions only, so one of the future would push out all others.
-MENTION = re.compile(r"-?\d{1,7} (\d{4}-[0-9T:.+-]{1,40})", re.ASCII)
+MENTION = re.compile(r"-?\d{1,7} (\d{4}-[0-9T:.+-]{1,40})(?: .*)?", re.ASCII | re.DOTALL)
 
 
 @dataclass(slots=True)

@@ -125,6 +125,13 @@ class Form:
             return 0 < nbytes <= most_bytes(self.file.size)
         return nbytes == self.file.size
 
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of a sound blob; `None` where that depends on its numbers."""
+        if self.codec.name.endswith(ZSTD):
+            return None
+        return self.file.size + (OVERHEAD if self.codec.seal else 0)
+
     def spared(self, nbytes: int) -> int:
         """How much smaller a blob of so many bytes is than one of the plain codec."""
         tokens, head = self.file.tokens, len(self.file.header)

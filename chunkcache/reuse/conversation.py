@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
@@ -20,7 +20,7 @@ from chunkcache.model.scatter import close_layers
 from chunkcache.model.self_test import SelfTest, growing_layers
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.harvest import ByText, harvest
+from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
@@ -51,6 +51,7 @@ class Conversation:
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         known: Hashes of chunks that are in the store or on their way there.
+        shorter: Chunks in the store that longer ones of the same text may replace.
         surplus: Columns that the layers hold beyond the tokens given: some models cache more.
     """
 
@@ -61,6 +62,7 @@ class Conversation:
         self.edited = False
         self.keys: KeySpace | None = None
         self.known: set[str] = set()
+        self.shorter: Shorter = {}
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
@@ -133,8 +135,7 @@ class Conversation:
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
-        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
-        if any(layer.check_edited() for layer in growing) or (
+        if are_edited(self.layers) or (
             thoroughly and self._sample is not None and self._sample.differs(self.layers)
         ):
             self.edited = True
@@ -370,12 +371,11 @@ class Conversation:
 
     def note_written(self) -> None:
         """What is in the layers now is ours, and no edit by others."""
-        for layer in self.layers:
-            if isinstance(layer, GrowingLayer) and not self.edited:
-                layer.note_written()
+        if not self.edited:
+            note_all_written(self.layers)
 
     def store(
-        self, certain: int, report: Report, tail: bool = False, by_text: ByText | None = None
+        self, certain: int, report: Report, tail: bool = False, found: Found = NOTHING_FOUND
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
 
@@ -383,20 +383,22 @@ class Conversation:
             certain: Columns that nobody will take back.
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
-            by_text: What else `reuse="anywhere"` has to store.
+            found: What the prompt has found that bears on it.
 
         Raises:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         assert self.keys is not None
         with self.context.store_calls(report):
-            entries = harvest(
-                self.context, self.keys, self.layers, self.transcript, self.known,
-                certain, tail, by_text,
+            entries, replaced = harvest(
+                self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
+                certain, tail, found,
             )  # fmt: skip
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
+                if replaced:
+                    self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)
             report.bytes_written += taken

@@ -25,10 +25,14 @@ class KeySpace:
     layout: KVLayout
     salt: bytes = field(repr=False)
     codec: Codec
+    _prefix: str = field(init=False, repr=False)  # of the keys of chunks
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_prefix", str(self.identity.key("", self.codec.format)))
 
     def key(self, chunk_hash: str, format: str = "") -> str:
         """The store's key of a chunk, or of an entry of another format under a hash."""
-        return str(self.identity.key(chunk_hash, format or self.codec.format))
+        return str(self.identity.key(chunk_hash, format)) if format else self._prefix + chunk_hash
 
     @property
     def lossy(self) -> str:
@@ -37,4 +41,5 @@ class KeySpace:
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
         """The form of the blob of the chunk with these token ids, the first at position `start`."""
-        return self.codec.form(self.layout, tokens, start, chunk_hash, self.key(chunk_hash))
+        key = self._prefix + chunk_hash
+        return self.codec.form(self.layout, tokens, start, chunk_hash, key)

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from chunkcache.kv.coding import Form
-from chunkcache.kv.layers import GrowingLayer, peek_all
+from chunkcache.kv.layers import all_runs, growing, peek_all
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.tokens.chunking import Chunk
@@ -43,7 +43,7 @@ class ChunkLoader:
         self.at_hand: dict[str, tuple[int, int]] = {}
         self.failed = False
         self._reader, self._layers = reader, layers
-        self._growing = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+        self._growing = growing(layers)
         self._pads, self._together = pads, together
 
     def load(
@@ -103,16 +103,17 @@ class ChunkLoader:
 
     def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
         """A chunk to read, straight into its place in its first row where that is possible."""
-        row, tokens = rows[0], chunk.stop - chunk.start
+        row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []
         if (
             form.is_direct
+            and self._pads[row] + chunk.start + tokens <= self._growing[0].capacity
             # What is held already must not be overwritten by bytes that are not checked yet.
             and chunk.start >= self._plans[row].held
             and self._growing[0].device.type == "cpu"
         ):
             column = self._pads[row] + chunk.start
-            runs = [layer.runs(row, column, tokens) for layer in self._growing]
+            runs = all_runs(self._growing, row, column, tokens)
         return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs))
 
     def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chunkcache.keys import BF16, INT8
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import growing
 
 # How far the K/V of one token at one layer may be from what is stored, relative to their size (the
 # norm over heads and channels), and be the same but for rounding. `benchmarks/witness.py` measures
@@ -65,7 +65,7 @@ class Witness:
         self, layers: Sequence[Any], column: int, rows: Sequence[int], bound: float
     ) -> None:
         self.bound = bound
-        self._layers = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+        self._layers = growing(layers)
         self._column, self._rows = column, list(rows)
         for layer in self._layers:
             layer.keeps_first = True

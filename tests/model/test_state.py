@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
 from chunkcache.kv.rope import KeyRotation
-from chunkcache.model import identity, moving, proof
+from chunkcache.model import identity, moving, self_test
 from chunkcache.model import state as model_state
 from chunkcache.model.self_test import SelfTest, forward
 from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
@@ -48,8 +48,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts how often a model is put to the test."""
-    counter = Counter(model_state.prove)
-    monkeypatch.setattr(model_state, "prove", counter)
+    counter = Counter(model_state.run_self_test)
+    monkeypatch.setattr(model_state, "run_self_test", counter)
     return counter
 
 
@@ -424,7 +424,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
             raise errors.pop()
         return forward(*args, **kwargs)
 
-    for module in (proof, moving):
+    for module in (self_test, moving):
         monkeypatch.setattr(module, "forward", failing)
     return errors
 
@@ -456,7 +456,7 @@ def test_a_test_that_goes_on_failing_is_tried_at_times_only(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(model_state.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(model_state, "prove", taking(1.0, now, proven))
+    monkeypatch.setattr(model_state, "run_self_test", taking(1.0, now, proven))
     model, store = tiny("llama"), MemoryStore()
     failures += [ValueError("never")] * 99
     for _ in range(8):

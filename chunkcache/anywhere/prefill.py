@@ -1,7 +1,7 @@
 """AnywherePrefill: a prompt whose text may have stood elsewhere when its K/V were computed.
 
-Behind the exact beginning of each row, runs of known text are put in place, their keys turned to
-their new positions, and repaired as `repair` has it. What is left to the model is then scattered:
+Behind the exact beginning of each row, runs of known text are put in place, their keys rotated to
+their new positions, and repaired as `repair` says. What is left to the model is then scattered:
 columns that some row does not know or has to compute again. They go through it in one pass, in
 every row (see `model/scatter.py`); what a row knows of them already is computed again, which is
 never less exact.
@@ -73,7 +73,7 @@ class AnywherePrefill(Prefill):
         return self._rotation is None
 
     def _search(self) -> None:
-        """Look up the text behind the exact beginnings, and what of it would spare a column."""
+        """Look up the text behind the exact beginnings, and what of it saves computing a column."""
         if self._rotation is None or self.context.settings.reuse == "off":
             return
         began = perf_counter()
@@ -191,7 +191,7 @@ class AnywherePrefill(Prefill):
     # ------------------------------------------------------------------ the model has computed
 
     def _found(self, certain: int) -> Found:
-        """Chunks that were computed behind moved ones, and index entries to put right."""
+        """Chunks that were computed behind moved ones, and index entries to correct."""
         grid, salt, transcript = self.context.grid, self.keys.salt, self.conversation.transcript
         chunks: list[list[Chunk]] = []
         lengths = transcript.exact_lengths(certain)
@@ -206,7 +206,7 @@ class AnywherePrefill(Prefill):
 
 
 def verified_rotation(conversation: Conversation) -> KeyRotation:
-    """The model's proven rotation.
+    """The model's rotation, verified by its self-test.
 
     Raises:
         UnsupportedModelError: Its K/V may not be moved.
@@ -228,7 +228,7 @@ def verified_rotation(conversation: Conversation) -> KeyRotation:
 def find_moved(
     prefill: Prefill, passages: Sequence[Passage]
 ) -> tuple[list[MovedText], dict[str, Entry]]:
-    """What the store knows of passages of a prompt by their text, and index entries to put right.
+    """What the store knows of passages of a prompt by their text, and index entries to correct.
 
     Raises:
         StoreError: The store failed.

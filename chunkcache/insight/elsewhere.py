@@ -24,12 +24,12 @@ from chunkcache.stores.base import ChunkStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.token_text import shown
 
-EVICTED = "its K/V were evicted; their metadata are left"
+EVICTED = "its K/V were evicted; only the metadata are left"
 OTHER_SECRET = "in the store under another secret"
 OTHER_CONTEXT = "in the store, behind other text or under another secret"
 OTHER_POSITION = ", at another position"
 OTHER_CUT = ", cut into other chunks"
-PART = ", but only a part of a chunk is alike"
+PART = ", but only part of a chunk matches"
 PERHAPS = ", perhaps behind other text"
 # Chunks of this very cache's world that the index does not know: stored with reuse="prefix", or
 # their entries were evicted.

@@ -27,7 +27,7 @@ OTHER_POSITION = "computed at another position"
 OTHER_CUT = "cut into other chunks"
 OTHER_CONTEXT = "computed behind other text"
 INEXACT_CONTEXT = "computed behind moved text"
-BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
+BLOB_GONE = "its text is indexed, but its K/V are gone (evicted, expired or deleted)"
 REPEATED = "not in the store; it repeats text of this prompt, which can be moved once it is stored"
 WOULD_MOVE = ": reuse='anywhere' would find it"
 

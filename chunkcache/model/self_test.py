@@ -60,7 +60,7 @@ class NoVerdict(str):
 class SelfTest:
     """The verdict on one model.
 
-    `bypass_reason` is empty when the model is proven; otherwise it says why the cache falls
+    `bypass_reason` is empty when the model passed; otherwise it says why the cache falls
     back to normal prefill.
     `layout` is what its layers cache, when they could be tapped.
     """
@@ -110,7 +110,7 @@ def run_self_test(model: nn.Module) -> SelfTest:
 
 
 def measure_layout(model: nn.Module) -> SelfTest:
-    """For a model that is proven: what its layers cache, seen on one token."""
+    """For a model that has passed: what its layers cache, seen on one token."""
     return _try(model, lambda m: SelfTest("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
 
 

@@ -32,7 +32,7 @@ class Continuation(NamedTuple):
     """A stored chunk that begins like a prompt does from `start` on.
 
     Attributes:
-        chunk: Its place in the prompt, as far as it is like the prompt; its hash.
+        chunk: Its hash, and the positions of the prompt at which its tokens agree.
         tokens: `[tokens]`, all of its own token ids.
         pinned: Whether it was stored to stay.
         key: The key of the index entry that names it.
@@ -46,7 +46,7 @@ class Continuation(NamedTuple):
     fields: Mapping[str, str]
 
     def without_it(self) -> dict[str, Entry]:
-        """What shall replace the index entry when the chunk is gone."""
+        """The index entry without this chunk, which is gone."""
         rest = {name: text for name, text in self.fields.items() if name != self.chunk.hash}
         return {self.key: Entry(self.key, rest, memoryview(b""))}
 
@@ -86,7 +86,7 @@ def find_continuations(
     """Stored chunks that continue rows where their known chunks end, in one round trip.
 
     Returns:
-        Of each row, those that go on like it, the likest first; and entries that name
+        Of each row, those that go on like it, the longest match first; and entries that name
         too many chunks: by key, what shall replace them.
 
     Raises:

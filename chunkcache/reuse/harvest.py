@@ -1,4 +1,4 @@
-"""From the layers into the store: chunks that are complete and not there yet."""
+"""From the layers to store entries: the chunks that are complete and not in the store yet."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Found:
     """What a prompt has found in the store that bears on what it stores.
 
     Attributes:
-        by_text: Of each row, chunks that are known by their text alone (`reuse="anywhere"`).
-        stale: Index entries to put right: by key, what shall replace them.
+        by_text: Of each row, chunks computed behind moved text, which only the anchors find.
+        stale: Index entries to correct: by key, what shall replace them.
     """
 
     by_text: Sequence[Sequence[Chunk]] = ()

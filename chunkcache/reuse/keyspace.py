@@ -48,6 +48,6 @@ class KeySpace:
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
-        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
+        """The form of the blob of the chunk with these token ids, the first at position `start`."""
         key = self._prefix + chunk_hash
         return self.codec.form(self.layout, tokens, start, chunk_hash, key)

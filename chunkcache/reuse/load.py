@@ -1,7 +1,7 @@
-"""ChunkLoader: planned chunks from the store into the layers of one prompt, row by row or together.
+"""ChunkLoader: planned chunks from the store into the layers of one prompt.
 
-A blob that is missing or fails its check ends its rows there: the plans are revised, and what was
-copied behind it is room that will be written over.
+A blob that is missing or fails its check ends the reuse of its rows there: the plans are revised,
+and what was copied behind it will be written over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
-# The share of a prompt that may be left to compute when the model runs ahead.
+# The share of a prompt that may be left to compute when the model begins before all K/V are there:
+# should a blob be damaged, it is computed twice.
 MOST_LEFT = 1 / 3
 
 
@@ -29,10 +30,10 @@ class ChunkLoader:
         reader: Reads and checks the blobs.
         layers: Cache layers with room for the whole prompt.
         pads: Columns of left padding of each row.
-        together: A row is not read further than the one that is known least far.
+        together: No row is read further than the row known least far.
 
     Attributes:
-        at_hand: Row and column of whole chunks that are in the layers now, by hash.
+        at_hand: Row and column of whole chunks in the layers, by hash: moved text uses them too.
         failed: Whether a row is known less far than was planned.
     """
 
@@ -89,7 +90,7 @@ class ChunkLoader:
         return None
 
     def covered(self, rows: Iterable[int]) -> int:
-        """Columns whose K/V are in these rows' room: more than `stops` where a chunk has more."""
+        """Columns filled in all of these rows: more than `stops` where the last chunk has more."""
         return min(
             self._pads[row]
             + max((c.stop for c in plan.reads(self._stops[row] - self._pads[row])), default=0)
@@ -101,7 +102,7 @@ class ChunkLoader:
         return min(self._pads[row] for row in users[chunk.hash]) + chunk.start
 
     def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
-        """A chunk that is read straight to where it belongs in its first row, if that may be."""
+        """A chunk to read, straight into its place in its first row where that is possible."""
         row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []
         if (
@@ -116,10 +117,7 @@ class ChunkLoader:
         return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs))
 
     def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:
-        """Whether nobody but the layers waits for these chunks, and it is worth a thread.
-
-        And the risk: should something be wrong, what is left to compute is computed twice.
-        """
+        """Whether a thread may read these chunks while the model computes, and it is worth it."""
         alone = all(read.pending.is_direct and len(read.rows) == 1 for read in reads)
         return (
             alone

@@ -74,10 +74,10 @@ class Prefill:
         lookup_failed: Whether the store could not say what it has.
         plans: What is to be read of each row; revised where a read fails.
         stops: Up to which column each row is known.
-        sizes: Bytes of the blobs that the store has, by the hash of their chunk.
-        forms: Forms of those that may be read, likewise.
-        spans: What happens to each row's tokens.
-        stale: Index entries to put right: by key, what shall replace them.
+        sizes: Bytes of the blobs that the store has, by chunk hash; 0: gone or damaged.
+        forms: Forms (key, header and encoding) of the blobs that may be read, by chunk hash.
+        spans: What happens to each row's tokens, for the report.
+        stale: Index entries to correct: by key, what shall replace them.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Prefill:
 
     @property
     def _reads_together(self) -> bool:
-        """Whether no row is read further than the one that is known least far."""
+        """Whether no row is read further than the row known least far, as in prefix reuse."""
         return True
 
     def _tokens(self, row: int) -> Tokens:
@@ -432,7 +432,7 @@ class Prefill:
         return [row for row, pad in enumerate(self.pads) if pad < known]
 
     def _watch(self, column: int, rows: list[int]) -> None:
-        """Have the first column that is computed compared with what is in the layers now."""
+        """Make the check token: the first column computed, whose K/V are in the layers already."""
         if rows:
             bound = rounding(self.context.model, self.keys.layout, self.keys.codec)
             self._witness = Witness(self.conversation.layers, column, rows, bound)
@@ -465,7 +465,7 @@ class Prefill:
                 row.spans += [span for span in new if span.start >= begin]
 
     def _bypass(self) -> TrimSpec:
-        """Leave the prompt to the model; what is held stays, where that may be."""
+        """Fall back to normal prefill; what is held is kept where it can be."""
         conversation = self.conversation
         if self.held > self.past and not (self._as_plain or conversation.edited):
             conversation.empty()  # the whole prompt is computed anew
@@ -557,8 +557,8 @@ class Prefill:
             return True
         conversation.bypass_reason = conversation.distrust = (
             "K/V from the store were not those that the model computes (off by "
-            f"{difference:.1e}, rounding explains {witness.bound:.0e}): it was changed in a "
-            "way that its identity does not show, or a changed one has stored them. Nothing is "
+            f"{difference:.1e}, rounding explains {witness.bound:.0e}): this model, or the one "
+            "that stored them, was changed in a way that the identity does not show. Nothing is "
             "stored until a prompt agrees with the store again; if none does, use another namespace"
         )
         close_layers(conversation.layers)
@@ -581,7 +581,7 @@ class Prefill:
         return Found(stale=self.stale)
 
     def stop(self) -> None:
-        """Give up, half-way: what is held is of no use any more."""
+        """Give up half-way, after an interrupt: what is held must not be used any more."""
         if self._background:
             self._background.stop()
         self._background = self._witness = None

@@ -1,10 +1,10 @@
-"""Witness: one token of a warm prompt is computed once more, and compared with what the store gave.
+"""Witness, the check token: one reused token of a prompt is computed again, and compared.
 
 A model's identity cannot show everything that shapes its K/V: a plain attribute, a patched
 function. But K/V of the upper layers depend on all that is below and before. So the forward that
 computes the rest of a prompt begins with a token whose K/V are known, and they are compared layer
 by layer. If they differ by more than rounding, the model or what is stored was changed: nothing of
-the store may be used (see `sequence.py`).
+the store may be used (`Prefill.finish`).
 
 What cannot be seen: a change that touches other tokens only (one row of the embedding). Their
 stored K/V are what the witness is computed from.

@@ -21,7 +21,7 @@ OFF = "reuse is off"
 WANTED = "its output is wanted"
 HELD = "held"  # by this cache object, from a turn before
 GAPS = (
-    "tokens behind the first gap in the attention mask are computed as usual and not stored (where "
+    "tokens behind the first gap in the attention mask are computed and not stored (where "
     "that gap is padding on the right, set tokenizer.padding_side = 'left')"
 )
 TOO_SHORT = "in the store, but too few tokens in a row to be moved"
@@ -73,8 +73,8 @@ class RowPlan:
         reach: Tokens from the start that are known once the reads have succeeded.
         missing: Why the row is not known any further.
         rest: Why tokens behind the last chunk are computed, where that is another reason.
-        branch: A stored chunk that the row parts from on the way, as far as it is like the row; it
-            brings the tokens behind `run`.
+        branch: A stored chunk that agrees with the row in its first tokens only (a continuation);
+            it brings the tokens behind `run`.
         run: How far the row's own chunks are known, where there is a branch.
     """
 

@@ -17,7 +17,7 @@ from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.scripted import blobs
 
-PART = "in the store{}, but only a part of a chunk is alike"
+PART = "in the store{}, but only part of a chunk matches"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 from chunkcache.anywhere.anchors import REACH, WINDOW, anchors
 from chunkcache.anywhere.matching import Piece, StoredChunk, laid, long_enough
 from chunkcache.errors import BlobError, SealedBlobError
-from chunkcache.keys import ANCHOR_FORMAT
+from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry, first_position
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
@@ -93,7 +93,7 @@ def index_entries(
 
 def _key(keys: KeySpace, anchor_hash: str) -> str:
     """The store's key of an anchor's entry."""
-    return keys.key(anchor_hash, ANCHOR_FORMAT)
+    return keys.key(anchor_hash, INDEX_FORMAT)
 
 
 def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Found:

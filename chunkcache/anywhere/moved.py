@@ -75,7 +75,7 @@ class MovedText:
         """Start and stop of each stretch of tokens that are in place nowhere, in positions."""
         return [(a, b) for a, b, value in stretches(self.unknown(self.placed)) if value]
 
-    def exact_until(self, computed: Mask) -> int | None:
+    def inexact_from(self, computed: Mask) -> int | None:
         """Column from which on K/V are not those of a full run, `None` if all are.
 
         `computed` is `[tokens]`, True for those that the model computes.

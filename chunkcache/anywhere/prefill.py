@@ -164,15 +164,15 @@ class AnywherePrefill(Prefill):
         self.spans, self._fresh = [[] for _ in pads], [[] for _ in pads]
         for text in self.moved:
             here, start = computed[text.passage.pad :], text.passage.start
-            spans, exact_until = text.spans(here), text.exact_until(here)
+            spans, inexact_from = text.spans(here), text.inexact_from(here)
             again = sum(span.tokens for span in spans if span.kind is Kind.RECOMPUTED)
             self.report.charged += len(text.passage.rows) * again
             for row in text.passage.rows:
                 reused = [s for s in self.plans[row].spans(start) if s.stop <= start]
                 self.spans[row] = computed_too(reused, computed[pads[row] :]) + spans
                 self._fresh[row] = text.not_found()
-                if transcript.exact_until[row] is None:
-                    transcript.exact_until[row] = exact_until
+                if transcript.inexact_from[row] is None:
+                    transcript.inexact_from[row] = inexact_from
         self._hold(self.total)
         if taken := np.flatnonzero(~computed[self.held :]).tolist():
             self._note_rounding(self.held + taken[0])

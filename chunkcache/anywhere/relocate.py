@@ -15,7 +15,7 @@ import torch
 from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.kv.codec import LayerKV
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import peek_all
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
@@ -27,7 +27,7 @@ def fill_pieces(
     rotation: KeyRotation,
     wanted: Iterable[tuple[Passage, Sequence[Piece]]],
     sizes: Mapping[str, int],
-    forms: Mapping[str, Form],
+    forms: Mapping[str, BlobFormat],
     at_hand: Mapping[str, tuple[int, int]],
 ) -> set[Piece]:
     """Put pieces into the layers' room, their keys turned. Each chunk is read once.

@@ -16,7 +16,7 @@ from chunkcache.insight.alike import Match, matches, text_of, windows
 from chunkcache.inventory import catalog
 from chunkcache.keys import ChunkKey
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.model.state import PROOF_FORMAT
+from chunkcache.model.state import SELF_TEST_FORMAT
 from chunkcache.repair import Mask
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.keyspace import KeySpace
@@ -184,7 +184,7 @@ def _difference(
         told.append(f"on {key.world_size} processes")
     try:
         proof = ChunkKey(
-            PROOF_FORMAT, key.model, key.world_size, key.worker, fields.get("identity", "")
+            SELF_TEST_FORMAT, key.model, key.world_size, key.worker, fields.get("identity", "")
         )
         known = (store.read_metadata([str(proof)])[0] or {}).get("parts", "")
         parts = json.loads(known)

@@ -18,7 +18,7 @@ from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import Filter
 from chunkcache.inventory.inspection import check_blob
-from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
+from chunkcache.keys import INDEX_FORMAT, ChunkKey
 from chunkcache.stores.base import OUTPUTS, ChunkStore, Entry, Listed, read_blobs
 from chunkcache.stores.writer import PatientStore
 
@@ -164,7 +164,7 @@ class _Copy:
     def index(self) -> None:
         """Add what the source's index says of the chunks that the destination has now."""
         latest = (datetime.now(UTC) + CLOCKS).isoformat()
-        for page in self.source.scan(f"{ANCHOR_FORMAT}@"):
+        for page in self.source.scan(f"{INDEX_FORMAT}@"):
             named = []
             for entry in page:
                 mentions = {

@@ -23,7 +23,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
+from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.layers import GrowingLayer, allocate_all, row_slice
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.check import CACHE
@@ -212,7 +212,7 @@ def layers_with(
 ) -> list[Any]:
     """Fresh layers with what others hold of their first ids: through a blob, as a hit would."""
     cut = ids.shape[1]
-    form = BlobForm.of(layout, ids[0].tolist(), 0, "")
+    form = TensorFile.of(layout, ids[0].tolist(), 0, "")
     parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
     layers = _test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))

@@ -13,7 +13,7 @@ import numpy as np
 
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.codec import Checksum, LayerKV
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.stores.base import ChunkStore, Part, Place, nbytes_of
 
 # Of blobs that are not read straight to where they belong, so many bytes at once.
@@ -38,7 +38,11 @@ class PendingChunk:
     """
 
     def __init__(
-        self, chunk_hash: str, form: Form, nbytes: int, runs: Sequence[Sequence[memoryview]] = ()
+        self,
+        chunk_hash: str,
+        form: BlobFormat,
+        nbytes: int,
+        runs: Sequence[Sequence[memoryview]] = (),
     ) -> None:
         self.chunk_hash, self.form, self.nbytes, self.runs = chunk_hash, form, nbytes, runs
         self.kv: list[LayerKV | None] = []
@@ -154,7 +158,7 @@ class BlobReader:
             self.bad.add(chunk.chunk_hash)
             return
         self.bytes_read += chunk.nbytes
-        self.bytes_saved += chunk.form.spared(chunk.nbytes)
+        self.bytes_saved += chunk.form.saved(chunk.nbytes)
         try:
             chunk.check()
         except BlobError as error:

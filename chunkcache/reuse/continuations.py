@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from chunkcache.errors import BlobError, SealedBlobError
-from chunkcache.keys import ANCHOR_FORMAT
+from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, as_text, from_text, keyed_hash
@@ -115,7 +115,7 @@ def find_continuations(
 def _key(keys: KeySpace, parent: str, tokens: Tokens) -> str:
     first = np.ascontiguousarray(tokens[:WINDOW], dtype="<i8").tobytes()
     name = keyed_hash(keys.salt, _NAME, parent.encode(), b"/", first).hex()
-    return keys.key(name, ANCHOR_FORMAT)
+    return keys.key(name, INDEX_FORMAT)
 
 
 def _newest(fields: Mapping[str, str]) -> list[str]:

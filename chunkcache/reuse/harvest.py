@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.continuations import continuation_entry
@@ -77,7 +77,7 @@ def harvest(
     ids, lengths = transcript.ids(), transcript.exact_lengths(certain)
     for row, (pad, length) in enumerate(zip(transcript.pads, lengths, strict=True)):
         tokens = ids[row, pad:].numpy()
-        exact = transcript.exact_until[row] is None
+        exact = transcript.inexact_from[row] is None
         last = tail and exact and context.settings.store_tail
         row_chunks = [(c, EXACT) for c in cut(tokens[:length], context.grid, keys.salt, last)]
         if found.by_text and not exact:
@@ -127,7 +127,7 @@ def _replaced(
 def _metadata(
     context: CacheContext,
     keys: KeySpace,
-    form: Form,
+    form: BlobFormat,
     tokens: Tokens,
     chunk: Chunk,
     blob: memoryview,
@@ -156,7 +156,7 @@ def _metadata(
     }
 
 
-def blob_of(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
+def blob_of(form: BlobFormat, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
     """The blob of one row's columns `start` to `stop`, in memory of its own."""
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
     if runs is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec, Form
+from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import OUTPUTS
 
@@ -42,12 +42,12 @@ class KeySpace:
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str
-    ) -> Form:
+    ) -> BlobFormat:
         """The form of the outputs of such a chunk, for the layout of the model's outputs."""
         key = self.key(chunk_hash) + OUTPUTS
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
 
-    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
+    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
         """The form of the blob of the chunk with these token ids, the first at position `start`."""
         key = self._prefix + chunk_hash
         return self.codec.form(self.layout, tokens, start, chunk_hash, key)

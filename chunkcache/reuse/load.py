@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import all_runs, growing, peek_all
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
@@ -51,7 +51,7 @@ class ChunkLoader:
         plans: list[RowPlan],
         stops: list[int],
         sizes: Mapping[str, int],
-        forms: Mapping[str, Form],
+        forms: Mapping[str, BlobFormat],
         ahead_of: int = 0,
     ) -> BackgroundLoad | None:
         """Read until all is there, or until something fails.
@@ -101,7 +101,7 @@ class ChunkLoader:
     def _first_column(self, chunk: Chunk, users: dict[str, list[int]]) -> int:
         return min(self._pads[row] for row in users[chunk.hash]) + chunk.start
 
-    def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
+    def _open(self, chunk: Chunk, rows: list[int], form: BlobFormat, nbytes: int) -> _Read:
         """A chunk to read, straight into its place in its first row where that is possible."""
         row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []

@@ -18,7 +18,7 @@ from torch import nn
 
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.gain import NO_GAIN
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import allocate_all, hold_all, reserve_all
 from chunkcache.model.foreign import has_outer_hooks
 from chunkcache.model.scatter import close_layers
@@ -99,7 +99,7 @@ class Prefill:
         self.plans: list[RowPlan] = []
         self.stops: list[int] = []
         self.sizes: dict[str, int] = {}
-        self.forms: dict[str, Form] = {}
+        self.forms: dict[str, BlobFormat] = {}
         self.spans: list[list[Span]] = []
         self.stale: dict[str, Entry] = {}
         self._continuations: dict[str, Continuation] = {}
@@ -301,7 +301,7 @@ class Prefill:
             for form, size in zip(unknown, sizes, strict=True):
                 self.sizes[form.key.rpartition("@")[2]] = size if form.may_have(size) else 0
 
-    def note_form(self, chunk_hash: str, form: Form) -> None:
+    def note_form(self, chunk_hash: str, form: BlobFormat) -> None:
         """Take down the form of a blob that the store has, and whether its length is right."""
         self.forms[chunk_hash], size = form, self.sizes[chunk_hash]
         if size and not form.may_have(size):
@@ -426,7 +426,7 @@ class Prefill:
 
         What the caller holds and does not give again is as it is in any cache.
         """
-        ends = self.conversation.transcript.exact_until
+        ends = self.conversation.transcript.inexact_from
         if known == self.past or any(end is not None and end < known for end in ends):
             return []
         return [row for row, pad in enumerate(self.pads) if pad < known]

@@ -247,7 +247,7 @@ def test_nothing_computed_on_moved_text_is_stored_as_exact():
 
 
 def test_it_would_be_noticed_if_it_were(monkeypatch):
-    monkeypatch.setattr(MovedText, "exact_until", lambda self, computed: None)
+    monkeypatch.setattr(MovedText, "inexact_from", lambda self, computed: None)
     assert not all(adversary(build(num_hidden_layers=2), MemoryStore()))
 
 

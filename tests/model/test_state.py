@@ -19,7 +19,7 @@ from chunkcache.kv.rope import KeyRotation
 from chunkcache.model import identity, moving, self_test
 from chunkcache.model import state as model_state
 from chunkcache.model.self_test import SelfTest, forward
-from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
+from chunkcache.model.state import MOVING_FORMAT, SELF_TEST_FORMAT, ModelState
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -287,7 +287,7 @@ def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> 
         assert proof_of(model, store).bypass_reason
     assert proven.calls == 2
     found = ModelState.of(model).identity()
-    assert store.read_metadata([str(found.key(found.digest, PROOF_FORMAT))]) == [None]
+    assert store.read_metadata([str(found.key(found.digest, SELF_TEST_FORMAT))]) == [None]
 
 
 def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
@@ -298,7 +298,7 @@ def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> No
 
 
 def stored(
-    model: PreTrainedModel, fields: dict[str, str], format: str = PROOF_FORMAT
+    model: PreTrainedModel, fields: dict[str, str], format: str = SELF_TEST_FORMAT
 ) -> MemoryStore:
     """A store that holds this as the verdict on the model."""
     store = MemoryStore()

@@ -219,7 +219,7 @@ def test_what_was_computed_behind_rounded_text_is_never_found_as_exact(model, st
     generate(model, IDS, RedisChunkCache(model, store, codec=codec))
     behind = RedisChunkCache(model, store, codec=codec)
     generate(model, more, behind)
-    assert behind.report.reused == 256
+    assert behind.report.reused == 300
     assert behind.report.bytes_written > 0
     plain = RedisChunkCache(model, store)
     assert torch.equal(generate(model, more, plain), generate(model, more))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from transformers.cache_utils import DynamicCache
 
 from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
-from chunkcache.insight.explain import explain
-from chunkcache.insight.explanation import Explanation
 from chunkcache.insight.runs import run_both
 from chunkcache.keys import INT8
 from chunkcache.metrics import Meter
@@ -34,6 +32,9 @@ from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
+
+if TYPE_CHECKING:
+    from chunkcache.insight.explanation import Explanation
 
 _NOT_REACHED = (
     "generate() has not passed this cache to the model: PEFT's prefix tuning, for one, puts a "
@@ -372,6 +373,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             SettingError: These are not a prompt, or that is no tokenizer.
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
+        from chunkcache.insight.explain import explain
+
         tokenizer = tokenizer or self._context.tokenizer
         if tokenizer is not None:
             check_decoder(tokenizer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -58,3 +60,25 @@ def test_no_imports_run_in_a_circle() -> None:
         if module != "chunkcache"
     }
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+PREFIX = """
+import sys
+from tests.models import tiny, tokens
+from chunkcache import RedisChunkCache
+
+model, ids = tiny("llama"), tokens(200)
+for _ in range(2):
+    cache = RedisChunkCache(model, "memory://")
+    model.generate(ids, past_key_values=cache, max_new_tokens=2)
+assert cache.report.reused == 199
+print(*(name for name in sys.modules if name.startswith("chunkcache.anywhere")))
+"""
+
+
+def test_prefix_reuse_does_without_reuse_anywhere() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PREFIX], cwd=PACKAGE.parent, text=True, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert not done.stdout.strip()

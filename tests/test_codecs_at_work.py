@@ -239,9 +239,10 @@ def test_every_codec_has_a_world_of_its_own(model, store):
     for kind in kinds:
         before = set(entries(store))
         logits(model, prompt, anywhere(model, store, **kind))
-        hashes = {
-            key.rpartition("@")[2] for key in set(entries(store)) - before if "proof" not in key
-        }
+        new = set(entries(store)) - before
+        hashes = {key.rpartition("@")[2] for key in new if "proof" not in key}
+        format = kind["codec"] + ("+sealed" if kind["seal"] else "")  # keys name the codec
+        assert {key.partition("@")[0] for key in new} <= {format, "anchor", "proof", "moving"}
         assert not any(hashes & others for others in seen.values())
         seen[str(kind)] = hashes
     for kind in kinds:

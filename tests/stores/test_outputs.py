@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event
 
 import pytest
 import redis
@@ -103,3 +104,28 @@ def test_names_on_a_server(redis_server: object) -> None:
         store.write([Entry(OTHER + OUTPUTS, TOLD, memoryview(b"out"), merge=True)])
         assert client.ttl(OTHER + "@metadata") == -1
         assert ChunkKey.parse(KEY + OUTPUTS) == ChunkKey.parse(KEY)
+
+
+class Held(MemoryStore):
+    """Writes when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = Event()
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        self.may.wait(5)
+        return super().write(entries)
+
+
+def test_what_is_deleted_is_not_written_later() -> None:
+    with WriteBehind(store := Held()) as behind:
+        behind.write([Entry(OTHER, FIELDS, memoryview(b"first"))])
+        while behind._queue.waiting:
+            time.sleep(0.001)
+        behind.write([Entry(KEY, FIELDS, memoryview(b"blob"))])
+        behind.write([Entry(KEY + OUTPUTS, TOLD, memoryview(b"out"), merge=True)])
+        assert behind.delete([KEY]) == 1
+        store.may.set()
+        behind.flush(5)
+        assert store.sizes([OTHER, KEY, KEY + OUTPUTS]) == [5, 0, 0]

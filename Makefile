@@ -37,10 +37,10 @@ demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and wa
 test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and chromium with apt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# The two ends of what setup.cfg allows, and one between: a release outside of it refuses, stands aside or fails here.
+# The two ends of what setup.cfg allows, and one between: a release outside of it refuses, reuses nothing or fails here.
 RANGE ?= 5.18.0 5.22.2 5.24.0
-CORE := $(addprefix tests/,$(addsuffix .py,kv/test_layers model/test_foreign model/test_proof \
-	reuse/test_anywhere reuse/test_prefill test_cache test_enable test_wrapped))
+CORE := $(addprefix tests/,$(addsuffix .py,kv/test_layers model/test_foreign model/test_self_test \
+	anywhere/test_anywhere reuse/test_prefill test_cache test_enable test_wrapped))
 range: $(VENV)/.test-installed tools  ## Run the core of the tests with each Transformers of RANGE
 	@for release in $(RANGE); do \
 		folder=build/transformers-$$release; \

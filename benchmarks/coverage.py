@@ -9,10 +9,10 @@ text again, text that ends otherwise, a left-padded batch, its padding as text, 
 prompt lookup, and a prompt in pieces. Tokens must be those of the plain run everywhere, and logits
 within rounding. The cache did one of these:
 
-    reused       tokens are right, and the share of the prompt that was not computed is shown
-    stands aside tokens are right, nothing was reused, and the report says why
-    refused      the cache cannot be made for this model, and says why
-    WRONG        tokens differ: never to be seen
+    reused          tokens are right, and the share of the prompt that was not computed is shown
+    normal prefill  tokens are right, nothing was reused, and the report says why
+    refused         the cache cannot be made for this model, and says why
+    WRONG           tokens differ: never to be seen
 
 Writes docs/coverage.md.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ from tests.models import tiny, tiny_config, tokens
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 MOST_PARAMETERS = 8_000_000
 PROMPT, SHARED, CHUNK = 150, 100, 32
-REUSED, ASIDE, REFUSED, WRONG, NOT_RUN = "reused", "stands aside", "refused", "WRONG", "not run"
+REUSED, NORMAL, REFUSED = "reused", "normal prefill", "refused"
+WRONG, NOT_RUN = "WRONG", "not run"
 # Largest difference of a step's logits, relative to the largest logit, that rounding explains.
 ROUNDING = 1e-3
 Output = tuple[torch.Tensor, torch.Tensor]
@@ -121,14 +123,14 @@ def cover(model_type: str) -> Row:
         with torch.no_grad():
             plain = run_all(model)
     except Exception as error:
-        return row(NOT_RUN, 0.0, (), NOT_RUN, short(error))
+        return row(NOT_RUN, 0.0, (), NOT_RUN, short(str(error)))
     if not plain:
         return row(NOT_RUN, 0.0, (), NOT_RUN, "it does not generate from a text alone")
     store = MemoryStore()
     try:
         RedisChunkCache(model, store)
     except ChunkCacheError as error:
-        return row(REFUSED, 0.0, (), REFUSED, short(error))
+        return row(REFUSED, 0.0, (), REFUSED, short(str(error)))
     wrong = []
     share, why = 0.0, ""
     for copy in (model, twin):
@@ -141,9 +143,9 @@ def cover(model_type: str) -> Row:
             if name == "other end" and copy is model:
                 report = cache.report
                 share, why = 1 - report.computed / max(report.prompt_tokens, 1), report.skipped
-    verdict = WRONG if wrong else REUSED if share else ASIDE
+    verdict = WRONG if wrong else REUSED if share else NORMAL
     anywhere, more = cover_anywhere(model, store)
-    reasons = dict.fromkeys(text for text in (why, more) if text)
+    reasons = dict.fromkeys(short(text) for text in (why, more) if text)
     return row(verdict, share, tuple(dict.fromkeys(wrong)), anywhere, "; ".join(reasons))
 
 
@@ -176,13 +178,13 @@ def cover_anywhere(model: Any, store: ChunkStore) -> tuple[str, str]:
     try:
         ways()["same text"](model, again())
     except ChunkCacheError as error:
-        return REFUSED, short(error)
+        return REFUSED, str(error)
     cache = again()
     # With everything computed again in place, tokens must be exact here too.
     inputs = {"input_ids": moved}
     if not is_same(generate(inputs, model, cache), generate(inputs, model, None)):
         return WRONG, "anywhere with everything repaired is wrong"
-    return (REUSED, "") if cache.report.recomputed else (ASIDE, cache.report.skipped)
+    return (REUSED, "") if cache.report.recomputed else (NORMAL, cache.report.skipped)
 
 
 def build(model_type: str) -> Any:
@@ -193,13 +195,14 @@ def build(model_type: str) -> Any:
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > MOST_PARAMETERS:
-        raise ValueError(f"its tiny configuration has {size / 1e6:.0f} million parameters")
+        raise ValueError(f"more than {MOST_PARAMETERS:,} parameters in its tiny configuration")
     return tiny(model_type)
 
 
-def short(error: Exception) -> str:
-    """One line."""
-    text = " ".join(str(error).split())
+def short(text: str) -> str:
+    """A reason as one line, without the words that all refusals of `reuse="anywhere"` share."""
+    text = re.sub(r"^reuse='anywhere' is not possible with \w+: ", "", " ".join(text.split()))
+    text = text.removesuffix(". Use reuse='prefix'")
     return text if len(text) < 140 else text[:137] + "..."
 
 
@@ -209,24 +212,25 @@ def document(rows: list[Row]) -> str:
     lines = [
         "# Which models work",
         "",
-        "Made by `python -m benchmarks.coverage` with transformers "
-        f"{transformers.__version__} and torch {torch.__version__}: every decoder of its "
-        "causal-LM mapping that a tiny configuration builds, with random weights. *Reused*: tokens "
-        "are those of a run without the cache (and logits within rounding), cold and warm, in a "
-        "second copy of the model, for greedy decoding, left-padded batches, beams, sampling, "
-        "prompt lookup and prompts in pieces; the share is "
-        "that of a prompt two thirds of which are known, in chunks of 32 tokens (at most 64 %). "
-        "*Stands aside*: tokens are right and nothing is reused. *Refused*: the cache cannot be "
-        "made, and says why.",
+        "Every decoder that Transformers builds from a tiny configuration, with random weights, "
+        "run with and without the cache, cold and warm: greedy decoding, left-padded batches, "
+        "beams, sampling, prompt lookup and prompts in pieces. Made by "
+        "`python -m benchmarks.coverage` with "
+        f"transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "- *Reused*: the tokens of a run without the cache, and logits within rounding. *Skipped* "
+        "is the share of a prompt that was not computed; 64 % is the most here.",
+        "- *Normal prefill*: the same tokens, and nothing is reused ([why](fallbacks.md)).",
+        "- *Refused*: making the cache is an error that says why.",
         "",
         f"{len(run)} models were run: "
         + ", ".join(
             f"{sum(row.prefix == kind for row in run)} {kind}"
-            for kind in (REUSED, ASIDE, REFUSED, WRONG)
+            for kind in (REUSED, NORMAL, REFUSED, WRONG)
         )
-        + f"; reuse anywhere works on {sum(row.anywhere == REUSED for row in run)}.",
+        + f'; `reuse="anywhere"` works on {sum(row.anywhere == REUSED for row in run)}.',
         "",
-        '| model type | `reuse="prefix"` | tokens skipped | `reuse="anywhere"` | why |',
+        '| model type | `reuse="prefix"` | skipped | `reuse="anywhere"` | why |',
         "|---|---|---|---|---|",
     ]
     for row in run:
@@ -234,8 +238,11 @@ def document(rows: list[Row]) -> str:
         share = f"{100 * row.skipped:.0f} %" if row.skipped else ""
         why = row.why.replace("|", "\\|")
         lines.append(f"| {row.model_type} | {prefix} | {share} | {row.anywhere} | {why} |")
-    lines += ["", "Not run, since no tiny configuration of theirs generates from a text alone:", ""]
-    lines += [f"- {row.model_type}: {row.why}" for row in rows if row.prefix == NOT_RUN]
+    others = ", ".join(row.model_type for row in rows if row.prefix == NOT_RUN)
+    lines += [
+        "",
+        f"Not run, as no tiny configuration of theirs generates from text alone: {others}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

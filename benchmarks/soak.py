@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from chunkcache import RedisChunkCache, catalog, open_store
-from chunkcache.keys import ANCHOR_FORMAT, FORMAT
+from chunkcache.keys import FORMAT, INDEX_FORMAT
 from tests.interrupting import after
 from tests.models import PAD, VOCABULARY, tiny
 from tests.servers import Server, redis_binary
@@ -300,7 +300,7 @@ def inventory(server: Server) -> tuple[set[bytes], list[str]]:
         blobs = halves(names, b"@kv_bytes", FORMAT)
         orphans = [f"a half: {name!r}" for name in described ^ blobs]
         hashes = {name.rpartition(b"@")[2] for name in blobs}
-        for name in halves(names, b"@metadata", ANCHOR_FORMAT):
+        for name in halves(names, b"@metadata", INDEX_FORMAT):
             mentions = client.hkeys(name + b"@metadata")
             orphans += [f"{name!r} mentions {each!r}" for each in mentions if each not in hashes]
     return described & blobs, orphans

@@ -50,7 +50,7 @@ from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.kv.codec import BlobForm, BufferPool, KVLayout, LayerShape
+from chunkcache.kv.codec import BufferPool, KVLayout, LayerShape, TensorFile
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.kv.seal import Seal
@@ -192,7 +192,7 @@ class Prompt:
         """The same as `load`, but for the checksums."""
         with (
             mock.patch.object(blobs, "Checksum", NoChecksum),
-            mock.patch.object(BlobForm, "check_sum"),
+            mock.patch.object(TensorFile, "check_sum"),
         ):
             self.load(store)
 

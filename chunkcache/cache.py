@@ -36,8 +36,8 @@ from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
 
 _NOT_REACHED = (
-    "no forward has been given this cache since generate() began: PEFT's prefix tuning, for one, "
-    "puts a cache of its own in its place"
+    "generate() has not passed this cache to the model: PEFT's prefix tuning, for one, puts a "
+    "cache of its own in its place"
 )
 
 
@@ -78,9 +78,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     """
 
     _conversation: Conversation
-    _prefill: Prefill | None = None  # while a prompt's forward runs
-    _parked: bool  # generate() has begun and its prompt is awaited
-    _again: bool  # the last forward is to be done again
+    _prefill: Prefill | None = None  # while a prompt's forward runs; None in decoding steps
+    _parked: bool  # generate() has begun and its prompt is awaited: the cache says it is empty
+    _again: bool  # the next forward repeats the last one
     _records_past = False  # drafts may have to be taken back
 
     def __init__(
@@ -208,7 +208,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """Around a change of all layers: half of it is as a forward that failed half-way."""
+        """Around a change of all layers: interrupted half-way, it counts as a failed forward."""
         before, self._owner.failed = self._owner.failed, True
         yield
         self._owner.failed = before
@@ -250,8 +250,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             if conversation.length and not starts:
                 self._owner.end_forward(failed=True)
                 raise UnsupportedCallError(
-                    "the last forward with this cache failed half-way, so what it holds is of no "
-                    "use: call cache.reset() and pass the whole prompt"
+                    "the last forward with this cache failed half-way, so what it holds cannot be "
+                    "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
         conversation.check_edited(thoroughly=starts or call.new > call.drafts + 1)
@@ -289,7 +289,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         return trim
 
     def end_forward(self, module: nn.Module) -> bool:
-        """Keep the chunks that this forward has completed. True if it must be done again."""
+        """Check the forward's outputs, and store chunks that it completed.
+
+        True if the forward must be done again without trimming: K/V from the store were missing,
+        damaged or not the model's.
+        """
         prefill = self._prefill
         try:
             if prefill is None:
@@ -311,7 +315,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         return again
 
     def fail_forward(self) -> None:
-        """What is held is of no use now, unless it was refused because another call uses it."""
+        """The forward raised: what is held cannot be used, unless another call owns the cache."""
         if not self._owner.computes_here:
             return
         self._owner.end_forward(failed=True)
@@ -321,7 +325,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self._prefill.has_arrived()
 
     def _keep(self, columns: int) -> Conversation:
-        """Drop all that is held but the first columns."""
+        """Drop all that is held but the first columns. Returns the conversation that goes on."""
         conversation = self._conversation
         if not columns:
             return conversation if conversation.is_new else self._forget()
@@ -411,7 +415,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     @property
     def _reading(self) -> CacheContext:
-        """The context, with a store that takes nothing."""
+        """The context with a read-only store, for `explain` and `audit`."""
         return replace(self._context, store=ReadOnly(self.store))
 
     def flush(self, timeout: float | None = None) -> bool:

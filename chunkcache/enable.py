@@ -78,7 +78,7 @@ def enabled(
     print(context.report)
     ```
 
-    Calls that bring a cache, or want none (`use_cache=False`, a static cache), are left alone.
+    Calls that bring a cache, or want none (`use_cache=False`, a static cache), are not changed.
     Contexts may be nested and be open in several threads: a call takes the innermost one of its own
     thread; a thread that opened none, as a streamer's, takes the latest. Afterwards the model is
     as it was.

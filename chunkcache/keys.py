@@ -15,7 +15,7 @@ ZSTD = "+zstd"
 CODECS = (PLAIN, BF16, INT8, PLAIN + ZSTD, BF16 + ZSTD, INT8 + ZSTD)
 SEALED = "+sealed"
 # Of index entries, which name chunks.
-ANCHOR_FORMAT = "anchor"
+INDEX_FORMAT = "anchor"
 
 _KEY = re.compile(r"([a-z0-9+.-]+)@([^@]*)@(\d{1,9})@(\d{1,9})@([0-9a-f]{64})", re.ASCII)
 

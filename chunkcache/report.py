@@ -83,7 +83,7 @@ class Report(Counts):
     Attributes:
         rows: One `RowReport` per row of the batch.
         bytes_read: Bytes of blobs read from the store.
-        bytes_saved: How many more they would have been as the model has them.
+        bytes_saved: Bytes that the codec saved in reading them.
         bytes_written: Bytes of blobs handed to the store, tokens of the answer included.
         bytes_dropped: Bytes that the store did not take: its write queue was full, or it failed.
         lookup_ms: Hashing the prompt and asking the store what it has, in milliseconds.
@@ -198,8 +198,8 @@ class Report(Counts):
             if (count := getattr(self, kind))
         ]
         if self.bytes_read:
-            spared = f" ({self.bytes_saved / 1e6:,.1f} MB spared)" if self.bytes_saved else ""
-            parts.append(f"{self.bytes_read / 1e6:,.1f} MB read{spared}")
+            saved = f" ({self.bytes_saved / 1e6:,.1f} MB saved)" if self.bytes_saved else ""
+            parts.append(f"{self.bytes_read / 1e6:,.1f} MB read{saved}")
         if self.bytes_written:
             parts.append(f"{self.bytes_written / 1e6:,.1f} MB to the store")
         move = f"+ move {self.move_ms:.1f} " if self.move_ms else ""

@@ -192,6 +192,8 @@ class Blobs:
         known = {name: size} if size else {}
         plans = [plan_row([self.chunk], len(TOKENS), 0, known, "not there")]
         forms = {name: self.keys.form(TOKENS, 0, name)}
+        if not forms[name].may_have(size):
+            return  # as a prompt's plan finds out
         loader = ChunkLoader(BlobReader(self.store, troubles.append), layers, [0], True)
         loader.load(plans, [plans[0].reach], known, forms)
         if plans[0].reach == 0:

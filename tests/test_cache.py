@@ -92,7 +92,7 @@ def test_logits_are_those_of_a_plain_run(kind, dtype, tolerance, store):
         ids = torch.cat([first[:, :shared], random_ids(300 - shared, seed=2 + shared)], dim=1)
         cache = RedisChunkCache(model, store)
         difference = (last_logits(model, ids, cache) - last_logits(model, ids)).abs().max()
-        assert cache.report.reused == shared // 128 * 128
+        assert cache.report.reused == (shared if shared >= 16 else 0)
         assert difference <= tolerance * last_logits(model, ids).abs().max()
 
 
@@ -137,7 +137,9 @@ def test_any_chunk_size(llama, store, size, overlap):
     cache = RedisChunkCache(llama, store, **settings)
     assert torch.equal(generate(llama, longer, cache), generate(llama, longer))
     stride = size - overlap
-    assert cache.report.reused == (90 - size) // stride * stride + size
+    whole = (90 - size) // stride + 1  # the last chunk is a shorter one
+    few = 90 - whole * stride < 16 or 90 - size - (whole - 1) * stride < 2
+    assert cache.report.reused == ((whole - 1) * stride + size if few else 90)
 
 
 def test_without_tails_only_whole_chunks_are_kept(llama, store):
@@ -407,10 +409,10 @@ def test_right_padding_is_reused_and_stored_as_far_as_it_is_text(llama, store):
         assert torch.equal(generate(llama, ids, cache, attention_mask=mask), plain)
         assert "padding_side" in cache.report.skipped
         assert cache.report.reused == reused
-    # Of the padding and the answer behind it nothing was kept: that text has no tail of 62 tokens.
+    # Of the padding and the answer behind it nothing was kept.
     cache = RedisChunkCache(llama, store)
     assert torch.equal(generate(llama, ids, cache), generate(llama, ids))
-    assert cache.report.reused == 128
+    assert cache.report.reused == 190
 
 
 def test_a_new_prompt_with_holes_after_a_good_one(llama, store):

@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,10 @@ URL = "redis://localhost:6379/0"  # in a block, the test's own server is put in 
 SECONDS = 300
 BLOCK = re.compile(r"(<!-- no-test -->\s*)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Reads [[line, code], …] and runs it; a traceback shows the line of the page.
+# Loads the model once, and forks a process for each page that it is given as a line of JSON: there
+# the blocks run, and a traceback shows the line of the page. Answers with each exit status.
 PYTHON = """
-import json, sys
+import atexit, json, os, sys, traceback
 from chunkcache.samples import load_smollm2
 
 model, tokenizer = load_smollm2()
@@ -38,8 +39,28 @@ inputs = tokenizer(prompt, return_tensors="pt")
 names = dict(
     __name__="__main__", model=model, tokenizer=tokenizer, prompt=prompt, inputs=inputs
 )
-for line, code in json.load(sys.stdin):
-    exec(compile("\\n" * line + code, sys.argv[1], "exec"), names)
+
+def run(page):
+    os.chdir(page["folder"])
+    os.environ["CHUNKCACHE_URL"] = page["url"]
+    with open("output", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    try:
+        for line, code in page["blocks"]:
+            exec(compile("\\n" * line + code, page["path"], "exec"), names)
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for given in sys.stdin:
+    if not (child := os.fork()):
+        status = run(json.loads(given))
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # With -e, an error of the server goes to stderr.
 SHELL = 'redis-cli() { command redis-cli -e "$@"; }\n'
@@ -101,16 +122,25 @@ def test_blocks_are_found() -> None:
     assert commands(page) == [["chunkcache", "show", "x"]]
 
 
+@pytest.fixture(scope="module")
+def reader() -> Iterator[subprocess.Popen[str]]:
+    """A process that has the model, and forks one for each page."""
+    pipes: dict[str, int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", PYTHON], text=True, **pipes) as process:
+        yield process
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_what_is_shown_works(path: Path, redis_server: Server, tmp_path: Path) -> None:
+def test_what_is_shown_works(
+    path: Path, reader: subprocess.Popen[str], redis_server: Server, tmp_path: Path
+) -> None:
     page = path.read_text().replace(URL, redis_server.tcp_url)
     if python := [[block.line, block.text] for block in blocks(page, "python")]:
-        run(
-            [sys.executable, "-c", PYTHON, str(path)],
-            json.dumps(python),
-            tmp_path,
-            CHUNKCACHE_URL=redis_server.unix_url,
-        )
+        assert reader.stdin
+        assert reader.stdout
+        given = {"path": str(path), "blocks": python, "folder": str(tmp_path)}
+        print(json.dumps({**given, "url": redis_server.unix_url}), file=reader.stdin, flush=True)
+        assert reader.stdout.readline() == "0\n", (tmp_path / "output").read_text()
     shell = [block.text for block in blocks(page, "bash") if "redis-cli " in block.text]
     assert run(["bash", "-e", "-c", "".join([SHELL, *shell])], folder=tmp_path).stderr == ""
 

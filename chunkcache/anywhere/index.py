@@ -2,8 +2,8 @@
 
 Two round trips more than an exact lookup, for all rows of a batch together: one asks for the
 anchors of the unknown part of the prompt, one for the tokens of the chunks that hold them. Entries
-are hints: tokens are compared here, and blobs when they are read. Who meets an entry that names
-chunks which are gone, or too many, leaves it as it should be.
+are hints: tokens are compared here, and blobs are checked when they are read. A prompt that meets
+an entry with too many chunks, or with chunks that are gone, writes it anew without them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from chunkcache.anywhere.anchors import REACH, WINDOW, anchors
 from chunkcache.anywhere.matching import Piece, StoredChunk, laid, long_enough
 from chunkcache.errors import BlobError, SealedBlobError
-from chunkcache.keys import ANCHOR_FORMAT
+from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry, first_position
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
@@ -93,7 +93,7 @@ def index_entries(
 
 def _key(keys: KeySpace, anchor_hash: str) -> str:
     """The store's key of an anchor's entry."""
-    return keys.key(anchor_hash, ANCHOR_FORMAT)
+    return keys.key(anchor_hash, INDEX_FORMAT)
 
 
 def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Found:
@@ -111,7 +111,7 @@ def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Fo
     hashes = list(dict.fromkeys(name for variants in newest for name in variants))
     records = store.read_metadata([keys.key(name) for name in hashes]) if hashes else []
     chunks: dict[str, StoredChunk] = {}
-    sealed: set[str] = set()  # with another key: of no use here, and good for others
+    sealed: set[str] = set()  # with another key: not for us, but good for others
     for name, fields in zip(hashes, records, strict=True):
         try:
             if fields and (chunk := _read_record(keys, name, fields)):
@@ -141,7 +141,7 @@ def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Fo
 
 
 def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
-    """Whether a piece has the K/V of this very text: where it stood, and behind all that is here.
+    """Whether a piece's K/V are exact here: at the same position, behind the same tokens.
 
     A part of a chunk may be so where the rest of it is not, or where a chunk before it is missing.
     Its hash tells, since it covers all that stood before.

@@ -29,12 +29,12 @@ class MovedText:
 
     Attributes:
         passage: The passage.
-        found: All pieces that were found and may be moved.
-        lost: Others, of chunks whose blob is gone or damaged.
-        short: Others, too short for that.
-        exact: Those whose K/V are taken as they are.
-        wanted: Those that spare the model a column.
-        placed: Those whose K/V are in place.
+        found: Pieces whose blob the store has, long enough to be moved.
+        lost: Pieces of chunks whose blob is gone or damaged.
+        short: Pieces too short to be moved.
+        exact: Pieces of `found` and `lost` whose K/V are exact where they stand.
+        wanted: Pieces of `found` that save the model a column: these are read.
+        placed: Pieces of `wanted` whose K/V are in place.
         again: `[tokens]`, True for moved tokens to compute again.
     """
 
@@ -52,7 +52,7 @@ class MovedText:
         return sorted([*self.found, *self.lost], key=lambda piece: piece.start)
 
     def moving(self) -> list[Piece]:
-        """Pieces in place that are only nearly right there."""
+        """Pieces in place whose K/V are approximate there."""
         return [piece for piece in self.placed if piece not in self.exact]
 
     def moved(self) -> Mask:
@@ -75,7 +75,7 @@ class MovedText:
         """Start and stop of each stretch of tokens that are in place nowhere, in positions."""
         return [(a, b) for a, b, value in stretches(self.unknown(self.placed)) if value]
 
-    def exact_until(self, computed: Mask) -> int | None:
+    def inexact_from(self, computed: Mask) -> int | None:
         """Column from which on K/V are not those of a full run, `None` if all are.
 
         `computed` is `[tokens]`, True for those that the model computes.

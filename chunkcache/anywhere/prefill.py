@@ -1,7 +1,7 @@
 """AnywherePrefill: a prompt whose text may have stood elsewhere when its K/V were computed.
 
-Behind the exact beginning of each row, runs of known text are put in place, their keys turned to
-their new positions, and repaired as `repair` has it. What is left to the model is then scattered:
+Behind the exact beginning of each row, runs of known text are put in place, their keys rotated to
+their new positions, and repaired as `repair` says. What is left to the model is then scattered:
 columns that some row does not know or has to compute again. They go through it in one pass, in
 every row (see `model/scatter.py`); what a row knows of them already is computed again, which is
 never less exact.
@@ -29,7 +29,7 @@ from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.scatter import open_layers, scatter_mask
 from chunkcache.repair import Head, Mask
 from chunkcache.reuse.conversation import Conversation
-from chunkcache.reuse.harvest import ByText
+from chunkcache.reuse.harvest import Found
 from chunkcache.reuse.hook import TrimSpec
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.stores.base import Entry
@@ -48,7 +48,6 @@ class AnywherePrefill(Prefill):
         super().__init__(*args, **kwargs)
         self.moved: list[MovedText] = []
         self._rotation: KeyRotation | None = None
-        self._stale: dict[str, Entry] = {}
         # Start and stop of each stretch of tokens that were found nowhere, row by row.
         self._fresh: list[list[tuple[int, int]]] = []
 
@@ -74,14 +73,14 @@ class AnywherePrefill(Prefill):
         return self._rotation is None
 
     def _search(self) -> None:
-        """Look up the text behind the exact beginnings, and what of it would spare a column."""
+        """Look up the text behind the exact beginnings, and what of it saves computing a column."""
         if self._rotation is None or self.context.settings.reuse == "off":
             return
         began = perf_counter()
         passages = _passages(self.conversation.transcript.ids(), self.pads, self.stops, self.limit)
         try:
             self.moved, stale = find_moved(self, passages)
-            self._stale |= stale
+            self.stale |= stale
         except StoreError as error:
             self._handle(error)
             self.moved = []
@@ -165,15 +164,15 @@ class AnywherePrefill(Prefill):
         self.spans, self._fresh = [[] for _ in pads], [[] for _ in pads]
         for text in self.moved:
             here, start = computed[text.passage.pad :], text.passage.start
-            spans, exact_until = text.spans(here), text.exact_until(here)
+            spans, inexact_from = text.spans(here), text.inexact_from(here)
             again = sum(span.tokens for span in spans if span.kind is Kind.RECOMPUTED)
             self.report.charged += len(text.passage.rows) * again
             for row in text.passage.rows:
                 reused = [s for s in self.plans[row].spans(start) if s.stop <= start]
                 self.spans[row] = computed_too(reused, computed[pads[row] :]) + spans
                 self._fresh[row] = text.not_found()
-                if transcript.exact_until[row] is None:
-                    transcript.exact_until[row] = exact_until
+                if transcript.inexact_from[row] is None:
+                    transcript.inexact_from[row] = inexact_from
         self._hold(self.total)
         if taken := np.flatnonzero(~computed[self.held :]).tolist():
             self._note_rounding(self.held + taken[0])
@@ -191,8 +190,8 @@ class AnywherePrefill(Prefill):
 
     # ------------------------------------------------------------------ the model has computed
 
-    def _by_text(self, certain: int) -> ByText:
-        """Chunks that were computed behind moved ones, and index entries to put right."""
+    def _found(self, certain: int) -> Found:
+        """Chunks that were computed behind moved ones, and index entries to correct."""
         grid, salt, transcript = self.context.grid, self.keys.salt, self.conversation.transcript
         chunks: list[list[Chunk]] = []
         lengths = transcript.exact_lengths(certain)
@@ -203,11 +202,11 @@ class AnywherePrefill(Prefill):
             for start, stop in self._fresh[row]:
                 begin, end = max(start, exact), min(stop, certain - pad)
                 chunks[-1] += _approximate(tokens, begin, end, grid.size, salt)
-        return ByText(chunks, self._stale)
+        return Found(chunks, self.stale)
 
 
 def verified_rotation(conversation: Conversation) -> KeyRotation:
-    """The model's proven rotation.
+    """The model's rotation, verified by its self-test.
 
     Raises:
         UnsupportedModelError: Its K/V may not be moved.
@@ -229,7 +228,7 @@ def verified_rotation(conversation: Conversation) -> KeyRotation:
 def find_moved(
     prefill: Prefill, passages: Sequence[Passage]
 ) -> tuple[list[MovedText], dict[str, Entry]]:
-    """What the store knows of passages of a prompt by their text, and index entries to put right.
+    """What the store knows of passages of a prompt by their text, and index entries to correct.
 
     Raises:
         StoreError: The store failed.

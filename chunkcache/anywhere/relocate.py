@@ -1,7 +1,7 @@
 """Relocation: chunks brought to where their text stands now.
 
-Blobs are read and checked, their keys turned to the new positions, and put into the layers, each
-once for all rows and places that need it.
+Each blob is read and checked once, for all rows and places that need it. Its keys are rotated to
+their new positions on the way into the layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.kv.codec import LayerKV
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import peek_all
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
@@ -27,7 +27,7 @@ def fill_pieces(
     rotation: KeyRotation,
     wanted: Iterable[tuple[Passage, Sequence[Piece]]],
     sizes: Mapping[str, int],
-    forms: Mapping[str, Form],
+    forms: Mapping[str, BlobFormat],
     at_hand: Mapping[str, tuple[int, int]],
 ) -> set[Piece]:
     """Put pieces into the layers' room, their keys turned. Each chunk is read once.
@@ -35,14 +35,14 @@ def fill_pieces(
     Args:
         reader: Reads and checks the blobs.
         layers: Cache layers with room for the whole prompt.
-        rotation: The model's proven rotation.
+        rotation: The model's rotation, as verified.
         wanted: Passages and their pieces.
         sizes: Bytes of each chunk's blob, by hash.
         forms: The forms of these blobs, likewise.
         at_hand: Row and column of chunks whose K/V are in the layers already, by hash.
 
     Returns:
-        The pieces that are in place; others stay holes.
+        The pieces that are in place; the tokens of the others must be computed.
     """
     uses: defaultdict[StoredChunk, list[tuple[Passage, Piece]]] = defaultdict(list)
     for passage, pieces in wanted:

@@ -40,7 +40,7 @@ def bench(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     preset: Annotated[
         str | None,
-        typer.Option(help="demo: the sample model, 2000 tokens, once, where not given otherwise."),
+        typer.Option(help="demo: the sample model, --tokens 2000 --repeats 1, unless given."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -17,11 +17,11 @@ app = typer.Typer()
 def doctor(
     store: Store = None,
     model: Annotated[
-        str | None, typer.Option(help="A model's folder or hub id, to be tried as well.")
+        str | None, typer.Option(help="Test this model too: a folder or hub id.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Try the store, and the model on it: reachable, fast, set up well, and does it pay?
+    """Check the store and, with --model, whether reading K/V from it is faster than computing.
 
     Writes 32 MiB under keys of its own, reads them back and deletes them; with --model also some
     prompts. Ends with 1 if something should be changed, and with 2 if the store does not work.

@@ -32,11 +32,13 @@ def explain(
     ] = False,
     elsewhere: Annotated[
         bool,
-        typer.Option(help="Go through all keys for what other models or namespaces have."),
+        typer.Option(
+            help="Say who else has the text: other models, namespaces. Lists the whole store."
+        ),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Tell what would be found of a prompt, and of each chunk why not. The model is not run on it.
+    """Show which chunks of a prompt would be reused, and why the others not. Runs no model.
 
     Other settings come from the environment, such as CHUNKCACHE_CHUNK_SIZE. Ends with 1 if nothing
     would be found.
@@ -70,12 +72,14 @@ def warm(
         str | None,
         typer.Option(help="A data set instead: a folder or a hub id. Needs the package datasets."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which part of the data set.")] = "train",
-    field: Annotated[str, typer.Option(help="The field that has the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
     prefix: Annotated[
-        str | None, typer.Option(help="What stands before every document. Default: BOS.")
+        str | None, typer.Option(help="Text before every document. Default: the BOS token.")
     ] = None,
-    tags: Annotated[str | None, typer.Option(help="For the metadata of what is written.")] = None,
+    tags: Annotated[
+        str | None, typer.Option(help="Tags for the metadata, such as project=docs.")
+    ] = None,
     namespace: Namespace = None,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that go through the model at once.")

@@ -46,7 +46,7 @@ def ls(
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 50,
     as_json: Json = False,
 ) -> None:
-    """List chunks, in no order: the hash's beginning, which `show` takes, and what they are."""
+    """List chunks, in no order. The first column is the beginning of the hash: `show` takes it."""
     if as_json:
         # Without a sign of life: one after the other is printed, however many there are.
         with opened(store, ttl=0.0) as place:
@@ -165,7 +165,7 @@ def _find(store: ChunkStore, key: str) -> Listed | None:
     """The entry of a key, with or without the ending of one half, or of a hash's beginning.
 
     Raises:
-        SettingError: Several chunks are meant.
+        SettingError: Several chunks match.
     """
     key = chunk_of(key.removesuffix(METADATA).removesuffix(KV_BYTES))
     if not key:
@@ -202,7 +202,7 @@ def purge(
 
 @app.command()
 def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Delete what is of no use: halves of chunks, and index entries that name what is gone."""
+    """Delete leftovers: chunks without blob or metadata, index entries of chunks that are gone."""
     with changed(store) as place:
         done = catalog.sweep(place, dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
@@ -219,7 +219,7 @@ def copy(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Copy chunks to another store, with what leads to them; what is there is not sent again.
+    """Copy chunks and their index entries to another store; what it has is not sent again.
 
     Ends with 1 if chunks were left out: damaged, or gone from SRC meanwhile.
     """

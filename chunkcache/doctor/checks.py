@@ -74,7 +74,7 @@ class ModelHealth:
     def __str__(self) -> str:
         lines = [f"model {self.name}"]
         if self.bypass_reason:
-            return "\n".join([*lines, f"  ! is computed as usual: {self.bypass_reason}"])
+            return "\n".join([*lines, f"  ! falls back to normal prefill: {self.bypass_reason}"])
         can = "can be moved, too" if not self.moving else f"cannot be moved: {self.moving}"
         lines.append(
             f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store: 1 GB "

@@ -16,7 +16,7 @@ from chunkcache.insight.alike import Match, matches, text_of, windows
 from chunkcache.inventory import catalog
 from chunkcache.keys import ChunkKey
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.model.state import PROOF_FORMAT
+from chunkcache.model.state import SELF_TEST_FORMAT
 from chunkcache.repair import Mask
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.keyspace import KeySpace
@@ -24,12 +24,12 @@ from chunkcache.stores.base import ChunkStore
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 from chunkcache.tokens.token_text import shown
 
-EVICTED = "its K/V were evicted; their metadata are left"
+EVICTED = "its K/V were evicted; only the metadata are left"
 OTHER_SECRET = "in the store under another secret"
 OTHER_CONTEXT = "in the store, behind other text or under another secret"
 OTHER_POSITION = ", at another position"
 OTHER_CUT = ", cut into other chunks"
-PART = ", but only a part of a chunk is alike"
+PART = ", but only part of a chunk matches"
 PERHAPS = ", perhaps behind other text"
 # Chunks of this very cache's world that the index does not know: stored with reuse="prefix", or
 # their entries were evicted.
@@ -184,7 +184,7 @@ def _difference(
         told.append(f"on {key.world_size} processes")
     try:
         proof = ChunkKey(
-            PROOF_FORMAT, key.model, key.world_size, key.worker, fields.get("identity", "")
+            SELF_TEST_FORMAT, key.model, key.world_size, key.worker, fields.get("identity", "")
         )
         known = (store.read_metadata([str(proof)])[0] or {}).get("parts", "")
         parts = json.loads(known)

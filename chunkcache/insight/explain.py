@@ -1,8 +1,8 @@
 """Explain: what a cache would find of a prompt, and why not more, without running the model.
 
-The prompt is planned as a real one is (`Prefill.plan`), and nothing is read. The rest is looked up
-by its text as well (the anchors that caches with `reuse="anywhere"` leave), so that text which is
-known, but not under the key wanted, can be told from text that is new.
+The prompt is planned as a real one is (`Prefill.plan`), and no blob is read. What the plan does not
+find is looked up by its text as well, in every mode, in the index that caches with
+`reuse="anywhere"` write: so known text under another key can be told from new text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from chunkcache.anywhere.index import Passage
+from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.prefill import AnywherePrefill, find_moved
 from chunkcache.errors import StoreError
@@ -23,6 +24,7 @@ from chunkcache.insight.fates import RowFate
 from chunkcache.insight.seams import Decode
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.continuations import Continuation
 from chunkcache.reuse.conversation import Conversation
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
@@ -41,7 +43,7 @@ def explain(
 
     Args:
         context: That of the cache.
-        prefill_type: What takes its prompts through.
+        prefill_type: `Prefill`, or `AnywherePrefill`: whose plan the cache would follow.
         prompt: The prompt.
         decode: The tokenizer's, to find where the same text has other tokens.
         elsewhere: Go through the whole store for what is not found (see `elsewhere.py`).
@@ -75,7 +77,7 @@ def _explain(
     looks = [
         RowFate(
             row, context, sizes, pad, plan, reach, text.known(), text.exact, prefill.damaged,
-            text.short,
+            text.short, branch=_piece(prefill.continuation(plan)),
         )
         for row, (pad, plan, reach, text) in enumerate(
             zip(pads, plans, known, texts, strict=True)
@@ -108,7 +110,7 @@ def _explain(
 
 
 def _by_text(prefill: Prefill, rows: Sequence[Tokens], known: Sequence[int]) -> list[MovedText]:
-    """What is known by its text of each row, whether it would be moved or not."""
+    """What the index knows of each row's text, whether `reuse` lets it be moved or not."""
     if isinstance(prefill, AnywherePrefill) and prefill.moved:
         by_row = {row: text for text in prefill.moved for row in text.passage.rows}
         return [by_row[row] for row in range(len(rows))]
@@ -121,6 +123,14 @@ def _by_text(prefill: Prefill, rows: Sequence[Tokens], known: Sequence[int]) -> 
     except StoreError as error:
         prefill.context.handle_store_error(error, prefill.report)
         return [MovedText(passage, [], [], [], set()) for passage in passages]
+
+
+def _piece(continuation: Continuation | None) -> Piece | None:
+    if continuation is None:
+        return None
+    chunk = continuation.chunk
+    stored = StoredChunk(chunk.hash, chunk.start, continuation.tokens)
+    return Piece(chunk.start, chunk.stop, stored, 0)
 
 
 def _all_computed(prompt: Prompt, why: str) -> tuple[Finding, ...]:

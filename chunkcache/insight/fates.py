@@ -27,7 +27,7 @@ OTHER_POSITION = "computed at another position"
 OTHER_CUT = "cut into other chunks"
 OTHER_CONTEXT = "computed behind other text"
 INEXACT_CONTEXT = "computed behind moved text"
-BLOB_GONE = "its text is known, but its K/V went from the store (evicted, expired or deleted)"
+BLOB_GONE = "its text is indexed, but its K/V are gone (evicted, expired or deleted)"
 REPEATED = "not in the store; it repeats text of this prompt, which can be moved once it is stored"
 WOULD_MOVE = ": reuse='anywhere' would find it"
 
@@ -48,6 +48,7 @@ class RowFate:
         damaged: Hashes of chunks whose blob cannot be sound; they count as missing.
         short: What was found by its text too, in runs that are too short to be moved.
         seen: Where the store has the rest of its text, though not for this cache.
+        branch: The first tokens of a stored chunk that goes on from the row's own ones.
         repeats: Start and stop of text that nothing has, and that stands earlier in the row too.
     """
 
@@ -63,6 +64,7 @@ class RowFate:
     short: Sequence[Piece] = ()
     seen: Sequence[Sighting] = ()
     repeats: Sequence[tuple[int, int]] = ()
+    branch: Piece | None = None
 
     @property
     def _may_move(self) -> bool:
@@ -100,13 +102,14 @@ class RowFate:
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
-        return find_seams(tokens, self.pieces, decode, self.row) if decode else []
+        pieces = [*([self.branch] if self.branch else []), *self.pieces]
+        return find_seams(tokens, pieces, decode, self.row) if decode else []
 
     def findings(self, computed: Mask) -> list[Finding]:
         """The fate of every token, in order, when these columns are computed."""
         end, here = self.plan.tokens, computed[self.pad :]
         chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
-        exact = [c for c in chunks if c.start < self.known and c.stop <= self.plan.reach]
+        exact = [c for c in self.plan.known()[::-1] if c.start < self.known]
         missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
         gap = NO_GAIN if self.plan.missing == NO_GAIN else GAP_BEFORE
         there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]

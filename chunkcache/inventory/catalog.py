@@ -23,7 +23,7 @@ from typing import Any
 
 from chunkcache.errors import SettingError
 from chunkcache.inventory.filters import Filter, split_tags
-from chunkcache.keys import ANCHOR_FORMAT, FORMAT, ChunkKey
+from chunkcache.keys import FORMAT, INDEX_FORMAT, ChunkKey
 from chunkcache.stores.base import ChunkStore, Entry, Listed
 from chunkcache.tokens.token_text import shown
 
@@ -252,7 +252,7 @@ def _delete(
         return chunk_hash in gone or (chunk_hash not in live and created < settled)
 
     mentions = 0
-    for listed in store.scan(f"{ANCHOR_FORMAT}@"):
+    for listed in store.scan(f"{INDEX_FORMAT}@"):
         changed = []
         for mention in listed:
             there = mention.metadata or {}

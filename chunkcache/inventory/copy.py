@@ -18,7 +18,7 @@ from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import Filter
 from chunkcache.inventory.inspection import check_blob
-from chunkcache.keys import ANCHOR_FORMAT, ChunkKey
+from chunkcache.keys import INDEX_FORMAT, ChunkKey
 from chunkcache.stores.base import OUTPUTS, ChunkStore, Entry, Listed, read_blobs
 from chunkcache.stores.writer import PatientStore
 
@@ -28,7 +28,7 @@ MOST_BLOB, MOST_METADATA = 1 << 30, 1 << 20  # bytes; more is garbage
 MOST_TOLD = 20  # reasons that are kept
 CLOCKS = timedelta(days=1)  # by so much may those of two machines differ
 # An index entry keeps the newest mentions only, so one of the future would push out all others.
-MENTION = re.compile(r"-?\d{1,7} (\d{4}-[0-9T:.+-]{1,40})", re.ASCII)
+MENTION = re.compile(r"-?\d{1,7} (\d{4}-[0-9T:.+-]{1,40})(?: .*)?", re.ASCII | re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ class _Copy:
     def index(self) -> None:
         """Add what the source's index says of the chunks that the destination has now."""
         latest = (datetime.now(UTC) + CLOCKS).isoformat()
-        for page in self.source.scan(f"{ANCHOR_FORMAT}@"):
+        for page in self.source.scan(f"{INDEX_FORMAT}@"):
             named = []
             for entry in page:
                 mentions = {

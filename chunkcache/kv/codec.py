@@ -146,8 +146,8 @@ Checksum = xxhash.xxh3_128
 
 
 @dataclass(frozen=True, slots=True)
-class BlobForm:
-    """The form of one chunk's blob.
+class TensorFile:
+    """A safetensors file of known tensors: all of it is known but their numbers and checksum.
 
     Attributes:
         layout: Layers, shapes and the data type of the numbers.
@@ -173,7 +173,7 @@ class BlobForm:
         arrange: Arrange = KVLayout.slots,
         shape: str = LAYOUT,
         **notes: str,
-    ) -> BlobForm:
+    ) -> TensorFile:
         """The form of the chunk with these token ids, whose first one stands at `start`.
 
         `shape` tells people what the tensors are; `notes` are more for the header's metadata.
@@ -290,7 +290,7 @@ def output_slots(layout: KVLayout, tokens: int) -> list[Slot]:
     return [Slot("hidden", shape, 0, tokens * size, layout.dtype)]
 
 
-def encode(form: BlobForm, layers: Iterable[LayerKV | None]) -> memoryview:
+def encode(form: TensorFile, layers: Iterable[LayerKV | None]) -> memoryview:
     """Build a blob that holds keys and values as they are.
 
     Args:

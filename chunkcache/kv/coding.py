@@ -18,9 +18,9 @@ from torch import Tensor
 from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
 from chunkcache.kv.codec import (
     OUTPUTS_LAYOUT,
-    BlobForm,
     KVLayout,
     LayerKV,
+    TensorFile,
     encode,
     output_slots,
 )
@@ -73,7 +73,7 @@ class Codec:
 
     def form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
-    ) -> Form:
+    ) -> BlobFormat:
         """The form of one chunk.
 
         Args:
@@ -84,26 +84,26 @@ class Codec:
             key: Its key in the store.
         """
         if self.numbers == PLAIN:
-            file = BlobForm.of(layout, tokens, start, chunk_hash)
+            file = TensorFile.of(layout, tokens, start, chunk_hash)
         elif self.numbers == BF16:
             half = replace(layout, dtype=torch.bfloat16)
-            file = BlobForm.of(half, tokens, start, chunk_hash)
+            file = TensorFile.of(half, tokens, start, chunk_hash)
         else:
             turned = "position 0" if self.rotation else "as cached"
-            file = BlobForm.of(layout, tokens, start, chunk_hash, int8_slots, keys=turned)
-        return Form(self, layout, start, key, file)
+            file = TensorFile.of(layout, tokens, start, chunk_hash, int8_slots, keys=turned)
+        return BlobFormat(self, layout, start, key, file)
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
-    ) -> Form:
+    ) -> BlobFormat:
         """The form of one chunk's outputs, whose numbers are kept as they are.
 
         Arguments are those of `form`; the layout is that of outputs.
         """
         plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
         exact = replace(self, name=plain, rotation=None)
-        file = BlobForm.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
-        return Form(exact, layout, start, key, file)
+        file = TensorFile.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
+        return BlobFormat(exact, layout, start, key, file)
 
     def hide(self, text: str, key: str) -> str:
         """Text for the metadata under a key that only those may read who can read the blob."""
@@ -115,8 +115,8 @@ class Codec:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The form of one chunk's blob.
+class BlobFormat:
+    """How one chunk becomes a blob: a `TensorFile`, compressed or sealed where that is asked for.
 
     Attributes:
         codec: How it is written.
@@ -130,7 +130,7 @@ class Form:
     layout: KVLayout
     start: int
     key: str
-    file: BlobForm
+    file: TensorFile
 
     @property
     def is_direct(self) -> bool:
@@ -145,7 +145,14 @@ class Form:
             return 0 < nbytes <= most_bytes(self.file.size)
         return nbytes == self.file.size
 
-    def spared(self, nbytes: int) -> int:
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of a sound blob; `None` where that depends on its numbers."""
+        if self.codec.name.endswith(ZSTD):
+            return None
+        return self.file.size + (OVERHEAD if self.codec.seal else 0)
+
+    def saved(self, nbytes: int) -> int:
         """How much smaller a blob of so many bytes is than one of the plain codec."""
         tokens, head = self.file.tokens, len(self.file.header)
         return max(0, head + tokens * self.layout.token_bytes - nbytes)

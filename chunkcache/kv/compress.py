@@ -39,7 +39,7 @@ def decompress(packed: memoryview, size: int, head: int, width: int) -> memoryvi
     try:
         # A frame may claim any size, and that much would be allocated.
         if zstandard.frame_content_size(packed) != size:
-            raise BlobError("the blob is damaged: it has not the length that it must have")
+            raise BlobError("the blob is damaged: its length is wrong")
         shuffled = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BlobError(f"the blob is damaged: {error}") from error

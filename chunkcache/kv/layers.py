@@ -143,6 +143,11 @@ class GrowingLayer(DynamicLayer):
         assert self._value_room is not None
         return self._key_room, self._value_room
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self._rooms[0].shape[2]
+
     def allocate(
         self, key_room: Tensor, value_room: Tensor, writes: WriteCount | None = None
     ) -> None:
@@ -392,6 +397,51 @@ def allocate_all(
                 take(shape.value_heads, shape.value_dim),
                 writes,
             )
+
+
+def growing(layers: Sequence[Any]) -> list[GrowingLayer]:
+    """Those of a cache's layers that are ours."""
+    return [layer for layer in layers if isinstance(layer, GrowingLayer)]
+
+
+def reserve_all(layers: Sequence[Any], tokens: int) -> None:
+    """Make room for `tokens` in all, keeping what is held."""
+    for layer in growing(layers):
+        layer.reserve(tokens)
+
+
+def hold_all(layers: Sequence[Any], columns: int, pads: Sequence[int], start: int) -> None:
+    """Declare that the first columns are filled, in each row but for its padding.
+
+    Args:
+        layers: The layers of a cache.
+        columns: How many are filled.
+        pads: Columns of left padding of each row, which are zeroed.
+        start: The first column whose padding has not been.
+    """
+    for layer in growing(layers):
+        for row, pad in enumerate(pads):
+            if start < min(pad, columns):
+                layer.blank(row, start, min(pad, columns))
+        layer.hold(columns)
+
+
+def are_edited(layers: Sequence[Any]) -> bool:
+    """Whether others have changed what any of the layers holds."""
+    return any(layer.check_edited() for layer in growing(layers))
+
+
+def note_all_written(layers: Sequence[Any]) -> None:
+    """What the layers hold now is ours, however it came there."""
+    for layer in growing(layers):
+        layer.note_written()
+
+
+def all_runs(
+    layers: Sequence[GrowingLayer], row: int, column: int, tokens: int
+) -> list[list[memoryview]]:
+    """Of each layer in turn, the memory of one row's room behind `column` (see `runs`)."""
+    return [layer.runs(row, column, tokens) for layer in layers]
 
 
 def peek_all(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[LayerKV | None]:

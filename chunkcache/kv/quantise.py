@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, Slot
+from chunkcache.kv.codec import KVLayout, LayerKV, Slot, TensorFile
 from chunkcache.kv.rope import KeyRotation
 
 # int8 without -128. A hair more than 127, so that no number grows by rounding and overflows.
@@ -58,7 +58,7 @@ def quantise(x: Tensor, across: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_int8(
-    form: BlobForm, layers: Sequence[LayerKV | None], start: int, rotation: KeyRotation | None
+    form: TensorFile, layers: Sequence[LayerKV | None], start: int, rotation: KeyRotation | None
 ) -> memoryview:
     """Build a blob.
 
@@ -79,7 +79,7 @@ def encode_int8(
 
 
 def decode_int8(
-    form: BlobForm, blob: memoryview, start: int, rotation: KeyRotation | None
+    form: TensorFile, blob: memoryview, start: int, rotation: KeyRotation | None
 ) -> list[LayerKV | None]:
     """The keys and values of a checked blob in `form.layout.dtype`; the rest as it was encoded."""
     tensors = form.tensors(blob)

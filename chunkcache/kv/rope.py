@@ -121,7 +121,7 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class KeyRotation:
-    """The rules of all layers of a model. Found by `find_rules`, proven in `proof.py`."""
+    """The rules of all layers of a model. Found by `find_rules`, verified in `model/moving.py`."""
 
     layers: tuple[LayerRule | None, ...]
 

@@ -35,13 +35,13 @@ class DocumentsSummary:
 
     Attributes:
         documents: Documents taken from the iterable.
-        added: Documents of which something was missing and is there now.
-        skipped: Documents that were there already, or were given twice.
-        tokens: Tokens of the documents that are there now, the prefix not counted.
+        added: Documents of which something was missing and is in the store now.
+        skipped: Documents that were in the store already, or were given twice.
+        tokens: Tokens of the documents that are in the store now, the prefix not counted.
         computed: Tokens that the model computed, the prefix counted.
         bytes_written: Bytes of K/V handed to the store.
-        failures: The documents that are not there, in the order given.
-        stopped: Why the documents behind the last of these were not looked at, or `""`.
+        failures: The documents that are not in the store, in the order given.
+        stopped: Why the run ended before the last document, or `""`.
     """
 
     documents: int

@@ -1,1 +1,1 @@
-"""What must be known of a model: its identity, and which reuse of its K/V is proven right."""
+"""What must be known of a model: its identity, and which reuse of its K/V its self-test allows."""

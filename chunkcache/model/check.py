@@ -15,7 +15,7 @@ OLDEST = (5, 18)  # of the releases of Transformers
 if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
     raise ImportError(
         f"chunkcache needs transformers>=5.18,<5.25, and {transformers.__version__} is installed: "
-        "with older releases other tokens come out. pip install -U 'transformers>=5.18,<5.25'"
+        "older releases give other tokens. pip install -U 'transformers>=5.18,<5.25'"
     )
 # What models call the cache among their arguments: another name since Transformers 5.24.
 _NEW = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

@@ -1,4 +1,4 @@
-"""May this model's K/V be moved? Its rotation is derived, and proven down to the logits.
+"""May this model's K/V be moved? Its rotation is derived, and verified down to the logits.
 
 Three tests, on at most 18 tokens each. *Lone token*: alone in the cache, a token's keys depend on
 itself and its position only, which shows the rule, to the last bits. Its queries must turn by the
@@ -49,7 +49,7 @@ _SCATTER_TOKENS = 18
 def find_rotation(model: nn.Module) -> KeyRotation | str:
     """The rule by which a model's keys turn with their position, or why it is not known.
 
-    Good for turning keys and turning them back, which needs no proof. For models that passed
+    Good for turning keys and turning them back, which needs no test. For models that passed
     `self_test.run_self_test`.
     """
     if not takes(model, "position_ids"):

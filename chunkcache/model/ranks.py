@@ -43,7 +43,7 @@ class Ranks:
         if others or "tp" not in sizes:
             how = ", ".join(others) or "an unnamed mesh"
             return cls(
-                bypass_reason=f"the model is spread over processes in a way not known: {how}"
+                bypass_reason=f"the model is split over processes in an unsupported way: {how}"
             )
         group = mesh.get_group("tp")
         return cls(sizes["tp"], mesh.get_local_rank("tp"), group, mesh.device_type)

@@ -23,7 +23,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
+from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.layers import GrowingLayer, allocate_all, row_slice
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.check import CACHE
@@ -60,7 +60,7 @@ class NoVerdict(str):
 class SelfTest:
     """The verdict on one model.
 
-    `bypass_reason` is empty when the model is proven; otherwise it says why the cache falls
+    `bypass_reason` is empty when the model passed; otherwise it says why the cache falls
     back to normal prefill.
     `layout` is what its layers cache, when they could be tapped.
     """
@@ -110,7 +110,7 @@ def run_self_test(model: nn.Module) -> SelfTest:
 
 
 def measure_layout(model: nn.Module) -> SelfTest:
-    """For a model that is proven: what its layers cache, seen on one token."""
+    """For a model that has passed: what its layers cache, seen on one token."""
     return _try(model, lambda m: SelfTest("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
 
 
@@ -212,7 +212,7 @@ def layers_with(
 ) -> list[Any]:
     """Fresh layers with what others hold of their first ids: through a blob, as a hit would."""
     cut = ids.shape[1]
-    form = BlobForm.of(layout, ids[0].tolist(), 0, "")
+    form = TensorFile.of(layout, ids[0].tolist(), 0, "")
     parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
     layers = _test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))

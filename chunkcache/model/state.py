@@ -34,7 +34,7 @@ from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.locks import ForkSafeLock
 
-PROOF_FORMAT = "proof"
+SELF_TEST_FORMAT = "proof"
 MOVING_FORMAT = "moving"
 HEAD_FORMAT = "head"
 # A self-test that could not run so often in a row waits so many times what it took.
@@ -250,13 +250,13 @@ class ModelState:
 
     def _run_self_test(self, store: ChunkStore, identity: ModelIdentity) -> SelfTest:
         # Tests are forwards, which all ranks run or none.
-        if self.ranks.all(_has_passed(store, identity, PROOF_FORMAT)):
+        if self.ranks.all(_has_passed(store, identity, SELF_TEST_FORMAT)):
             found = measure_layout(self.tested)
             if self.ranks.all(not found.bypass_reason):
                 return found
         found = run_self_test(self.tested)
         if not found.bypass_reason:
-            _note_passed(store, identity, PROOF_FORMAT)
+            _note_passed(store, identity, SELF_TEST_FORMAT)
         return found
 
 

@@ -23,9 +23,9 @@ from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.stores.base import nbytes_of
 from chunkcache.stores.locks import Latch, start_thread
 
-# Of each chunk, read at once: more commands for smaller groups, a longer wait for larger ones.
+# Read of each chunk at once: smaller groups cost more commands, larger ones a longer wait.
 GROUP_BYTES = 1 << 20
-# Less than this is there before a thread would have begun.
+# Less than this has been read before a thread would have started.
 LEAST_BYTES = 4 << 20
 
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.codec import Checksum, LayerKV
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.stores.base import ChunkStore, Part, Place, nbytes_of
 
 # Of blobs that are not read straight to where they belong, so many bytes at once.
 BYTES_AT_ONCE = 64 << 20
-GONE = "it went from the store before it was read"
-WRONG_SIZE = "the blob is damaged: it has not the length that it must have"
+GONE = "it was gone from the store before it was read"
+WRONG_SIZE = "the blob is damaged: its length is wrong"
 
 
 class PendingChunk:
@@ -34,11 +34,15 @@ class PendingChunk:
         nbytes: Bytes that it has.
         runs: Of each layer in turn, where its keys and values belong; empty for memory of its own.
         kv: Keys and values per layer, once they have come into memory of its own.
-        failure: Why it is of no use, once that is known.
+        failure: Why it cannot be used, once that is known.
     """
 
     def __init__(
-        self, chunk_hash: str, form: Form, nbytes: int, runs: Sequence[Sequence[memoryview]] = ()
+        self,
+        chunk_hash: str,
+        form: BlobFormat,
+        nbytes: int,
+        runs: Sequence[Sequence[memoryview]] = (),
     ) -> None:
         self.chunk_hash, self.form, self.nbytes, self.runs = chunk_hash, form, nbytes, runs
         self.kv: list[LayerKV | None] = []
@@ -96,14 +100,14 @@ class _Target(Place):
         self._chunk, self._head, self._seen = chunk, head, 0
 
     def filled(self, pieces: Sequence[memoryview]) -> None:
-        """Take the checksum of what is behind the header."""
+        """Add what is behind the header to the checksum."""
         for piece in pieces:
             header = self._head - self._seen
             self._chunk.note_bytes(piece if header <= 0 else piece[header:])
             self._seen += piece.nbytes
 
     def complete(self) -> None:
-        """The same for stores that do not tell what has come."""
+        """All is filled: for stores that do not call `filled` as bytes come in."""
         if not self._seen:
             self.filled(self)
 
@@ -117,7 +121,7 @@ class BlobReader:
 
     Attributes:
         bytes_read: Bytes of blobs that have come.
-        bytes_saved: How many more they would be as the model has them.
+        bytes_saved: How many bytes the codec saved: those of the K/V as the model has them, less.
         bad: Hashes of chunks whose blob is missing or damaged.
     """
 
@@ -154,7 +158,7 @@ class BlobReader:
             self.bad.add(chunk.chunk_hash)
             return
         self.bytes_read += chunk.nbytes
-        self.bytes_saved += chunk.form.spared(chunk.nbytes)
+        self.bytes_saved += chunk.form.saved(chunk.nbytes)
         try:
             chunk.check()
         except BlobError as error:

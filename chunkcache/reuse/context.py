@@ -23,7 +23,7 @@ from chunkcache.tokens.chunking import Chunk, Grid, Tokens
 from chunkcache.tokens.token_text import Decoder
 
 Indexer = Callable[[KeySpace, Chunk, Tokens, str, bool], list[Entry]]
-"""Entries by which a chunk of a row of tokens, made at a time and perhaps pinned, will be found."""
+"""Makes the index entries of a chunk: from key space, chunk, its row's tokens, time and pin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class CacheContext:
 
     Attributes:
         tokenizer: For its reports.
-        indexer: What makes stored chunks known by their text, if that is wanted.
+        indexer: Makes the index entries by which `reuse="anywhere"` finds chunks, else `None`.
     """
 
     model: nn.Module
@@ -76,7 +76,7 @@ class CacheContext:
 
     @property
     def may_do_again(self) -> bool:
-        """Whether a forward may begin that has to be done again if the store has promised too much.
+        """Whether the model may begin before all K/V have come, at the risk of computing twice.
 
         Not where errors are to be raised, nor with other processes beside it, which would have to
         do it again too.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
@@ -21,7 +21,7 @@ from chunkcache.model.scatter import close_layers
 from chunkcache.model.self_test import SelfTest, growing_layers
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.harvest import ByText, harvest
+from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
@@ -29,7 +29,8 @@ from chunkcache.stores.base import Entry
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
-    "K/V in the cache were changed by others: what they made is used, and nothing of it is stored"
+    "K/V in the cache were changed by others: the model uses them as they are, and they are not "
+    "stored"
 )
 _NEW_HOOKS = "forward hooks were registered while these tokens were computed"
 _NOT_TEXT = (
@@ -47,12 +48,13 @@ class Conversation:
         transcript: The tokens whose K/V they hold.
         bypass_reason: Why K/V of these tokens can be neither taken from the store nor put there;
             the model then computes as with a plain cache.
-        beyond: The same, where more than tokens is held (as an image).
+        beyond: What else than tokens the K/V depend on (as an image), in words, or `""`.
         edited: Whether others have changed what is held.
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         known: Hashes of chunks that are in the store or on their way there.
-        surplus: Columns held after a forward beyond those given: some models are odd.
+        shorter: Chunks in the store that longer ones of the same text may replace.
+        surplus: Columns that the layers hold beyond the tokens given: some models cache more.
     """
 
     def __init__(self, context: CacheContext) -> None:
@@ -62,6 +64,7 @@ class Conversation:
         self.edited = False
         self.keys: KeySpace | None = None
         self.known: set[str] = set()
+        self.shorter: Shorter = {}
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
@@ -70,12 +73,12 @@ class Conversation:
         self._hooks_registered = 0
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
-        self._fed = 0  # columns given, of which nobody will take back the certain ones
-        self._certain = 0
-        self._ends_at: tuple[Tensor | None, int] = (None, 0)  # positions, and columns with them
-        self._sample: Sample | None = None
-        # Since the last chunk that was complete.
-        self._complete: list[int] = []
+        self._fed = 0  # columns given so far
+        self._certain = 0  # those of them that assisted generation will not take back
+        self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
+        self._sample: Sample | None = None  # of the K/V, to notice edits by others
+        # Decoding steps only note their checks on the device; `may_store` reads them.
+        self._complete: list[int] = []  # chunks per row, when it looked last
         self._checks: list[Tensor | bool] = []
 
     @property
@@ -134,8 +137,7 @@ class Conversation:
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
-        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
-        if any(layer.check_edited() for layer in growing) or (
+        if are_edited(self.layers) or (
             thoroughly and self._sample is not None and self._sample.differs(self.layers)
         ):
             self.edited = True
@@ -187,7 +189,10 @@ class Conversation:
         return False
 
     def kept_columns(self, module: nn.Module, call: ForwardCall) -> tuple[int, bool]:
-        """Columns of a whole prompt that are held, and whether its ids do not name them.
+        """How many of the columns held a whole prompt begins with, so that they can be kept.
+
+        Also whether they are kept as a `DynamicCache` would, though ids alone do not name them
+        (images, embeddings).
 
         Raises:
             UnsupportedCallError: It cannot be told, or the positions are for something else.
@@ -200,7 +205,7 @@ class Conversation:
         return self._common_columns(call), False
 
     def _plain_columns(self, module: nn.Module, call: ForwardCall, held: int) -> int:
-        """Columns to keep as a `DynamicCache` would, as `resume.py` has it."""
+        """Columns to keep as a `DynamicCache` would; see `resume.py`."""
         if self.transcript.columns != held and not self.surplus:
             raise UnsupportedCallError(
                 "this cache holds K/V of tokens that no forward of the model has brought, so it "
@@ -250,7 +255,7 @@ class Conversation:
     def begin_prompt(
         self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
     ) -> None:
-        """Look at a prompt, and set `bypass_reason` where it must be computed as usual.
+        """Look at a prompt, and set `bypass_reason` where it must be computed in full.
 
         Args:
             module: The model that was called.
@@ -317,7 +322,7 @@ class Conversation:
         return ours or DynamicCache(config=config).layers
 
     def record(self, call: ForwardCall, past: int, held: int, total: int) -> None:
-        """Take down the tokens of a forward that is not known by them alone."""
+        """Take down the tokens of a forward that bypasses the store."""
         if not held:
             self.transcript.start(call.pads())
         if len(self.transcript.pads) != call.shape[0]:
@@ -347,7 +352,7 @@ class Conversation:
         return NOTHING_TRIMMED
 
     def end_step(self, report: Report) -> None:
-        """It has come back: hand over the chunks that it has completed, if any."""
+        """A decoding step has come back: store the chunks that it has completed, if any."""
         self.check_edited()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
@@ -357,7 +362,7 @@ class Conversation:
     # ------------------------------------------------------------------ a forward has come back
 
     def end_forward(self, total: int) -> None:
-        """The layers have grown to so many columns, or should have."""
+        """Any forward has come back: the layers should hold `total` columns now."""
         self._fed = total
         self.surplus = self.length - total
         close_layers(self.layers)
@@ -367,17 +372,16 @@ class Conversation:
         self._sample = None if self.bypass_reason else Sample(self.layers)
 
     def note_written(self) -> None:
-        """What is in the layers now is ours."""
-        for layer in self.layers:
-            if isinstance(layer, GrowingLayer) and not self.edited:
-                layer.note_written()
+        """What is in the layers now is ours, and no edit by others."""
+        if not self.edited:
+            note_all_written(self.layers)
 
     def store(
         self,
         certain: int,
         report: Report,
         tail: bool = False,
-        by_text: ByText | None = None,
+        found: Found = NOTHING_FOUND,
         more: Callable[[], list[Entry]] = list,
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
@@ -386,7 +390,7 @@ class Conversation:
             certain: Columns that nobody will take back.
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
-            by_text: What else `reuse="anywhere"` has to store.
+            found: What the prompt has found that bears on it.
             more: Gives entries that stand behind these.
 
         Raises:
@@ -394,14 +398,16 @@ class Conversation:
         """
         assert self.keys is not None
         with self.context.store_calls(report):
-            entries = harvest(
-                self.context, self.keys, self.layers, self.transcript, self.known,
-                certain, tail, by_text,
+            entries, replaced = harvest(
+                self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
+                certain, tail, found,
             )  # fmt: skip
             entries += more()
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
+                if replaced and taken == size:
+                    self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)
             report.bytes_written += taken
@@ -413,7 +419,7 @@ class Conversation:
         `prompt`: these are columns of a prompt. `tail`: its last, shorter chunk counts.
         """
         if self.length != total:
-            self.bypass_reason = "the model cached another number of tokens than it was given"
+            self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
         lengths = self.transcript.exact_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
@@ -431,7 +437,7 @@ class Conversation:
             self.bypass_reason = _NEW_HOOKS
         elif numerics(self.context.model) != self._numerics:
             self.bypass_reason = (
-                "autocast, attention or matrix precision changed in the course of it"
+                "autocast, attention or matrix precision changed within this sequence"
             )
         else:
             self._checks.clear()
@@ -440,7 +446,7 @@ class Conversation:
 
     @property
     def _followed(self) -> bool:
-        """Whether all forwards since the last prompt were those of text."""
+        """Whether mask, positions and types of all steps since the last look were those of text."""
         return all(bool(check) for check in self._checks)
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:

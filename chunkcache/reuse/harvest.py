@@ -1,4 +1,4 @@
-"""From the layers into the store: chunks that are complete and not there yet."""
+"""From the layers to store entries: the chunks that are complete and not in the store yet."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from chunkcache.kv.coding import Form
+from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.continuations import continuation_entry
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry, merged
-from chunkcache.tokens.chunking import Chunk, Tokens, as_text, cut
+from chunkcache.tokens.chunking import Chunk, Grid, Tokens, as_text, cut
 from chunkcache.tokens.transcript import Transcript
 
 EXACT, APPROXIMATE = "exact", "approximate"
 
 
+Shorter = dict[tuple[str, int], dict[str, int]]
+"""By the hash of the chunk before them and where they begin: hashes of chunks that longer ones may
+replace, and where they end."""
+
+
 @dataclass(frozen=True, slots=True)
-class ByText:
-    """What `reuse="anywhere"` stores besides.
+class Found:
+    """What a prompt has found in the store that bears on what it stores.
 
     Attributes:
-        chunks: Of each row, chunks that are known by their text alone.
-        stale: Index entries to put right: by key, what shall replace them.
+        by_text: Of each row, chunks computed behind moved text, which only the anchors find.
+        stale: Index entries to correct: by key, what shall replace them.
     """
 
-    chunks: Sequence[Sequence[Chunk]]
+    by_text: Sequence[Sequence[Chunk]] = ()
     stale: Mapping[str, Entry] = field(default_factory=dict)
+
+
+NOTHING_FOUND = Found()
 
 
 def created_now() -> str:
@@ -42,13 +51,14 @@ def harvest(
     layers: Sequence[Any],
     transcript: Transcript,
     known: set[str],
+    shorter: Shorter,
     certain: int,
     tail: bool = False,
-    by_text: ByText | None = None,
-) -> list[Entry]:
-    """Entries for all chunks that are not known yet; they become known.
+    found: Found = NOTHING_FOUND,
+) -> tuple[list[Entry], list[str]]:
+    """Entries for all chunks that are not known yet, and keys of those that they replace.
 
-    Index entries stand behind the chunks that they name.
+    The former become known. Index entries stand behind the chunks that they name.
 
     Args:
         context: Store and settings.
@@ -56,42 +66,68 @@ def harvest(
         layers: The layers that hold the K/V.
         transcript: The tokens they are of.
         known: Hashes of chunks that the store has.
+        shorter: What longer chunks may replace; the last chunk of each row is added.
         certain: Columns that nobody will take back.
         tail: Whether a row's last, shorter chunk is kept.
-        by_text: What else there is to store.
+        found: What the prompt has found that bears on it.
     """
     chunks: list[Entry] = []
     index: list[Entry] = []
+    replaced: list[str] = []
     ids, lengths = transcript.ids(), transcript.exact_lengths(certain)
     for row, (pad, length) in enumerate(zip(transcript.pads, lengths, strict=True)):
         tokens = ids[row, pad:].numpy()
-        exact = transcript.exact_until[row] is None
+        exact = transcript.inexact_from[row] is None
         last = tail and exact and context.settings.store_tail
-        found = [(c, EXACT) for c in cut(tokens[:length], context.grid, keys.salt, last)]
-        if by_text and not exact:
-            found += [(chunk, APPROXIMATE) for chunk in by_text.chunks[row]]
-        before = [keys.key(chunk.hash) for chunk, _ in found]
+        row_chunks = [(c, EXACT) for c in cut(tokens[:length], context.grid, keys.salt, last)]
+        if found.by_text and not exact:
+            row_chunks += [(chunk, APPROXIMATE) for chunk in found.by_text[row]]
+        before = [keys.key(chunk.hash) for chunk, _ in row_chunks]
         parent: Chunk | None = None
-        for number, (chunk, how) in enumerate(found):
-            behind = parent.hash if parent and parent.stop == chunk.start else ""
-            parent = chunk
+        for number, (chunk, how) in enumerate(row_chunks):
+            previous, parent = parent, chunk
             if chunk.hash in known:
                 continue
+            behind = previous.hash if previous and previous.stop == chunk.start else ""
             known.add(chunk.hash)
             form = keys.form(tokens[chunk.start : chunk.stop].tolist(), chunk.start, chunk.hash)
             blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop)
             metadata = _metadata(context, keys, form, tokens, chunk, blob, how, behind)
             pin = context.settings.pin
             chunks.append(Entry(form.key, metadata, blob, pinned=pin, before=before[:number]))
+            created = metadata["created"]
+            if how == EXACT:
+                place = previous.hash if previous else "", chunk.start
+                entry = continuation_entry(keys, chunk, place[0], tokens, created, pin)
+                index += [entry] if entry else []
+                replaced += _replaced(shorter, place, chunk, tokens, context.grid, keys.salt)
             if context.indexer:
-                index += context.indexer(keys, chunk, tokens, metadata["created"], pin)
-    return chunks + _joined(index, by_text.stale if by_text else {})
+                index += context.indexer(keys, chunk, tokens, created, pin)
+    known.difference_update(replaced)
+    return chunks + _joined(index, found.stale), [keys.key(name) for name in replaced]
+
+
+def _replaced(
+    shorter: Shorter, place: tuple[str, int], chunk: Chunk, row: Tokens, grid: Grid, salt: bytes
+) -> list[str]:
+    """Hashes of shorter chunks that have the first tokens of this one; it takes their place."""
+    there = shorter.get(place, {})
+    gone = [
+        name
+        for name, stop in there.items()
+        if stop < chunk.stop and cut(row[:stop], grid, salt, tail=True)[-1].hash == name
+    ]
+    rest = {name: stop for name, stop in there.items() if name not in gone}
+    if chunk.stop - chunk.start < grid.size:
+        rest[chunk.hash] = chunk.stop
+    shorter[place] = rest
+    return gone
 
 
 def _metadata(
     context: CacheContext,
     keys: KeySpace,
-    form: Form,
+    form: BlobFormat,
     tokens: Tokens,
     chunk: Chunk,
     blob: memoryview,
@@ -120,7 +156,7 @@ def _metadata(
     }
 
 
-def blob_of(form: Form, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
+def blob_of(form: BlobFormat, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
     """The blob of one row's columns `start` to `stop`, in memory of its own."""
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
     if runs is None:

@@ -64,12 +64,12 @@ class ForwardCall:
         mask: `[batch, past + new]` attention mask, or `None` when nothing is masked.
         positions: `[..., batch, new]` positions, or `None` for the model's default.
         keep: How many tokens at the end have outputs that the caller wants; 0 means all.
-        whole: Why outputs of all tokens are wanted, or `""`.
+        whole: Why outputs of all tokens are wanted, so that none may be trimmed, or `""`.
         scores: Whether logits of several tokens are wanted, and nothing else of them.
         logits_to_keep: As the caller gave it.
         labels: As the caller gave them.
         bypass_reason: Why the K/V of this call cannot be named by its tokens, or `""`.
-        drafts: How many tokens at the end may be taken back.
+        drafts: How many tokens at the end may be taken back, as in assisted generation.
         beyond: What the K/V depend on besides the tokens (as an image), in words, or `""`.
         embedded: Rows and columns of embeddings that came in place of ids, or `None`.
         types: `[batch, new]` token type ids, by the name of the argument.
@@ -125,14 +125,14 @@ class ForwardCall:
         return sound if isinstance(sound, bool) else sound.all()
 
     def text_columns(self, past: int, pads: list[int]) -> int:
-        """Columns from the first on, past ones included, of which that can be said."""
+        """How many columns from the first on, past ones included, satisfy `follows`."""
         sound = self._sound(past, pads)
         if isinstance(sound, bool):
             return past + self.new if sound else 0
         return int(sound.long().cumprod(dim=0).sum())
 
     def _sound(self, past: int, pads: list[int]) -> Tensor | bool:
-        """`[past + new]` of each column, or of all, whether it is as in rows of text."""
+        """As `follows`, for each column (`[past + new]`), or one answer for all of them."""
         assert self.ids is not None
         batch, total = len(pads), past + self.new
         if self.mask is None and self.positions is None:
@@ -163,11 +163,12 @@ class ForwardCall:
 
 @dataclass(frozen=True, slots=True)
 class TrimSpec:
-    """What is left to compute of the ids given.
+    """What is left to compute of the ids given: all behind a prefix, or scattered columns.
 
     Attributes:
-        skip: Leave out this many columns of ids on the left.
-        columns: Or compute these columns of the ids only, `[queries]`, with what follows.
+        skip: Prefix reuse: leave out this many columns of ids on the left.
+        columns: Reuse anywhere: compute only these columns of the ids, `[queries]`, with the
+            positions and mask below.
         positions: Position of each of them in each row, `[batch, queries]`.
         mask: What to pass as attention mask.
         head: What sees, and completes, the input of the output embeddings; then the model is to

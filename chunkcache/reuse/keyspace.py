@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec, Form
+from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import OUTPUTS
 
@@ -26,10 +26,14 @@ class KeySpace:
     layout: KVLayout
     salt: bytes = field(repr=False)
     codec: Codec
+    _prefix: str = field(init=False, repr=False)  # of the keys of chunks
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_prefix", str(self.identity.key("", self.codec.format)))
 
     def key(self, chunk_hash: str, format: str = "") -> str:
         """The store's key of a chunk, or of an entry of another format under a hash."""
-        return str(self.identity.key(chunk_hash, format or self.codec.format))
+        return str(self.identity.key(chunk_hash, format)) if format else self._prefix + chunk_hash
 
     @property
     def lossy(self) -> str:
@@ -38,11 +42,12 @@ class KeySpace:
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str
-    ) -> Form:
+    ) -> BlobFormat:
         """The form of the outputs of such a chunk, for the layout of the model's outputs."""
         key = self.key(chunk_hash) + OUTPUTS
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
 
-    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> Form:
-        """The form of the blob of the chunk with these token ids, whose first stands at `start`."""
-        return self.codec.form(self.layout, tokens, start, chunk_hash, self.key(chunk_hash))
+    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
+        """The form of the blob of the chunk with these token ids, the first at position `start`."""
+        key = self._prefix + chunk_hash
+        return self.codec.form(self.layout, tokens, start, chunk_hash, key)

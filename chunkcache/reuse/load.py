@@ -1,7 +1,7 @@
-"""ChunkLoader: planned chunks from the store into the layers of one prompt, row by row or together.
+"""ChunkLoader: planned chunks from the store into the layers of one prompt.
 
-A blob that is missing or fails its check ends its rows there: the plans are revised, and what was
-copied behind it is room that will be written over.
+A blob that is missing or fails its check ends the reuse of its rows there: the plans are revised,
+and what was copied behind it will be written over.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from chunkcache.kv.coding import Form
-from chunkcache.kv.layers import GrowingLayer, peek_all
+from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.layers import all_runs, growing, peek_all
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
-# The share of a prompt that may be left to compute when the model runs ahead.
+# The share of a prompt that may be left to compute when the model begins before all K/V are there:
+# should a blob be damaged, it is computed twice.
 MOST_LEFT = 1 / 3
 
 
@@ -29,10 +30,10 @@ class ChunkLoader:
         reader: Reads and checks the blobs.
         layers: Cache layers with room for the whole prompt.
         pads: Columns of left padding of each row.
-        together: A row is not read further than the one that is known least far.
+        together: No row is read further than the row known least far.
 
     Attributes:
-        at_hand: Row and column of whole chunks that are in the layers now, by hash.
+        at_hand: Row and column of whole chunks in the layers, by hash: moved text uses them too.
         failed: Whether a row is known less far than was planned.
     """
 
@@ -42,7 +43,7 @@ class ChunkLoader:
         self.at_hand: dict[str, tuple[int, int]] = {}
         self.failed = False
         self._reader, self._layers = reader, layers
-        self._growing = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+        self._growing = growing(layers)
         self._pads, self._together = pads, together
 
     def load(
@@ -50,7 +51,7 @@ class ChunkLoader:
         plans: list[RowPlan],
         stops: list[int],
         sizes: Mapping[str, int],
-        forms: Mapping[str, Form],
+        forms: Mapping[str, BlobFormat],
         ahead_of: int = 0,
     ) -> BackgroundLoad | None:
         """Read until all is there, or until something fails.
@@ -89,7 +90,7 @@ class ChunkLoader:
         return None
 
     def covered(self, rows: Iterable[int]) -> int:
-        """Columns whose K/V are in these rows' room: more than `stops` where a chunk has more."""
+        """Columns filled in all of these rows: more than `stops` where the last chunk has more."""
         return min(
             self._pads[row]
             + max((c.stop for c in plan.reads(self._stops[row] - self._pads[row])), default=0)
@@ -100,25 +101,23 @@ class ChunkLoader:
     def _first_column(self, chunk: Chunk, users: dict[str, list[int]]) -> int:
         return min(self._pads[row] for row in users[chunk.hash]) + chunk.start
 
-    def _open(self, chunk: Chunk, rows: list[int], form: Form, nbytes: int) -> _Read:
-        """A chunk that is read straight to where it belongs in its first row, if that may be."""
-        row, tokens = rows[0], chunk.stop - chunk.start
+    def _open(self, chunk: Chunk, rows: list[int], form: BlobFormat, nbytes: int) -> _Read:
+        """A chunk to read, straight into its place in its first row where that is possible."""
+        row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []
         if (
             form.is_direct
+            and self._pads[row] + chunk.start + tokens <= self._growing[0].capacity
             # What is held already must not be overwritten by bytes that are not checked yet.
             and chunk.start >= self._plans[row].held
             and self._growing[0].device.type == "cpu"
         ):
             column = self._pads[row] + chunk.start
-            runs = [layer.runs(row, column, tokens) for layer in self._growing]
+            runs = all_runs(self._growing, row, column, tokens)
         return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs))
 
     def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:
-        """Whether nobody but the layers waits for these chunks, and it is worth a thread.
-
-        And the risk: should something be wrong, what is left to compute is computed twice.
-        """
+        """Whether a thread may read these chunks while the model computes, and it is worth it."""
         alone = all(read.pending.is_direct and len(read.rows) == 1 for read in reads)
         return (
             alone

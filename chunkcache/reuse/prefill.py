@@ -18,20 +18,27 @@ from torch import nn
 
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.gain import NO_GAIN
-from chunkcache.kv.coding import Form
-from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.layers import allocate_all, hold_all, reserve_all
 from chunkcache.model.foreign import has_outer_hooks
 from chunkcache.model.scatter import close_layers
 from chunkcache.report import Report, RowReport
 from chunkcache.reuse.background import BackgroundLoad
 from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
+from chunkcache.reuse.continuations import (
+    WINDOW,
+    Branch,
+    Continuation,
+    find_continuations,
+)
 from chunkcache.reuse.conversation import Conversation
-from chunkcache.reuse.harvest import ByText
+from chunkcache.reuse.harvest import Found
 from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
 from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.witness import Witness, rounding
+from chunkcache.stores.base import Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import (
     COMPUTING,
@@ -67,9 +74,10 @@ class Prefill:
         lookup_failed: Whether the store could not say what it has.
         plans: What is to be read of each row; revised where a read fails.
         stops: Up to which column each row is known.
-        sizes: Bytes of the blobs that the store has, by the hash of their chunk.
-        forms: Forms of those that may be read, likewise.
-        spans: What happens to each row's tokens.
+        sizes: Bytes of the blobs that the store has, by chunk hash; 0: gone or damaged.
+        forms: Forms (key, header and encoding) of the blobs that may be read, by chunk hash.
+        spans: What happens to each row's tokens, for the report.
+        stale: Index entries to correct: by key, what shall replace them.
     """
 
     def __init__(
@@ -91,8 +99,10 @@ class Prefill:
         self.plans: list[RowPlan] = []
         self.stops: list[int] = []
         self.sizes: dict[str, int] = {}
-        self.forms: dict[str, Form] = {}
+        self.forms: dict[str, BlobFormat] = {}
         self.spans: list[list[Span]] = []
+        self.stale: dict[str, Entry] = {}
+        self._continuations: dict[str, Continuation] = {}
         self._as_plain = as_plain
         # Whether the model may begin before all K/V are here: all ids were given, so that it can
         # be done again.
@@ -168,6 +178,8 @@ class Prefill:
         self._stop_at_wrong_sizes()
         if self._outputs:
             report.skipped = self._outputs.settle(self.plans) or report.skipped
+        elif self.sizes or (not self.lookup_failed and self.context.settings.reuse != "off"):
+            self._follow_branches(dry)
         if self._reads_together and not self._pays(dry):
             self.plans = [plan.cut_at(plan.held, NO_GAIN) for plan in self.plans]
         self.stops = [
@@ -198,7 +210,7 @@ class Prefill:
 
     @property
     def _reads_together(self) -> bool:
-        """Whether no row is read further than the one that is known least far."""
+        """Whether no row is read further than the row known least far, as in prefix reuse."""
         return True
 
     def _tokens(self, row: int) -> Tokens:
@@ -241,12 +253,64 @@ class Prefill:
                     start = max(chunk.start, plan.held)
                     self.plans[row] = self.plans[row].cut_at(start, WRONG_SIZE)
 
-    def note_form(self, chunk_hash: str, form: Form) -> None:
+    def _follow_branches(self, dry: bool) -> None:
+        """Go on with stored chunks that begin like a row where its own chunks end."""
+        branches = [self._branch(row, plan) for row, plan in enumerate(self.plans)]
+        if all(branch.stop - branch.start < WINDOW for branch in branches):
+            return
+        try:
+            found, self.stale = find_continuations(self.context.store, self.keys, branches)
+            self._look_up_continuations(found, dry)
+        except StoreError as error:
+            self._handle(error)
+            return
+        for row, (branch, continuations) in enumerate(zip(branches, found, strict=True)):
+            for each in continuations:
+                stop = each.chunk.start + len(each.tokens)
+                if stop == each.chunk.stop and not each.pinned:  # all of it is in the row
+                    place = branch.parent, branch.start
+                    self.conversation.shorter.setdefault(place, {})[each.chunk.hash] = stop
+            plan = self.plans[row]
+            best = next((c for c in continuations if self.sizes.get(c.chunk.hash)), None)
+            if best and best.chunk.stop > plan.reach:
+                self.plans[row] = plan.extended(best.chunk)
+                self._continuations[best.chunk.hash] = best
+                if best.chunk.stop == plan.tokens:  # nothing of the row is missing in the store
+                    self.conversation.known |= {c.hash for c in plan.chunks if c.stop > plan.reach}
+
+    def _branch(self, row: int, plan: RowPlan) -> Branch:
+        """Where a row's own chunks end."""
+        tokens, stop = self._tokens(row), self.limit - self.pads[row]
+        number = next((n for n, c in enumerate(plan.chunks) if c.stop > plan.reach), None)
+        if number is None:
+            return Branch("", stop, tokens, stop)
+        parent = plan.chunks[number - 1].hash if number else ""
+        start = plan.chunks[number].start
+        return Branch(parent, start, tokens, stop if stop > plan.reach else start)
+
+    def _look_up_continuations(self, found: Sequence[Sequence[Continuation]], every: bool) -> None:
+        """Take down the forms of what may be read, and ask for sizes that these do not tell."""
+        unknown = []
+        for each in (c for row in found for c in row if c.chunk.hash not in self.sizes):
+            form = self.keys.form(each.tokens.tolist(), each.chunk.start, each.chunk.hash)
+            self.forms[each.chunk.hash] = form
+            self.sizes[each.chunk.hash] = form.nbytes or 0
+            unknown += [form] if every or not form.nbytes else []
+        if unknown:
+            sizes = self.context.store.sizes([form.key for form in unknown])
+            for form, size in zip(unknown, sizes, strict=True):
+                self.sizes[form.key.rpartition("@")[2]] = size if form.may_have(size) else 0
+
+    def note_form(self, chunk_hash: str, form: BlobFormat) -> None:
         """Take down the form of a blob that the store has, and whether its length is right."""
         self.forms[chunk_hash], size = form, self.sizes[chunk_hash]
         if size and not form.may_have(size):
             self.sizes[chunk_hash] = 0
             self._reader.reject(PendingChunk(chunk_hash, form, size), BlobError(WRONG_SIZE))
+
+    def continuation(self, plan: RowPlan) -> Continuation | None:
+        """The stored chunk that goes on like a row, if there is one."""
+        return self._continuations.get(plan.branch.hash) if plan.branch else None
 
     @property
     def damaged(self) -> set[str]:
@@ -317,9 +381,7 @@ class Prefill:
             device, memory = self.call.ids.device, self.context.state.memory
             allocate_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
             return
-        for layer in layers:
-            if isinstance(layer, GrowingLayer):
-                layer.reserve(self.total)
+        reserve_all(layers, self.total)
 
     def _count_read(self) -> None:
         """Take down what was read since it was counted last."""
@@ -328,6 +390,8 @@ class Prefill:
         self.report.bytes_saved += reader.bytes_saved
         reader.bytes_read = reader.bytes_saved = 0
         self.conversation.known -= reader.bad  # so that they are written anew
+        for name in reader.bad & self._continuations.keys():
+            self.stale |= self._continuations.pop(name).without_it()
 
     # ------------------------------------------------------------------ what is left
 
@@ -355,24 +419,20 @@ class Prefill:
         return TrimSpec(begin - self.past, head=head)
 
     def _hold(self, columns: int) -> None:
-        for layer in self.conversation.layers:
-            if isinstance(layer, GrowingLayer):
-                for row, pad in enumerate(self.pads):
-                    layer.blank(row, self.held, min(pad, columns))
-                layer.hold(columns)
+        hold_all(self.conversation.layers, columns, self.pads, self.held)
 
     def _checked_rows(self, known: int) -> list[int]:
         """Rows that have tokens to check among the first `known` columns, if these are to be.
 
         What the caller holds and does not give again is as it is in any cache.
         """
-        ends = self.conversation.transcript.exact_until
+        ends = self.conversation.transcript.inexact_from
         if known == self.past or any(end is not None and end < known for end in ends):
             return []
         return [row for row, pad in enumerate(self.pads) if pad < known]
 
     def _watch(self, column: int, rows: list[int]) -> None:
-        """Have the first column that is computed compared with what is in the layers now."""
+        """Make the check token: the first column computed, whose K/V are in the layers already."""
         if rows:
             bound = rounding(self.context.model, self.keys.layout, self.keys.codec)
             self._witness = Witness(self.conversation.layers, column, rows, bound)
@@ -405,7 +465,7 @@ class Prefill:
                 row.spans += [span for span in new if span.start >= begin]
 
     def _bypass(self) -> TrimSpec:
-        """Leave the prompt to the model; what is held stays, where that may be."""
+        """Fall back to normal prefill; what is held is kept where it can be."""
         conversation = self.conversation
         if self.held > self.past and not (self._as_plain or conversation.edited):
             conversation.empty()  # the whole prompt is computed anew
@@ -497,8 +557,8 @@ class Prefill:
             return True
         conversation.bypass_reason = conversation.distrust = (
             "K/V from the store were not those that the model computes (off by "
-            f"{difference:.1e}, rounding explains {witness.bound:.0e}): it was changed in a "
-            "way that its identity does not show, or a changed one has stored them. Nothing is "
+            f"{difference:.1e}, rounding explains {witness.bound:.0e}): this model, or the one "
+            "that stored them, was changed in a way that the identity does not show. Nothing is "
             "stored until a prompt agrees with the store again; if none does, use another namespace"
         )
         close_layers(conversation.layers)
@@ -514,14 +574,14 @@ class Prefill:
                 if self._outputs
                 else list
             )
-            self.conversation.store(certain, self.report, tail, self._by_text(certain), more)
+            self.conversation.store(certain, self.report, tail, self._found(certain), more)
 
-    def _by_text(self, certain: int) -> ByText | None:
-        """What else is to be stored of the first `certain` columns."""
-        return None
+    def _found(self, certain: int) -> Found:
+        """What was found out of what is stored, and bears on what is to be stored."""
+        return Found(stale=self.stale)
 
     def stop(self) -> None:
-        """Give up, half-way: what is held is of no use any more."""
+        """Give up half-way, after an interrupt: what is held must not be used any more."""
         if self._background:
             self._background.stop()
         self._background = self._witness = None

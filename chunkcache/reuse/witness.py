@@ -1,10 +1,10 @@
-"""Witness: one token of a warm prompt is computed once more, and compared with what the store gave.
+"""Witness, the check token: one reused token of a prompt is computed again, and compared.
 
 A model's identity cannot show everything that shapes its K/V: a plain attribute, a patched
 function. But K/V of the upper layers depend on all that is below and before. So the forward that
 computes the rest of a prompt begins with a token whose K/V are known, and they are compared layer
 by layer. If they differ by more than rounding, the model or what is stored was changed: nothing of
-the store may be used (see `sequence.py`).
+the store may be used (`Prefill.finish`).
 
 What cannot be seen: a change that touches other tokens only (one row of the embedding). Their
 stored K/V are what the witness is computed from.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chunkcache.keys import BF16, INT8
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import growing
 
 # How far the K/V of one token at one layer may be from what is stored, relative to their size (the
 # norm over heads and channels), and be the same but for rounding. `benchmarks/witness.py` measures
@@ -65,7 +65,7 @@ class Witness:
         self, layers: Sequence[Any], column: int, rows: Sequence[int], bound: float
     ) -> None:
         self.bound = bound
-        self._layers = [layer for layer in layers if isinstance(layer, GrowingLayer)]
+        self._layers = growing(layers)
         self._column, self._rows = column, list(rows)
         for layer in self._layers:
             layer.keeps_first = True

@@ -21,7 +21,7 @@ OFF = "reuse is off"
 WANTED = "its output is wanted"
 HELD = "held"  # by this cache object, from a turn before
 GAPS = (
-    "tokens behind the first gap in the attention mask are computed as usual and not stored (where "
+    "tokens behind the first gap in the attention mask are computed and not stored (where "
     "that gap is padding on the right, set tokenizer.padding_side = 'left')"
 )
 TOO_SHORT = "in the store, but too few tokens in a row to be moved"
@@ -73,6 +73,9 @@ class RowPlan:
         reach: Tokens from the start that are known once the reads have succeeded.
         missing: Why the row is not known any further.
         rest: Why tokens behind the last chunk are computed, where that is another reason.
+        branch: A stored chunk that agrees with the row in its first tokens only (a continuation);
+            it brings the tokens behind `run`.
+        run: How far the row's own chunks are known, where there is a branch.
     """
 
     tokens: int
@@ -81,14 +84,28 @@ class RowPlan:
     reach: int
     missing: str
     rest: str = ""
+    branch: Chunk | None = None
+    run: int = 0
+
+    def extended(self, branch: Chunk) -> RowPlan:
+        """This plan when a stored chunk goes on like the row where its own chunks end."""
+        return replace(self, branch=branch, run=self.reach, reach=branch.stop)
+
+    def known(self) -> list[Chunk]:
+        """The chunks by which the row is known, in order."""
+        end = self.run if self.branch else self.reach
+        return [c for c in self.chunks if c.stop <= end] + ([self.branch] if self.branch else [])
 
     def reads(self, limit: int) -> list[Chunk]:
         """The chunks that bring tokens between what is held and `limit`."""
-        return [c for c in self.chunks if self.held < c.stop <= self.reach and c.start < limit]
+        return [chunk for chunk in self.known() if self.held < chunk.stop and chunk.start < limit]
 
     def cut_at(self, position: int, why: str) -> RowPlan:
         """This plan when nothing from `position` on can be read after all."""
-        return self if position >= self.reach else replace(self, reach=position, missing=why)
+        if position >= self.reach:
+            return self
+        branch = self.branch if position > self.run else None
+        return replace(self, reach=position, missing=why, branch=branch)
 
     def spans(self, used: int) -> list[Span]:
         """What happens to each token when the first `used` are not computed.
@@ -101,13 +118,12 @@ class RowPlan:
         if held:
             spans.append(Span(0, held, Kind.REUSED, origin=HELD))
         position = held
-        for chunk in self.chunks:
-            if chunk.stop <= position:
-                continue
-            if position < used:
+        for chunk in self.known():
+            if position < min(chunk.stop, used):
                 stop = min(chunk.stop, used)
                 spans.append(Span(position, stop, Kind.REUSED, chunk.hash, "store"))
                 position = stop
+        for chunk in self.chunks:
             if chunk.stop > position:
                 why = self.missing if chunk.stop > self.reach else WANTED
                 spans.append(Span(position, chunk.stop, Kind.COMPUTED, chunk.hash, reason=why))

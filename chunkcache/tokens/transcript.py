@@ -20,8 +20,8 @@ class Transcript:
 
     Attributes:
         pads: Columns of left padding of each row.
-        exact_until: Per row, the column from which on K/V are not those of a run without the cache;
-            `None` if all are.
+        inexact_from: Per row, the column from which on K/V are not those of a run without the
+            cache; `None` if all are.
         lossy_from: The column from which on K/V may have been rounded by a lossy codec, or were
             computed behind such; `None` if none were.
         text_until: The column from which on mask or positions are not those of text with padding on
@@ -31,7 +31,7 @@ class Transcript:
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
         self.pads: list[int] = []
-        self.exact_until: list[int | None] = []
+        self.inexact_from: list[int | None] = []
         self.lossy_from: int | None = None
         self.text_until: int | None = None
 
@@ -43,12 +43,12 @@ class Transcript:
     @property
     def is_exact(self) -> bool:
         """Whether all K/V are those of a run without the cache."""
-        return all(end is None for end in self.exact_until)
+        return all(end is None for end in self.inexact_from)
 
     def start(self, pads: list[int]) -> None:
         """Begin anew with rows that have so many columns of left padding."""
         self._pieces, self.pads = [], list(pads)
-        self.exact_until = [None] * len(pads)
+        self.inexact_from = [None] * len(pads)
         self.lossy_from = self.text_until = None
 
     def more_padding(self, pads: list[int]) -> None:
@@ -88,8 +88,8 @@ class Transcript:
             self.text_until = None
         if columns < self.columns:
             self._pieces = [self.ids()[:, :columns]]
-            self.exact_until = [
-                None if end is None or end >= columns else end for end in self.exact_until
+            self.inexact_from = [
+                None if end is None or end >= columns else end for end in self.inexact_from
             ]
 
     def exact_lengths(self, certain: int) -> list[int]:
@@ -100,7 +100,7 @@ class Transcript:
         last = certain if self.text_until is None else min(certain, self.text_until)
         return [
             max((last if end is None else min(end, last)) - pad, 0)
-            for pad, end in zip(self.pads, self.exact_until, strict=True)
+            for pad, end in zip(self.pads, self.inexact_from, strict=True)
         ]
 
     def take_rows(self, rows: Tensor) -> None:
@@ -111,7 +111,7 @@ class Transcript:
         self._pieces = [self.ids()[rows]]
         taken: list[int] = torch.arange(len(self.pads))[rows].tolist()
         self.pads = [self.pads[row] for row in taken]
-        self.exact_until = [self.exact_until[row] for row in taken]
+        self.inexact_from = [self.inexact_from[row] for row in taken]
 
     def common_columns(self, ids: Tensor, pads: list[int]) -> int:
         """Columns from the first on that are the same in `ids` `[batch, other]` in every row."""

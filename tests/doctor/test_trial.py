@@ -42,5 +42,5 @@ def test_a_model_that_cannot_be_moved():
 def test_models_that_are_computed_as_usual(kind):
     with MemoryStore() as store:
         found = examine_model("a model", tiny(kind), store, quiet)
-    assert "! is computed as usual: " in str(found)
+    assert "! falls back to normal prefill: " in str(found)
     assert not Health((), found).good

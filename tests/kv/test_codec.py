@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from chunkcache.errors import BlobError
-from chunkcache.kv.codec import BlobForm, BufferPool, KVLayout, LayerKV, LayerShape, encode
+from chunkcache.kv.codec import BufferPool, KVLayout, LayerKV, LayerShape, TensorFile, encode
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 HASH = "ab" * 32
@@ -34,7 +34,7 @@ def random_kv(layout: KVLayout, tokens: int, seed: int = 0) -> list[LayerKV | No
     ]
 
 
-def check(form: BlobForm, blob: bytes | memoryview) -> None:
+def check(form: TensorFile, blob: bytes | memoryview) -> None:
     """Check a blob as a reader does: its header, then its data in pieces of any size."""
     view = memoryview(bytes(blob))
     cut = len(form.header)
@@ -53,7 +53,7 @@ token_ids = st.lists(st.integers(0, 2**40), min_size=1, max_size=20)
 
 @given(layouts, token_ids, st.integers(0, 10**6))
 def test_round_trip(layout: KVLayout, tokens: list[int], start: int) -> None:
-    form = BlobForm.of(layout, tokens, start, HASH)
+    form = TensorFile.of(layout, tokens, start, HASH)
     layers = random_kv(layout, len(tokens))
     blob = encode(form, layers)
     assert blob.nbytes == form.size
@@ -71,7 +71,7 @@ def test_safetensors_reads_a_blob(dtype: torch.dtype, tmp_path: Path) -> None:
     layout = replace(LAYOUT, dtype=dtype)
     layers = random_kv(layout, len(TOKENS))
     path = tmp_path / "chunk.safetensors"
-    path.write_bytes(encode(BlobForm.of(layout, TOKENS, 40, HASH), layers))
+    path.write_bytes(encode(TensorFile.of(layout, TOKENS, 40, HASH), layers))
     with safe_open(path, "pt") as file:
         names = {f"layers.{i}.{part}" for i in (0, 2) for part in ("keys", "values")}
         assert set(file.keys()) == names
@@ -92,7 +92,7 @@ def test_safetensors_reads_a_blob(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_views_of_other_memory_and_tensors_with_gaps_are_encoded_right() -> None:
-    form = BlobForm.of(LAYOUT, TOKENS, 0, HASH)
+    form = TensorFile.of(LAYOUT, TOKENS, 0, HASH)
     layers = random_kv(LAYOUT, 3)
     gaps = [
         kv and tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in kv) for kv in layers
@@ -101,7 +101,7 @@ def test_views_of_other_memory_and_tensors_with_gaps_are_encoded_right() -> None
 
 
 def test_tensors_that_require_grad_are_encoded() -> None:
-    form = BlobForm.of(LAYOUT, TOKENS, 0, HASH)
+    form = TensorFile.of(LAYOUT, TOKENS, 0, HASH)
     layers = random_kv(LAYOUT, 3)
     plain = encode(form, layers)
     for kv in layers:
@@ -111,14 +111,14 @@ def test_tensors_that_require_grad_are_encoded() -> None:
 
 
 def test_a_missing_layer_is_not_filled_in() -> None:
-    form = BlobForm.of(LAYOUT, TOKENS, 0, HASH)
+    form = TensorFile.of(LAYOUT, TOKENS, 0, HASH)
     with pytest.raises(ValueError, match="shorter"):
         encode(form, random_kv(LAYOUT, 3)[:2])
 
 
 # ------------------------------------------------------------------------ damage
 
-FORM = BlobForm.of(LAYOUT, TOKENS, 40, HASH)
+FORM = TensorFile.of(LAYOUT, TOKENS, 40, HASH)
 BLOB = bytes(encode(FORM, random_kv(LAYOUT, 3)))
 
 
@@ -148,18 +148,18 @@ def test_truncated_or_extended(length: int, more: bytes) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        BlobForm.of(LAYOUT, TOKENS, 41, HASH),
-        BlobForm.of(LAYOUT, [7, 100_001, 0], 40, HASH),
-        BlobForm.of(LAYOUT, [7, 0, 100_000], 40, HASH),
-        BlobForm.of(LAYOUT, TOKENS, 40, "cd" * 32),
-        BlobForm.of(replace(LAYOUT, layers=LAYOUT.layers[::-1]), TOKENS, 40, HASH),
-        BlobForm.of(
+        TensorFile.of(LAYOUT, TOKENS, 41, HASH),
+        TensorFile.of(LAYOUT, [7, 100_001, 0], 40, HASH),
+        TensorFile.of(LAYOUT, [7, 0, 100_000], 40, HASH),
+        TensorFile.of(LAYOUT, TOKENS, 40, "cd" * 32),
+        TensorFile.of(replace(LAYOUT, layers=LAYOUT.layers[::-1]), TOKENS, 40, HASH),
+        TensorFile.of(
             replace(LAYOUT, layers=(LayerShape(1, 8, 1, 8), *LAYOUT.layers[1:])), TOKENS, 40, HASH
         ),
     ],
     ids=["position", "token", "token order", "chunk", "layers", "heads"],
 )
-def test_the_blob_of_another_chunk_is_refused(other: BlobForm) -> None:
+def test_the_blob_of_another_chunk_is_refused(other: TensorFile) -> None:
     theirs = encode(other, random_kv(other.layout, 3))
     check(other, theirs)
     with pytest.raises(BlobError, match="not of this chunk"):
@@ -168,8 +168,8 @@ def test_the_blob_of_another_chunk_is_refused(other: BlobForm) -> None:
 
 def test_bits_of_another_data_type_are_refused() -> None:
     half = replace(LAYOUT, dtype=torch.float16)
-    form = BlobForm.of(half, TOKENS, 40, HASH)
-    brain = BlobForm.of(replace(LAYOUT, dtype=torch.bfloat16), TOKENS, 40, HASH)
+    form = TensorFile.of(half, TOKENS, 40, HASH)
+    brain = TensorFile.of(replace(LAYOUT, dtype=torch.bfloat16), TOKENS, 40, HASH)
     with pytest.raises(BlobError, match="not of this chunk"):
         check(brain, encode(form, random_kv(half, 3)))
 

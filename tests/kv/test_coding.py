@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.keys import BF16, CODECS, INT8, PLAIN, ZSTD
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerKV, encode
-from chunkcache.kv.coding import Codec, Form
+from chunkcache.kv.codec import KVLayout, LayerKV, TensorFile, encode
+from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.kv.seal import Seal
 from tests.kv.test_codec import DTYPES, HASH, TOKENS, layouts, random_kv, token_ids
 from tests.kv.test_quantise import LAYOUT, ROTATION
@@ -26,7 +26,7 @@ ALL = [Codec(name, seal, MOVERS[name]) for name in CODECS for seal in (None, SEA
 every_codec = pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.format)
 
 
-def form_of(codec: Codec, layout: KVLayout = LAYOUT, key: str = KEY) -> Form:
+def form_of(codec: Codec, layout: KVLayout = LAYOUT, key: str = KEY) -> BlobFormat:
     return codec.form(layout, TOKENS, 40, HASH, key)
 
 
@@ -68,13 +68,13 @@ def test_exact_or_not(codec: Codec) -> None:
 def test_the_plain_codec_adds_nothing() -> None:
     form = form_of(Codec())
     blob = form.encode(random_kv(LAYOUT, 3))
-    assert blob == encode(BlobForm.of(LAYOUT, TOKENS, 40, HASH), random_kv(LAYOUT, 3))
+    assert blob == encode(TensorFile.of(LAYOUT, TOKENS, 40, HASH), random_kv(LAYOUT, 3))
     assert form.is_direct
     back = form.decode(blob)
     blob[-1] ^= 1  # what is decoded is a view of it
     assert not torch.equal(back[2][1], random_kv(LAYOUT, 3)[2][1])  # type: ignore[index]
-    assert form.spared(blob.nbytes) == 0
-    assert form.spared(blob.nbytes - 5) == 5
+    assert form.saved(blob.nbytes) == 0
+    assert form.saved(blob.nbytes - 5) == 5
 
 
 def test_only_blobs_of_the_layers_very_bytes_are_read_in_place() -> None:

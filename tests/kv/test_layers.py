@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape, encode
+from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.layers import (
     SLACK_TOKENS,
     GrowingLayer,
@@ -412,7 +412,7 @@ def test_a_blob_fits_the_runs_of_a_row_byte_by_byte(dtype: torch.dtype) -> None:
         None,
         tuple(t.to(dtype) for t in kv(1, 2, 2, 4)),
     ]
-    form = BlobForm.of(layout, [1, 2, 3, 4], 0, "")
+    form = TensorFile.of(layout, [1, 2, 3, 4], 0, "")
     blob = encode(form, parts)  # type: ignore[arg-type]
     for layer in (layers[0], layers[2]):
         layer.hold(with_room(6))
@@ -450,7 +450,7 @@ def test_a_copy_of_the_runs_is_the_blob_of_the_slices(dtype: torch.dtype) -> Non
         layer.hold(6)
         layer.keys.normal_()
         layer.values.normal_()
-    form = BlobForm.of(layout, [1, 2, 3, 4], 0, "")
+    form = TensorFile.of(layout, [1, 2, 3, 4], 0, "")
     runs = row_runs(layers, 1, 2, 6)
     assert runs is not None
     assert form.copy(runs) == encode(form, row_slice(layers, 1, 2, 6))

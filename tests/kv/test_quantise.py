@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from chunkcache.kv.codec import BlobForm, KVLayout, LayerShape
+from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots, quantise
 from chunkcache.kv.rope import KeyRotation, LayerRule, Rotation
 from tests.kv.test_codec import DTYPES, HASH, layouts, random_kv
@@ -53,7 +53,7 @@ def test_extremes_of_every_type(dtype: torch.dtype) -> None:
     x = torch.tensor(row, dtype=torch.float64).to(dtype)
     layout = KVLayout(dtype, (LayerShape(1, 8, 1, 8),))
     kv = x.expand(1, 5, 8)
-    form = BlobForm.of(layout, range(5), 0, HASH, int8_slots)
+    form = TensorFile.of(layout, range(5), 0, HASH, int8_slots)
     ((keys, values),) = decode_int8(form, encode_int8(form, [(kv, kv)], 0, None), 0, None)  # type: ignore[misc]
     assert keys.dtype == values.dtype == dtype
     for part in (keys, values):
@@ -75,7 +75,7 @@ def test_a_number_that_is_none_stays_none() -> None:
 
 @given(layouts, st.integers(1, 9), st.integers(0, 10**5))
 def test_round_trip(layout: KVLayout, tokens: int, start: int) -> None:
-    form = BlobForm.of(layout, range(tokens), start, HASH, int8_slots)
+    form = TensorFile.of(layout, range(tokens), start, HASH, int8_slots)
     layers = random_kv(layout, tokens)
     blob = encode_int8(form, layers, start, None)
     assert blob.nbytes == form.size
@@ -94,7 +94,7 @@ def test_round_trip(layout: KVLayout, tokens: int, start: int) -> None:
 @pytest.mark.parametrize("start", [0, 7, 100_000])
 def test_keys_are_turned_to_position_0_and_back(start: int, dtype: torch.dtype) -> None:
     layout = KVLayout(dtype, LAYOUT.layers)
-    form = BlobForm.of(layout, range(20), start, HASH, int8_slots)
+    form = TensorFile.of(layout, range(20), start, HASH, int8_slots)
     at_zero = random_kv(layout, 20, seed=3)
     there = torch.arange(start, start + 20)
     layers = [
@@ -124,7 +124,7 @@ def test_large_channels_cost_less_at_position_0() -> None:
     keys[..., :8] *= 50
     there = torch.arange(128)
     kv = rotation.move((keys, values), 0, torch.zeros(128).long(), there)
-    form = BlobForm.of(layout, range(128), 0, HASH, int8_slots)
+    form = TensorFile.of(layout, range(128), 0, HASH, int8_slots)
 
     def error(turn: KeyRotation | None) -> float:
         (back,) = decode_int8(form, encode_int8(form, [kv], 0, turn), 0, turn)
@@ -139,7 +139,7 @@ def test_safetensors_reads_a_blob(tmp_path: Path) -> None:
     layers = random_kv(LAYOUT, 3)
     path = tmp_path / "chunk.safetensors"
     path.write_bytes(
-        encode_int8(BlobForm.of(LAYOUT, [1, 2, 3], 0, HASH, int8_slots), layers, 0, None)
+        encode_int8(TensorFile.of(LAYOUT, [1, 2, 3], 0, HASH, int8_slots), layers, 0, None)
     )
     with safe_open(path, "np") as file:
         for index in (0, 2):

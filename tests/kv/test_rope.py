@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.kv.codec import BlobForm
+from chunkcache.kv.codec import TensorFile
 from chunkcache.kv.layers import allocate_all, peek_all
 from chunkcache.kv.rope import KeyRotation, Rotation
 from chunkcache.model.moving import verify_rotation
@@ -83,7 +83,7 @@ def test_layers_in_one_memory_are_turned_at_once_and_nothing_else(kind, monkeypa
     model = tiny(kind)
     layout = run_self_test(model).layout
     rotation = verify_rotation(model, layout)
-    form = BlobForm.of(layout, [1, 2, 3, 4, 5], 0, "hash")
+    form = TensorFile.of(layout, [1, 2, 3, 4, 5], 0, "hash")
     blob = torch.randint(0, 60, (form.size,), dtype=torch.uint8).numpy().data
     sources = [(k[:, 1:4], v[:, 1:4]) for k, v in form.views(blob)]
     layers = growing_layers(model)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from chunkcache import RedisChunkCache
 from chunkcache.errors import StoreError
 from chunkcache.kv.rope import KeyRotation
-from chunkcache.model import identity, moving, proof
+from chunkcache.model import identity, moving, self_test
 from chunkcache.model import state as model_state
 from chunkcache.model.self_test import SelfTest, forward
-from chunkcache.model.state import MOVING_FORMAT, PROOF_FORMAT, ModelState
+from chunkcache.model.state import MOVING_FORMAT, SELF_TEST_FORMAT, ModelState
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -48,8 +48,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts how often a model is put to the test."""
-    counter = Counter(model_state.prove)
-    monkeypatch.setattr(model_state, "prove", counter)
+    counter = Counter(model_state.run_self_test)
+    monkeypatch.setattr(model_state, "run_self_test", counter)
     return counter
 
 
@@ -287,7 +287,7 @@ def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> 
         assert proof_of(model, store).bypass_reason
     assert proven.calls == 2
     found = ModelState.of(model).identity()
-    assert store.read_metadata([str(found.key(found.digest, PROOF_FORMAT))]) == [None]
+    assert store.read_metadata([str(found.key(found.digest, SELF_TEST_FORMAT))]) == [None]
 
 
 def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
@@ -298,7 +298,7 @@ def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> No
 
 
 def stored(
-    model: PreTrainedModel, fields: dict[str, str], format: str = PROOF_FORMAT
+    model: PreTrainedModel, fields: dict[str, str], format: str = SELF_TEST_FORMAT
 ) -> MemoryStore:
     """A store that holds this as the verdict on the model."""
     store = MemoryStore()
@@ -424,7 +424,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
             raise errors.pop()
         return forward(*args, **kwargs)
 
-    for module in (proof, moving):
+    for module in (self_test, moving):
         monkeypatch.setattr(module, "forward", failing)
     return errors
 
@@ -456,7 +456,7 @@ def test_a_test_that_goes_on_failing_is_tried_at_times_only(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(model_state.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(model_state, "prove", taking(1.0, now, proven))
+    monkeypatch.setattr(model_state, "run_self_test", taking(1.0, now, proven))
     model, store = tiny("llama"), MemoryStore()
     failures += [ValueError("never")] * 99
     for _ in range(8):

@@ -329,7 +329,7 @@ def test_the_next_turn_of_a_conversation_moves_too(flat, store):
     assert torch.equal(found, flat.generate(longer, **options))
     assert cache.report.reused == out.shape[1] - 1
     assert cache.report.moved > 200
-    assert cache._conversation.transcript.exact_until == [20]  # the first moved token of all
+    assert cache._conversation.transcript.inexact_from == [20]  # the first moved token of all
 
 
 def test_the_taint_of_moved_text_stays_until_it_is_dropped(model, store):
@@ -369,15 +369,15 @@ def test_the_taint_follows_the_rows(model, store):
     prompt = padded(joined(first_prompt()[:, :600], 31), joined(83, A, B))
     cache = anywhere(model, ReadOnly(store), repair="none")
     logits(model, prompt, cache)
-    tainted = cache._conversation.transcript.exact_until
+    tainted = cache._conversation.transcript.inexact_from
     assert tainted[0] is None
     assert tainted[1] is not None
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache._conversation.transcript.exact_until == tainted[::-1]
+    assert cache._conversation.transcript.inexact_from == tainted[::-1]
     cache.batch_repeat_interleave(2)
-    assert cache._conversation.transcript.exact_until == [tainted[1]] * 2 + [None] * 2
+    assert cache._conversation.transcript.inexact_from == [tainted[1]] * 2 + [None] * 2
     cache.batch_select_indices(torch.tensor([3, 0]))
-    assert cache._conversation.transcript.exact_until == [None, tainted[1]]
+    assert cache._conversation.transcript.inexact_from == [None, tainted[1]]
 
 
 def test_a_model_that_was_changed_since_is_computed_and_that_is_said(store):

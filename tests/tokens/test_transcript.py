@@ -143,18 +143,18 @@ def test_where_exactness_ends_is_forgotten_with_what_stood_behind() -> None:
     transcript.start([0, 0])
     transcript.append(row_of(1, 2, 3, 4, 5, 6).repeat(2, 1))
     assert transcript.is_exact
-    transcript.exact_until = [4, None]
+    transcript.inexact_from = [4, None]
     assert not transcript.is_exact
     transcript.crop(6)
     transcript.crop(5)
-    assert transcript.exact_until == [4, None]
+    assert transcript.inexact_from == [4, None]
     transcript.take_rows(torch.tensor([1, 0, 0]))
-    assert transcript.exact_until == [None, 4, 4]
+    assert transcript.inexact_from == [None, 4, 4]
     transcript.crop(4)
-    assert transcript.exact_until == [None] * 3
-    transcript.exact_until = [2, 2, None]
+    assert transcript.inexact_from == [None] * 3
+    transcript.inexact_from = [2, 2, None]
     transcript.start([0])
-    assert transcript.exact_until == [None]
+    assert transcript.inexact_from == [None]
 
 
 def test_rows_of_padding_alone_may_go_on_with_it() -> None:

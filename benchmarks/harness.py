@@ -3,10 +3,13 @@
     pip install lm_eval
     python -m benchmarks.harness              # 100 questions, about 5 minutes on 2 cores
     python -m benchmarks.harness --limit 10
+    python -m benchmarks.harness --choices    # log-likelihoods of four answers instead
 
 A generation task made of a fact book: 12 solved examples (about 900 tokens), then a question about
 another country. The harness passes no cache of its own and needs no change: `enabled()` covers the
-model's `generate` while it runs. Prints both scores, their times, and the tokens not computed.
+model's `generate` while it runs. With `--choices`, each question has four answers whose
+log-likelihoods are compared, by lm-eval's `HFLM` and by `ChunkCacheLM`. Prints both scores, their
+times, and the tokens not computed.
 """
 
 from __future__ import annotations
@@ -59,6 +62,24 @@ def row(document: Document) -> dict[str, str]:
     return {"text": text, "question": document.question, "answer": document.fact}
 
 
+def choices(folder: Path, configuration: dict[str, Any]) -> dict[str, Any]:
+    """The same task with four answers to choose from: its own, and those of the next questions."""
+    for part in ("train", "test"):
+        file = folder / f"{part}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for at, each in enumerate(rows):
+            others = [rows[(at + step) % len(rows)]["answer"] for step in range(4)]
+            each |= {"choices": [others[(at + step) % 4] for step in range(4)], "gold": -at % 4}
+        file.write_text("\n".join(map(json.dumps, rows)))
+    kept = {k: v for k, v in configuration.items() if k not in ("generation_kwargs", "metric_list")}
+    return kept | {
+        "output_type": "multiple_choice",
+        "doc_to_target": "gold",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
 def evaluate(lm: Any, configuration: dict[str, Any]) -> tuple[dict[str, Any], list[Any], float]:
     """Scores, answers, and seconds."""
     import lm_eval
@@ -71,11 +92,32 @@ def evaluate(lm: Any, configuration: dict[str, Any]) -> tuple[dict[str, Any], li
     return out["results"]["countries"], answers, elapsed
 
 
+def compare_choices(lm: Any, configuration: dict[str, Any], store: str) -> None:
+    """Time `HFLM` and `ChunkCacheLM`, and make sure that scores are the same."""
+    from chunkcache.harness import ChunkCacheLM
+
+    plain = evaluate(lm, configuration)
+    ours = ChunkCacheLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=1, store=store)
+    before = chunkcache.metrics.snapshot()["tokens"]
+    cached = evaluate(ours, configuration)
+    if plain[0] != cached[0]:
+        raise SystemExit(f"scores differ: {plain[0]} and {cached[0]}")
+    after = chunkcache.metrics.snapshot()["tokens"]
+    tokens = {kind: after[kind] - before[kind] for kind in after}
+    print(
+        f"{len(plain[1])} questions of 4 choices: accuracy {plain[0]['acc,none']:.3f} both; HFLM "
+        f"{plain[2]:.1f} s, ChunkCacheLM {cached[2]:.1f} s, {plain[2] / cached[2]:.1f} times "
+        f"faster; {tokens['reused'] / sum(tokens.values()):.0%} of {sum(tokens.values()):,} tokens "
+        "reused"
+    )
+
+
 def main() -> None:
     """Parse the command line, run the harness twice, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=100, help="questions")
     parser.add_argument("--store", default="memory://?bytes=2GB")
+    parser.add_argument("--choices", action="store_true", help="log-likelihoods of four answers")
     options = parser.parse_args()
     if util.find_spec("lm_eval") is None:
         raise SystemExit("pip install lm_eval")
@@ -85,6 +127,9 @@ def main() -> None:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
         configuration = task(Path(folder), tokenizer, options.limit)
+        if options.choices:
+            compare_choices(lm, choices(Path(folder), configuration), options.store)
+            return
         plain = evaluate(lm, configuration)
         with chunkcache.enabled(model, options.store) as context:
             cached = evaluate(lm, configuration)

@@ -33,7 +33,6 @@ _PADDING = (
     "labels count outputs of padding: set those of each row's padding, and of its first token, to "
     f"{NO_LABEL}"
 )
-_NOT_STORED = "outputs of these tokens are wanted, and were not stored yet: they are now"
 
 
 def outputs_of(
@@ -113,7 +112,9 @@ class Outputs:
         self.limit = max(self._wanted, min(self.limit, *reach))
         known = (pad + plan.reach for pad, plan in zip(self._transcript.pads, plans, strict=True))
         held = max(plan.held + pad for pad, plan in zip(self._transcript.pads, plans, strict=True))
-        return _NOT_STORED if self.limit <= held < min(known) else ""
+        if self._call.whole and self.limit <= held < min(known):
+            return f"{self._call.whole}; the store has their K/V, and no outputs"
+        return ""
 
     def _reach(self, pad: int, plan: RowPlan) -> int:
         for chunk in plan.chunks:

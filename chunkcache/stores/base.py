@@ -80,7 +80,7 @@ def described(entries: Iterable[Entry]) -> Iterator[Entry]:
     """
     for entry in entries:
         yield entry
-        if entry.key != chunk_of(entry.key):
+        if entry.metadata and entry.key != chunk_of(entry.key):
             yield Entry(chunk_of(entry.key), entry.metadata, memoryview(b""), merge=True)
 
 

@@ -163,7 +163,7 @@ def test_only_who_wants_them_pays(model: Any, store: ChunkStore) -> None:
     assert outputs_in(store) == []
     report = check(model, store)  # K/V alone are known
     assert (report.computed, report.reused) == (100, 0)
-    assert "not stored yet" in report.skipped
+    assert "no outputs" in report.skipped
     listed = [entry for page in store.scan("safetensors") for entry in page]
     assert sum(entry.outputs > 0 for entry in listed) == 7
     for entry in listed:

@@ -181,7 +181,10 @@ class _Cover:
         given = {**kwargs, CACHE: cache, "use_cache": True}
         last = context.outputs_from
         if last and _may_end_with(self.model, kwargs, last):
-            given["logits_to_keep"] = last
+            # By index: of a number, generate() may take tokens back again.
+            ids = kwargs["input_ids"]
+            last = min(last, ids.shape[1])
+            given["logits_to_keep"] = torch.arange(-last, 0, device=ids.device)
             if kwargs.get("labels") is not None:
                 given["labels"] = kwargs["labels"][:, -last:]
         else:
@@ -237,7 +240,8 @@ def _may_end_with(model: nn.Module, kwargs: Mapping[str, Any], last: int) -> boo
     counts = labels is not None and bool((labels[:, : 1 - last or None] != NO_LABEL).any())
     tuples = kwargs.get("return_dict") is False
     given = kwargs.get("logits_to_keep") is not None
-    return not (counts or tuples or given) and takes(model, "logits_to_keep")
+    named = kwargs.get("input_ids") is not None
+    return named and not (counts or tuples or given) and takes(model, "logits_to_keep")
 
 
 def _behind_nothing(logits: Tensor, tokens: int) -> Tensor:

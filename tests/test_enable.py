@@ -265,6 +265,27 @@ def test_rows_padded_on_the_right_without_a_mask(model, store):
     assert torch.allclose(swapped, want[[3, 0]], atol=1e-4)
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_rows_padded_on_the_left(model, store, counted):
+    """Without positions, the model counts padding too: then K/V are not those of the text alone."""
+    ids, mask = IDS[:, :100].repeat(2, 1), torch.ones(2, 100, dtype=torch.long)
+    mask[1, :20] = 0
+    more = {"attention_mask": mask}
+    if counted:
+        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    want = scored(model, ids, **more).logits[mask.bool()]
+    with enabled(model, store, forwards=True, chunk_size=16) as context:
+        for computed in (180, 8) if counted else (200, 200):
+            got = scored(model, ids, **more).logits[mask.bool()]
+            assert torch.allclose(got, want, atol=1e-4)
+            assert context.report.computed == computed
+            assert (context.report.skipped == "") == counted
+            context.flush()
+        plain = tiny("llama").generate(IDS, **HOW)
+        assert torch.equal(model.generate(IDS, **HOW), plain)
+        assert context.report.prompt_tokens == 300
+
+
 def test_forwards_that_are_not_for_it(model, store):
     with enabled(model, store, forwards=True, chunk_size=16) as context:
         assert model(IDS).logits.requires_grad
@@ -284,7 +305,7 @@ def test_outputs_from(model, store):
     want = scored(model, IDS).logits
     fresh = partial(scored, tiny("llama"), IDS)
     with enabled(model, store, forwards=True, outputs_from=20, chunk_size=16) as context:
-        for computed in (300, 28):
+        for computed in (300, 12):
             got = scored(model, IDS).logits
             assert got.shape == want.shape
             assert got[:, :280].isnan().all()
@@ -292,6 +313,8 @@ def test_outputs_from(model, store):
             assert context.report.computed == computed
             context.flush()
         assert not scored(model, IDS, labels=IDS).logits.isnan().any()
+        short = scored(model, IDS[:, :9]).logits
+        assert torch.allclose(short, want[:, :9], atol=1e-4)
         for first in (280, 281):  # the logits of 280 tell the label of 281
             labels = IDS.clone().index_fill(1, torch.arange(first), -100)
             got, plain = scored(model, IDS, labels=labels), fresh(labels=labels)

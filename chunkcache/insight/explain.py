@@ -102,7 +102,7 @@ def _explain(
     reads = {name for look in looks for name in look.reads(computed)}
     return Explanation(
         tuple(finding for look in looks for finding in look.findings(computed)),
-        sum(sizes[name] for name in reads),
+        sum(sizes[name] for name, _ in reads),
         skipped=prefill.report.skipped,
         lossy=prefill.keys.lossy,
         seams=tuple(seam for look in looks for seam in look.seams(rows[look.row], decode)),

@@ -92,13 +92,16 @@ class RowFate:
                 mask[chunk.start : chunk.stop] = False
         return mask
 
-    def reads(self, computed: Mask) -> set[str]:
-        """Hashes of the chunks that would be read when these columns are computed."""
+    def reads(self, computed: Mask) -> set[tuple[str, bool]]:
+        """Hashes of the chunks that would be read when these columns are computed.
+
+        And whether only as a continuation: where such a chunk is moved as well, it is read twice.
+        """
         here, stop = computed[self.pad :], self.known
         if not self._may_move:
             stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
-        moved = {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
-        return moved | {chunk.hash for chunk in self.plan.reads(stop)}
+        moved = {(p.chunk.hash, False) for p in self._moving() if not here[p.start : p.stop].all()}
+        return moved | {(c.hash, c is self.plan.branch) for c in self.plan.reads(stop)}
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""

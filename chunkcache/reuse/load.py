@@ -148,7 +148,9 @@ class ChunkLoader:
         chunk, rows, kv = read.chunk, read.rows, read.pending.kv
         if read.pending.is_direct:
             column = self._pads[rows[0]] + chunk.start
-            self.at_hand[chunk.hash] = rows[0], column
+            if chunk.stop - chunk.start == read.pending.form.file.tokens:
+                # What a continuation has more lies where other text will be put.
+                self.at_hand[chunk.hash] = rows[0], column
             kv = peek_all(self._layers, rows[0], column, chunk.stop - chunk.start)
             rows = rows[1:]
         for row in rows:

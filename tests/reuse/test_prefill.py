@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chunkcache import RedisChunkCache
@@ -251,6 +251,7 @@ def positions(row, *kinds):
         max_size=4,
     ),
 )
+@example(rows=[(0, [(0, 1)], 200)])  # text moved to where a continuation's other tokens lie
 @settings(max_examples=25, deadline=None)
 def test_any_batch(rows):
     """With one layer a move is exact, so whatever is found, the outputs are those of a full run."""

@@ -10,7 +10,7 @@ from typing import Any
 from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.continuations import continuation_entry
+from chunkcache.reuse.continuations import WINDOW, continuation_entry
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry, merged
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, as_text, cut
@@ -118,7 +118,8 @@ def _replaced(
         if stop < chunk.stop and cut(row[:stop], grid, salt, tail=True)[-1].hash == name
     ]
     rest = {name: stop for name, stop in there.items() if name not in gone}
-    if chunk.stop - chunk.start < grid.size:
+    # What is shorter than a window would not be found by the longer chunk.
+    if WINDOW <= chunk.stop - chunk.start < grid.size:
         rest[chunk.hash] = chunk.stop
     shorter[place] = rest
     return gone

@@ -50,7 +50,7 @@ def test_warm_and_explain(run, tmp_path):
     prompt.write_text(f"{text(150, 1)} {text(30, 9)}")
     told = json.loads(run("explain", str(prompt), "--json").stdout)
     assert (told["reused"], told["prompt_tokens"]) == (151, 181)
-    assert "128 of 181 prompt tokens would be reused" in run("explain", str(prompt)).stdout
+    assert "151 of 181 prompt tokens would be reused" in run("explain", str(prompt)).stdout
     moved = f"{text(40, 9)} {text(140, 2)}"
     assert "0 of 181" in run("explain", "-", text=moved, code=1).stdout
     assert "moved" in run("explain", "-", "--reuse", "anywhere", text=moved).stdout

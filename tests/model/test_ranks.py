@@ -107,4 +107,4 @@ def test_other_ways_of_spreading_a_model_are_not_guessed(shape):
     Mesh.shape = Mesh.shape_
     model = tiny()
     model._device_mesh = Mesh()
-    assert "not known" in Ranks.of(model).bypass_reason
+    assert "unsupported way" in Ranks.of(model).bypass_reason

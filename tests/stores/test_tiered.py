@@ -469,8 +469,8 @@ def test_generation_goes_on_from_near_when_the_far_server_dies(redis_server: Ser
     cache = RedisChunkCache(model, urls)
     out = model.generate(longer, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert (out == tiny().generate(longer, max_new_tokens=4, do_sample=False)).all()
-    assert cache.report.reused == 256  # two chunks from near
-    assert cache.report.store_errors == 2  # a lookup and a write
+    assert cache.report.reused == 300  # all that is shared, from near
+    assert cache.report.store_errors == 3  # a lookup and a write
     assert "check that the server runs" in str(cache.report)
     strict = RedisChunkCache(model, urls, on_error="raise")
     with pytest.raises(StoreError, match="check that the server runs"):

@@ -95,13 +95,17 @@ class RowFate:
     def reads(self, computed: Mask) -> set[tuple[str, bool]]:
         """Hashes of the chunks that would be read when these columns are computed.
 
-        And whether only as a continuation: where such a chunk is moved as well, it is read twice.
+        And whether only its beginning serves: where such a chunk is moved as well, it is read twice.
         """
         here, stop = computed[self.pad :], self.known
         if not self._may_move:
             stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
         moved = {(p.chunk.hash, False) for p in self._moving() if not here[p.start : p.stop].all()}
-        return moved | {(c.hash, c is self.plan.branch) for c in self.plan.reads(stop)}
+        partial = self.branch and self.branch.stop - self.branch.start < len(
+            self.branch.chunk.tokens
+        )
+        branch = self.plan.branch if partial else None
+        return moved | {(c.hash, c is branch) for c in self.plan.reads(stop)}
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""

@@ -453,6 +453,7 @@ parts = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 290)), min_size=1, 
 )
 @example(first=[(0, 290)], second=[(0, 290)], overlap=16, row=0, shift=0)
 @example(first=[(0, 290)], second=[(1, 40), (0, 200)], overlap=0, row=239, shift=0)
+@example(first=[(0, 32)], second=[(0, 1), (0, 33)], overlap=0, row=32, shift=0)
 @settings(max_examples=25, deadline=None)
 def test_a_run_does_what_was_told(first, second, overlap, row, shift) -> None:
     """Token counts and bytes are those of the report, for padded batches too."""

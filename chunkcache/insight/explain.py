@@ -99,10 +99,14 @@ def _explain(
     computed = np.zeros(prompt.ids.shape[1], dtype=bool)
     for look in looks:
         computed[look.pad :] |= look.unknown()
-    reads = {name for look in looks for name in look.reads(computed)}
+    exact, whole, moved = (
+        set().union(*sets) for sets in zip(*(look.reads(computed) for look in looks), strict=True)
+    )
+    # What serves whole is at hand for moving; what serves in part is read again.
+    reads = [*exact, *(moved - whole)]
     return Explanation(
         tuple(finding for look in looks for finding in look.findings(computed)),
-        sum(sizes[name] for name, _ in reads),
+        sum(sizes[name] for name in reads),
         skipped=prefill.report.skipped,
         lossy=prefill.keys.lossy,
         seams=tuple(seam for look in looks for seam in look.seams(rows[look.row], decode)),

@@ -92,20 +92,20 @@ class RowFate:
                 mask[chunk.start : chunk.stop] = False
         return mask
 
-    def reads(self, computed: Mask) -> set[tuple[str, bool]]:
+    def reads(self, computed: Mask) -> tuple[set[str], set[str], set[str]]:
         """Hashes of the chunks that would be read when these columns are computed.
 
-        And whether only its beginning serves: where such a chunk is moved as well, it is read twice.
+        Those that serve where they stand, which of them serve whole, and those that are moved.
         """
         here, stop = computed[self.pad :], self.known
         if not self._may_move:
             stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
-        moved = {(p.chunk.hash, False) for p in self._moving() if not here[p.start : p.stop].all()}
-        partial = self.branch and self.branch.stop - self.branch.start < len(
-            self.branch.chunk.tokens
-        )
-        branch = self.plan.branch if partial else None
-        return moved | {(c.hash, c is branch) for c in self.plan.reads(stop)}
+        moved = {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
+        exact = self.plan.reads(stop)
+        piece = self.branch
+        partial = piece and piece.stop - piece.start < len(piece.chunk.tokens)
+        whole = {c.hash for c in exact if not (partial and c is self.plan.branch)}
+        return {c.hash for c in exact}, whole, moved
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""

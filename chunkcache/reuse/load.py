@@ -76,7 +76,8 @@ class ChunkLoader:
             stop = stops[row] - self._pads[row]
             for chunk in plan.reads(stop) if stop > plan.held else ():
                 users[chunk.hash].append(row)
-                chunks[chunk.hash] = chunk
+                there = chunks.get(chunk.hash, chunk)
+                chunks[chunk.hash] = max(chunk, there, key=lambda each: each.stop)
         # Nearest the start first: what follows a failure need not be read.
         reads = [
             self._open(chunk, users[chunk.hash], forms[chunk.hash], sizes[chunk.hash])

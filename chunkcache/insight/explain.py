@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 
 from chunkcache.anywhere.index import Passage
-from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.prefill import AnywherePrefill, find_moved
 from chunkcache.errors import StoreError
@@ -24,7 +23,6 @@ from chunkcache.insight.fates import RowFate
 from chunkcache.insight.seams import Decode
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.continuations import Continuation
 from chunkcache.reuse.conversation import Conversation
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
@@ -77,7 +75,7 @@ def _explain(
     looks = [
         RowFate(
             row, context, sizes, pad, plan, reach, text.known(), text.exact, prefill.damaged,
-            text.short, branch=_piece(prefill.continuation(plan)),
+            text.short, continuation=prefill.continuation(plan),
         )
         for row, (pad, plan, reach, text) in enumerate(
             zip(pads, plans, known, texts, strict=True)
@@ -127,14 +125,6 @@ def _by_text(prefill: Prefill, rows: Sequence[Tokens], known: Sequence[int]) -> 
     except StoreError as error:
         prefill.context.handle_store_error(error, prefill.report)
         return [MovedText(passage, [], [], [], set()) for passage in passages]
-
-
-def _piece(continuation: Continuation | None) -> Piece | None:
-    if continuation is None:
-        return None
-    chunk = continuation.chunk
-    stored = StoredChunk(chunk.hash, chunk.start, continuation.tokens)
-    return Piece(chunk.start, chunk.stop, stored, 0)
 
 
 def _all_computed(prompt: Prompt, why: str) -> tuple[Finding, ...]:

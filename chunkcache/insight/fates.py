@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from chunkcache.anywhere.matching import Piece
+from chunkcache.anywhere.matching import Piece, StoredChunk
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight.elsewhere import Sighting
 from chunkcache.insight.explanation import Finding
@@ -16,6 +16,7 @@ from chunkcache.insight.seams import Decode, Seam, find_seams
 from chunkcache.repair import Mask
 from chunkcache.reuse.blobs import WRONG_SIZE
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.continuations import Continuation
 from chunkcache.tokens.chunking import Chunk, Tokens
 from chunkcache.tokens.plan import NOT_IN_STORE, TOO_SHORT, Kind, RowPlan
 
@@ -48,7 +49,7 @@ class RowFate:
         damaged: Hashes of chunks whose blob cannot be sound; they count as missing.
         short: What was found by its text too, in runs that are too short to be moved.
         seen: Where the store has the rest of its text, though not for this cache.
-        branch: The first tokens of a stored chunk that goes on from the row's own ones.
+        continuation: The stored chunk that goes on from the row's own ones, if there is one.
         repeats: Start and stop of text that nothing has, and that stands earlier in the row too.
     """
 
@@ -64,7 +65,7 @@ class RowFate:
     short: Sequence[Piece] = ()
     seen: Sequence[Sighting] = ()
     repeats: Sequence[tuple[int, int]] = ()
-    branch: Piece | None = None
+    continuation: Continuation | None = None
 
     @property
     def _may_move(self) -> bool:
@@ -102,15 +103,20 @@ class RowFate:
             stop = min(stop, int(here.argmax())) if here.size else 0  # a row may be padding alone
         moved = {p.chunk.hash for p in self._moving() if not here[p.start : p.stop].all()}
         exact = self.plan.reads(stop)
-        piece = self.branch
-        partial = piece and piece.stop - piece.start < len(piece.chunk.tokens)
+        partial = self.continuation is not None and not self.continuation.is_whole
         whole = {c.hash for c in exact if not (partial and c is self.plan.branch)}
         return {c.hash for c in exact}, whole, moved
 
     def seams(self, tokens: Tokens, decode: Decode | None) -> list[Seam]:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
-        pieces = [*([self.branch] if self.branch else []), *self.pieces]
-        return find_seams(tokens, pieces, decode, self.row) if decode else []
+        if not decode:
+            return []
+        pieces = list(self.pieces)
+        if self.continuation:
+            chunk, its, *_ = self.continuation
+            stored = StoredChunk(chunk.hash, chunk.start, its)
+            pieces.insert(0, Piece(chunk.start, chunk.stop, stored, 0))
+        return find_seams(tokens, pieces, decode, self.row)
 
     def findings(self, computed: Mask) -> list[Finding]:
         """The fate of every token, in order, when these columns are computed."""

@@ -140,17 +140,19 @@ class BlobFormat:
 
     def may_have(self, nbytes: int) -> bool:
         """Whether a sound blob can be so large."""
-        nbytes -= OVERHEAD if self.codec.seal else 0
-        if self.codec.name.endswith(ZSTD):
-            return 0 < nbytes <= most_bytes(self.file.size)
-        return nbytes == self.file.size
+        if self.nbytes is not None:
+            return nbytes == self.nbytes
+        return 0 < nbytes - self._overhead <= most_bytes(self.file.size)
 
     @property
     def nbytes(self) -> int | None:
         """Bytes of a sound blob; `None` where that depends on its numbers."""
-        if self.codec.name.endswith(ZSTD):
-            return None
-        return self.file.size + (OVERHEAD if self.codec.seal else 0)
+        return None if self.codec.name.endswith(ZSTD) else self.file.size + self._overhead
+
+    @property
+    def _overhead(self) -> int:
+        """Bytes that sealing adds."""
+        return OVERHEAD if self.codec.seal else 0
 
     def saved(self, nbytes: int) -> int:
         """How much smaller a blob of so many bytes is than one of the plain codec."""

@@ -6,7 +6,7 @@ model computes (`background.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 
 import numpy as np
@@ -14,10 +14,8 @@ import numpy as np
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.codec import Checksum, LayerKV
 from chunkcache.kv.coding import BlobFormat
-from chunkcache.stores.base import ChunkStore, Part, Place, nbytes_of
+from chunkcache.stores.base import ChunkStore, Part, Place, batches, nbytes_of
 
-# Of blobs that are not read straight to where they belong, so many bytes at once.
-BYTES_AT_ONCE = 64 << 20
 GONE = "it was gone from the store before it was read"
 WRONG_SIZE = "the blob is damaged: its length is wrong"
 
@@ -137,7 +135,8 @@ class BlobReader:
 
         The iteration may end early. `discard` is to be called afterwards.
         """
-        for batch in _batches(chunks):
+        # What is read straight to where it belongs takes no memory of its own.
+        for batch in batches(chunks, lambda chunk: 0 if chunk.is_direct else chunk.nbytes):
             done = 0
             try:
                 with closing(self.store.fetch([chunk.part() for chunk in batch])) as answers:
@@ -180,17 +179,3 @@ class BlobReader:
                 self.store.delete(damaged)
         except StoreError as error:
             self.handle_error(error)
-
-
-def _batches(chunks: Sequence[PendingChunk]) -> Iterator[list[PendingChunk]]:
-    batch: list[PendingChunk] = []
-    size = 0
-    for chunk in chunks:
-        own = 0 if chunk.is_direct else chunk.nbytes
-        if batch and size + own > BYTES_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-        batch.append(chunk)
-        size += own
-    if batch:
-        yield batch

@@ -20,6 +20,7 @@ from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, as_text, from_text, keyed_hash
+from chunkcache.tokens.plan import RowPlan
 
 WINDOW = 16  # tokens by which an entry is named: shorter beginnings are not found
 MOST = 16  # chunks that an entry names; the newest are enough
@@ -45,6 +46,11 @@ class Continuation(NamedTuple):
     key: str
     fields: Mapping[str, str]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the prompt agrees with all of it."""
+        return self.chunk.stop - self.chunk.start == len(self.tokens)
+
     def without_it(self) -> dict[str, Entry]:
         """The index entry without this chunk, which is gone."""
         rest = {name: text for name, text in self.fields.items() if name != self.chunk.hash}
@@ -65,6 +71,16 @@ class Branch(NamedTuple):
     start: int
     tokens: Tokens
     stop: int
+
+    @classmethod
+    def of(cls, plan: RowPlan, tokens: Tokens, stop: int) -> Branch:
+        """That of a row `[tokens]` with this plan, of which all from `stop` on is computed."""
+        number = next((n for n, c in enumerate(plan.chunks) if c.stop > plan.reach), None)
+        if number is None:
+            return cls("", stop, tokens, stop)
+        parent = plan.chunks[number - 1].hash if number else ""
+        start = plan.chunks[number].start
+        return cls(parent, start, tokens, stop if stop > plan.reach else start)
 
 
 def continuation_entry(

@@ -255,7 +255,10 @@ class Prefill:
 
     def _follow_branches(self, dry: bool) -> None:
         """Go on with stored chunks that begin like a row where its own chunks end."""
-        branches = [self._branch(row, plan) for row, plan in enumerate(self.plans)]
+        branches = [
+            Branch.of(plan, self._tokens(row), self.limit - pad)
+            for row, (plan, pad) in enumerate(zip(self.plans, self.pads, strict=True))
+        ]
         if all(branch.stop - branch.start < WINDOW for branch in branches):
             return
         try:
@@ -266,10 +269,11 @@ class Prefill:
             return
         for row, (branch, continuations) in enumerate(zip(branches, found, strict=True)):
             for each in continuations:
-                stop = each.chunk.start + len(each.tokens)
-                if stop == each.chunk.stop and not each.pinned:  # all of it is in the row
-                    place = branch.parent, branch.start
-                    self.conversation.shorter.setdefault(place, {})[each.chunk.hash] = stop
+                if each.is_whole and not each.pinned:
+                    shorter = self.conversation.shorter.setdefault(
+                        (branch.parent, branch.start), {}
+                    )
+                    shorter[each.chunk.hash] = each.chunk.stop
             plan = self.plans[row]
             best = next((c for c in continuations if self.sizes.get(c.chunk.hash)), None)
             if best and best.chunk.stop > plan.reach:
@@ -278,24 +282,17 @@ class Prefill:
                 if best.chunk.stop == plan.tokens:  # nothing of the row is missing in the store
                     self.conversation.known |= {c.hash for c in plan.chunks if c.stop > plan.reach}
 
-    def _branch(self, row: int, plan: RowPlan) -> Branch:
-        """Where a row's own chunks end."""
-        tokens, stop = self._tokens(row), self.limit - self.pads[row]
-        number = next((n for n, c in enumerate(plan.chunks) if c.stop > plan.reach), None)
-        if number is None:
-            return Branch("", stop, tokens, stop)
-        parent = plan.chunks[number - 1].hash if number else ""
-        start = plan.chunks[number].start
-        return Branch(parent, start, tokens, stop if stop > plan.reach else start)
-
     def _look_up_continuations(self, found: Sequence[Sequence[Continuation]], every: bool) -> None:
         """Take down the forms of what may be read, and ask for sizes that these do not tell."""
         unknown = []
-        for each in (c for row in found for c in row if c.chunk.hash not in self.sizes):
-            form = self.keys.form(each.tokens.tolist(), each.chunk.start, each.chunk.hash)
-            self.forms[each.chunk.hash] = form
-            self.sizes[each.chunk.hash] = form.nbytes or 0
-            unknown += [form] if every or not form.nbytes else []
+        for row in found:
+            for chunk, tokens, *_ in row:
+                if chunk.hash not in self.sizes:
+                    form = self.keys.form(tokens.tolist(), chunk.start, chunk.hash)
+                    self.forms[chunk.hash], self.sizes[chunk.hash] = form, form.nbytes or 0
+                    unknown += [form] if every or form.nbytes is None else []
+                if self.sizes[chunk.hash] and not every:
+                    break  # the rest will not be read
         if unknown:
             sizes = self.context.store.sizes([form.key for form in unknown])
             for form, size in zip(unknown, sizes, strict=True):

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from chunkcache.errors import PickleError, StoreError
 
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
 OUTPUTS = "@outputs"
+T = TypeVar("T")
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
 
 
@@ -375,23 +376,33 @@ class ReadOnly(ReadsFrom):
         return 0
 
 
+def batches(items: Iterable[T], nbytes_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """What is read at once, in order: items of 64 MiB together, or one that is larger."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        nbytes = nbytes_of(item)
+        if batch and size + nbytes > READ_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += nbytes
+    if batch:
+        yield batch
+
+
 def read_blobs(store: ChunkStore, keys: Sequence[str]) -> Generator[memoryview | None]:
     """Yield each key's blob in the order of `keys`, `None` where it is missing.
 
     Blobs of 64 MiB together are read at once, or one that is larger. Raises StoreError.
     """
-    sizes = store.sizes(keys)
-    at = 0
-    while at < len(keys):
-        parts: list[Part] = []
-        left = READ_BYTES
-        while at < len(keys) and (not parts or sizes[at] <= left):
-            try:
-                parts.append(Part(keys[at], 0, [memoryview(bytearray(sizes[at]))]))
-            except MemoryError:
-                raise StoreError(f"no memory for a blob of {sizes[at]:,} bytes") from None
-            left -= sizes[at]
-            at += 1
+    found = zip(keys, store.sizes(keys), strict=True)
+    for batch in batches(found, lambda item: item[1]):
+        try:
+            parts = [Part(key, 0, [memoryview(bytearray(nbytes))]) for key, nbytes in batch]
+        except MemoryError:
+            nbytes = sum(nbytes for _, nbytes in batch)
+            raise StoreError(f"no memory for blobs of {nbytes:,} bytes") from None
         with closing(store.fetch(parts)) as answers:
             for part, there in zip(parts, answers, strict=True):
                 yield part.place[0].toreadonly() if there and part.place[0] else None

@@ -192,6 +192,15 @@ def damage(client: Any, byte: int = -1, value: int | None = None) -> tuple[bytes
     return name, bytes(blob)
 
 
+def damaged(store: ChunkStore, redis_server: Server) -> tuple[Any, torch.Tensor]:
+    """A model and a prompt of which the store has a damaged blob."""
+    model, ids = tiny("llama"), tokens(PROMPT)
+    ask(model, ids, store)
+    with redis_server.client() as client:
+        damage(client)
+    return model, ids
+
+
 @pytest.mark.parametrize("byte", [5, 300, -1])
 def test_a_damaged_blob_is_a_miss_and_replaced(
     byte: int, store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
@@ -336,10 +345,7 @@ def test_hooks_on_the_model_are_applied_once(
 def test_hooks_on_a_part_see_nothing_that_is_thrown_away(
     store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
 ) -> None:
-    model, ids = tiny("llama"), tokens(PROMPT)
-    ask(model, ids, store)
-    with redis_server.client() as client:
-        damage(client)
+    model, ids = damaged(store, redis_server)
     seen = []
     model.model.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
     ask(model, ids, store)
@@ -375,10 +381,7 @@ def test_a_blob_that_makes_the_forward_fail_is_gone_the_next_time(
 def test_after_an_unsound_arrival_all_is_waited_for(
     store: ChunkStore, redis_server: Server, arrivals: list[background.BackgroundLoad]
 ) -> None:
-    model, ids = tiny("llama"), tokens(PROMPT)
-    ask(model, ids, store)
-    with redis_server.client() as client:
-        damage(client)
+    model, ids = damaged(store, redis_server)
     for _ in range(3):  # nobody may remove it
         report = ask(model, ids, store, write=False).report
         assert (report.reused, len(report.errors)) == (64, 1)
@@ -388,10 +391,7 @@ def test_after_an_unsound_arrival_all_is_waited_for(
 def test_the_forward_that_was_thrown_away_is_in_the_report(
     store: ChunkStore, redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = tiny("llama"), tokens(PROMPT)
-    ask(model, ids, store)
-    with redis_server.client() as client:
-        damage(client)
+    model, ids = damaged(store, redis_server)
     now = iter(range(10_000))
     monkeypatch.setattr("chunkcache.reuse.prefill.perf_counter", lambda: next(now))
     # Two forwards of a second each, but for what was waited, which another clock has measured.

@@ -9,25 +9,14 @@ import pytest
 from scripted import blobs
 
 from chunkcache.stores.base import ChunkStore, Entry, Part, merged
-from chunkcache.stores.disk import DiskStore
-from chunkcache.stores.memory import MemoryStore
-from chunkcache.stores.redis import RedisStore
-from chunkcache.stores.tiered import TieredStore
-from chunkcache.stores.writer import WriteBehind
+from tests.stores.kinds import KINDS, open_kind
 
 NOTHING = memoryview(b"")
 
 
-@pytest.fixture(params=["memory", "disk", "redis", "queue", "tiers"])
+@pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkStore]:
-    kinds = {
-        "memory": MemoryStore,
-        "disk": lambda: DiskStore(tmp_path),
-        "redis": lambda: RedisStore(request.getfixturevalue("redis_server").unix_url),
-        "queue": lambda: WriteBehind(MemoryStore()),
-        "tiers": lambda: TieredStore([MemoryStore(), WriteBehind(DiskStore(tmp_path))]),
-    }
-    with kinds[request.param]() as store:
+    with open_kind(request.param, request, tmp_path) as store:
         yield store
 
 

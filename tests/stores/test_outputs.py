@@ -17,11 +17,10 @@ from chunkcache.inventory.copy import copy_chunks
 from chunkcache.keys import ChunkKey
 from chunkcache.stores.base import OUTPUTS, ChunkStore, Entry, Listed
 from chunkcache.stores.cluster import ClusterStore
-from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
-from chunkcache.stores.tiered import TieredStore
 from chunkcache.stores.writer import WriteBehind
+from tests.stores.kinds import KINDS, open_kind
 
 KEY, OTHER = (str(ChunkKey("safetensors", "m", 1, 0, digit * 64)) for digit in "ab")
 FIELDS = {"positions": "0-4", "tokens": "4"}
@@ -29,20 +28,13 @@ TOLD = {"positions": "0-4", "outputs": "3"}
 NOTHING = memoryview(b"")
 
 
-@pytest.fixture(params=["memory", "disk", "redis", "cluster", "queue", "tiers"])
+@pytest.fixture(params=[*KINDS, "cluster"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkStore]:
     if request.param == "cluster":
         with Cluster() as running, ClusterStore(running.url) as found:
             yield found
         return
-    kinds = {
-        "memory": MemoryStore,
-        "disk": lambda: DiskStore(tmp_path),
-        "redis": lambda: RedisStore(request.getfixturevalue("redis_server").unix_url),
-        "queue": lambda: WriteBehind(MemoryStore()),
-        "tiers": lambda: TieredStore([MemoryStore(), WriteBehind(DiskStore(tmp_path))]),
-    }
-    with kinds[request.param]() as found:
+    with open_kind(request.param, request, tmp_path) as found:
         yield found
 
 

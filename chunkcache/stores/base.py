@@ -22,6 +22,7 @@ from chunkcache.errors import PickleError, StoreError
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
 OUTPUTS = "@outputs"
+STATE = "@state"
 T = TypeVar("T")
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
 

@@ -246,6 +246,8 @@ class TensorFile:
         data = torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
         return [
             data[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
+            if slot.begin < slot.end
+            else torch.empty(slot.shape, dtype=slot.dtype)
             for slot in self.arrange(self.layout, self.tokens)
         ]
 

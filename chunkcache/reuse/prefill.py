@@ -520,7 +520,7 @@ class Prefill:
 
     @property
     def _number_from(self) -> int | None:
-        """The position of the first id given, where the model would not number them right itself."""
+        """The position of the first id given, for models that may not number them right."""
         is_numbered = self.call.positions is not None or not self.conversation.states
         return None if is_numbered or any(self.pads) else self.past
 

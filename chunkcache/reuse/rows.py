@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkcache.kv.layers import GrowingLayer, allocate_all, hold_all
+from chunkcache.kv.layers import allocate_all, growing, hold_all
 from chunkcache.kv.states import put_states, take_states
 from chunkcache.model.check import CACHE
 from chunkcache.model.self_test import cache_of, takes
@@ -84,9 +84,8 @@ class RowsPrefill(Prefill):
                 continue
             alone = prefill.conversation.layers
             states.append(take_states(alone))
-            for layer, source in zip(layers, alone, strict=True):
-                if isinstance(layer, GrowingLayer):
-                    layer.place(row, pad, source.keys[0], source.values[0])
+            for layer, source in zip(growing(layers), growing(alone), strict=True):
+                layer.place(row, pad, source.keys[0], source.values[0])
         hold_all(layers, begin, self.pads, 0)
         if any(states):
             put_states(layers, layout.states, states, device)

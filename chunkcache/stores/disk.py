@@ -11,7 +11,6 @@ from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import (
-    OUTPUTS,
     ChunkStore,
     Entry,
     Listed,
@@ -19,7 +18,7 @@ from chunkcache.stores.base import (
     chunk_of,
     described,
     merged,
-    with_outputs,
+    with_extras,
 )
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
@@ -122,20 +121,20 @@ class DiskStore(ChunkStore):
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):
             remove = self._folder.remove
-            gone = {key for key in with_outputs(keys) if remove(self._folder.file(key, ""))}
+            gone = {key for key in with_extras(keys) if remove(self._folder.file(key, ""))}
         return len(gone.intersection(keys))
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._errors("list"):
-            found = self._folder.scan()
-        names = {stem: key_of(stem.name) for stem, each in found.items() if not self._is_old(each)}
+            found = {s: each for s, each in self._folder.scan().items() if not self._is_old(each)}
+        names = {stem: key_of(stem.name) for stem in found}
         stems = [stem for stem, key in names.items() if key is None or key.startswith(prefix)]
         for at in range(0, len(stems), PAGE):
             with self._errors("list"):
                 page = [
                     entry
                     for stem in stems[at : at + PAGE]
-                    if (entry := self._listed(stem, names[stem], found[stem].blob))
+                    if (entry := self._listed(stem, names[stem], found))
                     and entry.key.startswith(prefix)
                 ]
             if page:
@@ -162,17 +161,18 @@ class DiskStore(ChunkStore):
             return None
         return _fields(self._folder.json(self._folder.file(key, METADATA)))
 
-    def _listed(self, stem: Path, key: str | None, nbytes: int) -> Listed | None:
+    def _listed(self, stem: Path, key: str | None, found: dict[Path, Found]) -> Listed | None:
         text = self._folder.json(Path(f"{stem}{METADATA}"))
         name = key or text.get("key")  # names of files have bounds, which keys have not
         if not isinstance(name, str):
             return None
-        fields = _fields(text) or None
-        if (chunk := chunk_of(name)) != name:  # told of with the chunk, if that is there
-            is_there = any(self._folder.status(chunk, half) for half in (METADATA, BLOB))
-            return None if is_there else Listed(chunk, None, 0, nbytes)
-        has_outputs = "outputs" in (fields or ())
-        return Listed(name, fields, nbytes, self._size(name + OUTPUTS) if has_outputs else 0)
+        chunk = chunk_of(name)
+        stems = [self._folder.file(each, "") for each in with_extras([chunk])]
+        if next((each for each in stems if each in found), None) != stem:
+            return None  # told of with the first value of its chunk that is there
+        fields = _fields(text) if name == chunk else None
+        sizes = (found[each].blob if each in found else 0 for each in stems)
+        return Listed(chunk, fields or None, *sizes)
 
     def _is_young(self, key: str) -> bool:
         """Whether an entry has not expired: its JSON is as old as the entry."""

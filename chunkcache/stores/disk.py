@@ -21,7 +21,7 @@ from chunkcache.stores.base import (
     with_extras,
 )
 from chunkcache.stores.eviction import leaving
-from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
+from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of, stem_of
 
 TOUCH_SECONDS = 60.0  # how exactly times of use are kept that nothing is evicted by
 TOGETHER_SECONDS = 1.0  # from a use to the next one that is noted of what stands before a chunk
@@ -127,6 +127,7 @@ class DiskStore(ChunkStore):
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._errors("list"):
             found = {s: each for s, each in self._folder.scan().items() if not self._is_old(each)}
+        blobs = {stem.name: each.blob for stem, each in found.items()}
         names = {stem: key_of(stem.name) for stem in found}
         stems = [stem for stem, key in names.items() if key is None or key.startswith(prefix)]
         for at in range(0, len(stems), PAGE):
@@ -134,7 +135,7 @@ class DiskStore(ChunkStore):
                 page = [
                     entry
                     for stem in stems[at : at + PAGE]
-                    if (entry := self._listed(stem, names[stem], found))
+                    if (entry := self._listed(stem, names[stem], blobs))
                     and entry.key.startswith(prefix)
                 ]
             if page:
@@ -161,18 +162,17 @@ class DiskStore(ChunkStore):
             return None
         return _fields(self._folder.json(self._folder.file(key, METADATA)))
 
-    def _listed(self, stem: Path, key: str | None, found: dict[Path, Found]) -> Listed | None:
+    def _listed(self, stem: Path, key: str | None, blobs: Mapping[str, int]) -> Listed | None:
         text = self._folder.json(Path(f"{stem}{METADATA}"))
         name = key or text.get("key")  # names of files have bounds, which keys have not
         if not isinstance(name, str):
             return None
         chunk = chunk_of(name)
-        stems = [self._folder.file(each, "") for each in with_extras([chunk])]
-        if next((each for each in stems if each in found), None) != stem:
+        files = [stem_of(each).rpartition("/")[2] for each in with_extras([chunk])]
+        if next((file for file in files if file in blobs), None) != stem.name:
             return None  # told of with the first value of its chunk that is there
         fields = _fields(text) if name == chunk else None
-        sizes = (found[each].blob if each in found else 0 for each in stems)
-        return Listed(chunk, fields or None, *sizes)
+        return Listed(chunk, fields or None, *(blobs.get(file, 0) for file in files))
 
     def _is_young(self, key: str) -> bool:
         """Whether an entry has not expired: its JSON is as old as the entry."""

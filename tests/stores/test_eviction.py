@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scripted import blobs, fetch
 from servers import Server
 
 from chunkcache.stores import room
-from chunkcache.stores.base import ChunkStore, Entry, read_blobs
+from chunkcache.stores.base import STATE, ChunkStore, Entry, read_blobs, with_extras
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.memory import MemoryStore
@@ -268,6 +269,31 @@ def test_what_does_not_expire_stays_under_volatile_policies(server: Server) -> N
             ask(store, name, 5)
         assert all(lasting.sizes(keys_of("l", 3)))
         assert sum(size > 0 for name in "abc" for size in store.sizes(keys_of(name, 5))) >= 4
+
+
+def test_states_leave_with_their_chunks_and_also_alone(server: Server) -> None:
+    """What is left of a chunk whose K/V a server has evicted must not keep others out."""
+    store = RedisStore(bound(server, 8), read_timeout=5.0)
+    for number in range(4):
+        chunk = entry("a", number)
+        state = replace(chunk, key=chunk.key + STATE, merge=True)
+        store.write([chunk, state])
+    store.sizes(keys_of("a", 4))
+    time.sleep(1.1)  # servers count seconds
+    with server.client() as client:
+        client.config_resetstat()
+        ask(store, "b", 4)
+        kept = [f"{key}{end}" for key in keys_of("a", 2) for end in ("@kv_bytes", STATE)]
+        assert {name.decode() for name in client.scan_iter() if b"@meta" not in name} == {
+            *kept,
+            *(f"{key}@kv_bytes" for key in keys_of("b", 4)),
+        }
+        client.delete(*kept[::2])
+        ask(store, "c", 4)
+        assert all(store.sizes([*keys_of("b", 4), *keys_of("c", 4)]))
+        assert not any(store.sizes(with_extras(keys_of("a", 4))))
+        assert client.info("stats")["evicted_keys"] == 0  # it was we who deleted
+    store.close()
 
 
 def full_of_others(client: object, names: Sequence[str]) -> None:

@@ -56,6 +56,7 @@ class Conversation:
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         states: Snapshots of recurrent and convolution states, of a model that has such.
+        marks: Positions at which the user wants such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
         in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
@@ -71,6 +72,7 @@ class Conversation:
         self.keys: KeySpace | None = None
         self._model_keys: KeySpace | None = None  # the same for prompts by themselves
         self.states: States | None = None
+        self.marks: set[int] = set()
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False

@@ -63,7 +63,7 @@ class RowsPrefill(Prefill):
     def _of(self, ids: Tensor, why: str = "") -> Prefill:
         """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
         conversation = Conversation(self.context)
-        conversation.bypass_reason = why
+        conversation.bypass_reason, conversation.marks = why, self.conversation.marks
         call = ForwardCall(ids, None, None, 1, "", "")
         return Prefill(conversation, self.module, call, Report(), again=bool(why))
 

@@ -35,7 +35,7 @@ from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.locks import ForkSafeLock
 
-SELF_TEST_FORMAT = "proof"
+SELF_TEST_FORMAT = "self-test"
 MOVING_FORMAT = "moving"
 HEAD_FORMAT = "head"
 # A self-test that could not run so often in a row waits so many times what it took.
@@ -272,7 +272,7 @@ def _has_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> bool
         fields = store.read_metadata([str(identity.key(identity.digest, format))])[0] or {}
     except StoreError:
         return False
-    return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
+    return fields.get("identity") == identity.digest and fields.get("passed") == "yes"
 
 
 def _note_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
@@ -280,7 +280,7 @@ def _note_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> Non
         "model": identity.name,
         "identity": identity.digest,
         "parts": json.dumps(dict(identity.parts)),  # to tell in what another model differs
-        "proven": "yes",
+        "passed": "yes",
     }
     key = str(identity.key(identity.digest, format))
     with suppress(StoreError):  # the next process tests again

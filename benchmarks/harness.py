@@ -87,29 +87,32 @@ def choices(folder: Path, configuration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def evaluate(lm: Any, configuration: dict[str, Any]) -> tuple[dict[str, Any], list[Any], float]:
-    """Scores, answers, and seconds that the model's answers took.
+def evaluate(
+    lm: Any, configuration: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any], float, float]:
+    """Scores, answers, and seconds that the model's answers took, by the clock and of this process.
 
     lm-eval itself takes as long both ways, most of it to list the versions of what is installed.
     """
     import lm_eval
 
     generates = configuration["output_type"] == "generate_until"
-    elapsed, ask = 0.0, "generate_until" if generates else "loglikelihood"
+    elapsed, busy, ask = 0.0, 0.0, "generate_until" if generates else "loglikelihood"
     answer = getattr(lm, ask)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal elapsed
-        begin = time.perf_counter()
+        nonlocal elapsed, busy
+        begin, began = time.perf_counter(), time.process_time()
         answers = answer(*args, **kwargs)
         elapsed += time.perf_counter() - begin
+        busy += time.process_time() - began
         return answers
 
     with mock.patch.object(lm, ask, timed):
         out = lm_eval.simple_evaluate(model=lm, tasks=[configuration], bootstrap_iters=0)
     samples = out["samples"]["countries"]
     answers = [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
-    return out["results"]["countries"], answers, elapsed
+    return out["results"]["countries"], answers, elapsed, busy
 
 
 def compare_choices(lm: Any, configuration: dict[str, Any], store: str) -> dict[str, Any]:
@@ -136,6 +139,9 @@ def compare_choices(lm: Any, configuration: dict[str, Any], store: str) -> dict[
         "hflm_s": round(plain[2], 1),
         "chunkcache_s": round(cached[2], 1),
         "times_faster": round(plain[2] / cached[2], 2),
+        "hflm_cpu_s": round(plain[3], 1),
+        "chunkcache_cpu_s": round(cached[3], 1),
+        "times_less_cpu": round(plain[3] / cached[3], 2),
     }
 
 
@@ -172,7 +178,7 @@ def main() -> None:
     view = Table(title=f"{len(plain[1])} questions, {SHOTS} examples each, SmolLM2-135M, float32")
     for column in ("", "exact match", "seconds"):
         view.add_column(column, justify="right" if column else "left")
-    for name, (scores, _, elapsed) in (("no cache", plain), ("enabled()", cached)):
+    for name, (scores, _, elapsed, _) in (("no cache", plain), ("enabled()", cached)):
         view.add_row(name, f"{scores['exact_match,none']:.3f}", f"{elapsed:.1f}")
     console = Console()
     console.print(view)

@@ -17,6 +17,7 @@ from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.runs import run_both
 from chunkcache.keys import INT8
+from chunkcache.kv.states import state_layers
 from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
 from chunkcache.model.head import tap
@@ -28,6 +29,7 @@ from chunkcache.reuse.hook import ForwardCall, PrefillAware, TrimSpec, install
 from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
+from chunkcache.reuse.rows import RowsPrefill
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
@@ -103,7 +105,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             store = state.open(store, **chosen.of_store)
         if not chosen.write:
             store = ReadOnly(store)
-        grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
+        size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
+        grid = Grid(size, chosen.chunk_overlap)
         anywhere = chosen.reuse == "anywhere"
         self._prefill_type, indexer = _reuse_anywhere() if anywhere else (Prefill, None)
         self._context = CacheContext(inner, state, store, chosen, grid, indexer, tokenizer)
@@ -277,7 +280,13 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 call = replace(call, scores=False)
             if call.scores:
                 tap(module)
-            self._prefill = self._prefill_type(
+            alone = call.shape[0] == 1 and (past or not call.pads()[0])
+            kind = (
+                self._prefill_type
+                if alone or held or not state_layers(self.layers)
+                else RowsPrefill
+            )
+            self._prefill = kind(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,
             )  # fmt: skip
@@ -288,6 +297,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if self._records_past:  # a prompt's layers may be new ones
             self.activate_past_recording()
         return trim
+
+    def end_piece(self, columns: int) -> None:
+        """Look at a piece of the forward."""
+        if self._prefill is not None:
+            self._prefill.end_piece(columns)
 
     def end_forward(self, module: nn.Module) -> bool:
         """Check the forward's outputs, and store chunks that it completed.
@@ -308,7 +322,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             why = self._conversation.bypass_reason
             past = [max(prefill.past - pad, 0) for pad in self._conversation.transcript.pads]
             self.report = self.report.again(past)
-            self._keep(prefill.past).bypass_reason = why  # which this forward was not given
+            in_pieces = self._conversation.in_pieces
+            conversation = self._keep(prefill.past)
+            conversation.bypass_reason = why  # which this forward was not given
+            conversation.in_pieces = in_pieces
             self._again = True
         else:
             self._meter.read(self.report, prefill is not None)
@@ -331,7 +348,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if not columns:
             return conversation if conversation.is_new else self._forget()
         if columns < conversation.length:
-            self.crop(columns - conversation.length)
+            if conversation.states:
+                with self._change():
+                    conversation.go_back(columns)
+            else:
+                self.crop(columns - conversation.length)
         return conversation
 
     def _forget(self) -> Conversation:

@@ -18,11 +18,13 @@ from torch import Tensor
 from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
 from chunkcache.kv.codec import (
     OUTPUTS_LAYOUT,
+    STATES_LAYOUT,
     KVLayout,
     LayerKV,
     TensorFile,
     encode,
     output_slots,
+    state_slots,
 )
 from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
@@ -103,6 +105,15 @@ class Codec:
         plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
         exact = replace(self, name=plain, rotation=None)
         file = TensorFile.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
+        return BlobFormat(exact, layout, start, key, file)
+
+    def state_form(
+        self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
+    ) -> BlobFormat:
+        """The form of the states behind one chunk, whose numbers are kept as they are."""
+        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
+        exact = replace(self, name=plain, rotation=None)
+        file = TensorFile.of(layout, tokens, start, chunk_hash, state_slots, STATES_LAYOUT)
         return BlobFormat(exact, layout, start, key, file)
 
     def hide(self, text: str, key: str) -> str:
@@ -212,7 +223,8 @@ class BlobFormat:
     @property
     def _width(self) -> int:
         """Bytes of the numbers that are sorted by significance before they are compressed."""
-        return 1 if self.codec.numbers == INT8 else self.file.layout.dtype.itemsize
+        slots = self.file.arrange(self.file.layout, self.file.tokens)
+        return min(slot.dtype.itemsize for slot in slots)
 
 
 def _digest(rotation: KeyRotation) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.stores.base import OUTPUTS
+from chunkcache.stores.base import OUTPUTS, STATE
+from chunkcache.tokens.chunking import keyed_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,23 @@ class KeySpace:
         """The codec's name if K/V come back rounded, else `""`."""
         return "" if self.codec.is_exact(self.layout.dtype) else self.codec.name
 
+    def of_batch(self, batch: bytes) -> KeySpace:
+        """The same for one batch alone, known by what its rows are; for one row, all of it."""
+        return (
+            replace(self, salt=keyed_hash(self.salt, b"chunkcache/batch", batch)) if batch else self
+        )
+
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str
     ) -> BlobFormat:
         """The form of the outputs of such a chunk, for the layout of the model's outputs."""
         key = self.key(chunk_hash) + OUTPUTS
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
+
+    def state_form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
+        """The form of the states behind such a chunk."""
+        key = self.key(chunk_hash) + STATE
+        return self.codec.state_form(self.layout, tokens, start, chunk_hash, key)
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
         """The form of the blob of the chunk with these token ids, the first at position `start`."""

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from chunkcache.kv.coding import BlobFormat
-from chunkcache.kv.layers import all_runs, growing, peek_all
+from chunkcache.kv.layers import all_runs, growing, peek_all, with_indices
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.tokens.chunking import Chunk
@@ -159,7 +159,7 @@ class ChunkLoader:
             # One token more than is wanted, where the chunk has it: see `covered`.
             stop = min(chunk.stop, self._stops[row] - self._pads[row] + 1)
             inside = slice(begin - chunk.start, stop - chunk.start)
-            for layer, pair in zip(self._layers, kv, strict=True):
+            for layer, pair in zip(with_indices(self._layers), kv, strict=True):
                 if pair is not None and begin < stop:
                     column = self._pads[row] + begin
                     layer.place(row, column, pair[0][:, inside], pair[1][:, inside])

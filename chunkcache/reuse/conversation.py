@@ -7,8 +7,10 @@ each token written behind is added here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -26,6 +28,7 @@ from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.stores.base import Entry
+from chunkcache.stores.locks import OPEN, Latch
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -71,6 +74,7 @@ class Conversation:
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
         self._hooks_registered = 0
+        self._may_copy = OPEN  # chunks from a device to the host
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
@@ -78,7 +82,7 @@ class Conversation:
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
         # Decoding steps only note their checks on the device; `may_store` reads them.
-        self._complete: list[int] = []  # chunks per row, when it looked last
+        self._complete: list[int] = []  # chunks of rows that differ, when it looked last
         self._checks: list[Tensor | bool] = []
 
     @property
@@ -264,6 +268,8 @@ class Conversation:
             held: Columns that are held; more than `past` where a whole prompt was given.
             total: Columns when it is done.
         """
+        self.let_copy()
+        self._may_copy = Latch()
         self.beyond = self.beyond or call.beyond
         self.bypass_reason = (
             self.bypass_reason
@@ -338,6 +344,7 @@ class Conversation:
 
     def begin_step(self, call: ForwardCall, past: int) -> TrimSpec:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
+        self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
@@ -347,17 +354,23 @@ class Conversation:
         assert call.ids is not None
         self.transcript.append(call.ids)
         if self.transcript.text_until is None:
-            self._checks.append(call.follows(past, self.transcript.pads))
+            padding = self.transcript.padding(call.place)
+            self._checks.append(call.follows(past, padding))
         self._checks += [self._is_untyped(*item) for item in call.types.items()]
         return NOTHING_TRIMMED
 
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
+        self.context.gauge.look()
         self.check_edited()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
             self.store(self._certain, report)
+
+    def let_copy(self) -> None:
+        """The first token is there: what was computed before it may be copied from the device."""
+        self._may_copy.open()
 
     # ------------------------------------------------------------------ a forward has come back
 
@@ -400,7 +413,7 @@ class Conversation:
         with self.context.store_calls(report):
             entries, replaced = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
-                certain, tail, found,
+                certain, tail, found, self._may_copy,
             )  # fmt: skip
             entries += more()
             size, taken = sum(entry.nbytes for entry in entries), 0
@@ -421,7 +434,7 @@ class Conversation:
         if self.length != total:
             self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
-        lengths = self.transcript.exact_lengths(certain)
+        lengths = self.transcript.distinct_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
         if complete == self._complete and not tail:
             return False  # no chunk ends here: nearly every step of decoding
@@ -447,7 +460,12 @@ class Conversation:
     @property
     def _followed(self) -> bool:
         """Whether mask, positions and types of all steps since the last look were those of text."""
-        return all(bool(check) for check in self._checks)
+        flags = [check for check in self._checks if isinstance(check, Tensor)]
+        known = all(check for check in self._checks if not isinstance(check, Tensor))
+        return known and all(
+            bool(torch.stack([*alike]).all())
+            for _, alike in groupby(flags, key=lambda flag: flag.device)
+        )
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
         """Whether token type ids are zero, and zeros mean nothing to the model."""

@@ -37,6 +37,7 @@ from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
 from chunkcache.reuse.outputs import Outputs, outputs_of
+from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
@@ -113,7 +114,7 @@ class Prefill:
         self._witness: Witness | None = None
         self._whole = call.whole  # why all is computed
         self._outputs: Outputs | None = None  # where logits of several tokens are wanted
-        self._began = 0.0  # when the model did, in seconds of `perf_counter`
+        self._stopwatch: Stopwatch | None = None  # since the model began
 
     @staticmethod
     def check_model(conversation: Conversation) -> None:
@@ -135,7 +136,7 @@ class Prefill:
                 trim = self.trim()
                 self._report_prompt()
         self.conversation.note_written()
-        self._began = perf_counter()
+        self._stopwatch = Stopwatch(self.call.place)
         return trim
 
     # ------------------------------------------------------------------ what is known
@@ -374,8 +375,7 @@ class Prefill:
     def _make_room(self) -> None:
         layers = self.conversation.layers
         if not self.held:
-            assert self.call.ids is not None
-            device, memory = self.call.ids.device, self.context.state.memory
+            device, memory = self.call.place, self.context.state.memory
             allocate_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
             return
         reserve_all(layers, self.total)
@@ -499,23 +499,35 @@ class Prefill:
         conversation, report = self.conversation, self.report
         conversation.check_edited()
         is_sound = self.has_arrived()
-        prefill_ms = 1e3 * (perf_counter() - self._began)
-        report.prefill_ms += prefill_ms
+        assert self._stopwatch is not None
+        self._stopwatch.stop()
         if not is_sound or not self._agrees():
+            self._note_time(0)
             return False
         if self._outputs and not self._outputs.are_taken():
             close_layers(conversation.layers)
+            self._note_time(0)
             return False
+        computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
+        self._note_time(computed if self.plans else 0)
         conversation.bypass_reason = conversation.bypass_reason or conversation.distrust
-        if self.plans:
-            computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
-            self.context.gauge.note_computed(computed, prefill_ms)
         report.skipped = conversation.bypass_reason or report.skipped
         conversation.end_forward(self.total)
         if not conversation.bypass_reason:
             self.store()
         conversation.end_prompt()
         return True
+
+    def _note_time(self, computed: int) -> None:
+        """Take down how long so many tokens took: now, or once the device tells."""
+        assert self._stopwatch is not None
+        report, gauge = self.report, self.context.gauge
+
+        def note(ms: float) -> None:
+            report.prefill_ms += ms
+            gauge.note_computed(computed, ms)
+
+        gauge.note_computing(self._stopwatch.ms, note)
 
     def has_arrived(self) -> bool:
         """Whether all K/V that the model was promised have come, and are what they must be.
@@ -529,7 +541,8 @@ class Prefill:
             is_sound = background.finish()
         self._background = None  # not before: who is interrupted here still has to stop it
         waited, busy, gauge = background.waited_ms, background.busy_ms, self.context.gauge
-        self._began += waited / 1e3  # which was not computing
+        if self._stopwatch:
+            self._stopwatch.leave_out(waited / 1e3)
         self.report.read_ms += waited
         self.report.overlapped_ms += max(0.0, busy - waited)
         gauge.note_read(self._reader.bytes_read, busy)

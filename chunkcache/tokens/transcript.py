@@ -70,6 +70,11 @@ class Transcript:
         self._settle_rows()
         return self._inexact_from
 
+    @inexact_from.setter
+    def inexact_from(self, columns: list[int | None]) -> None:
+        self._settle_rows()
+        self._inexact_from = columns
+
     def _settle_rows(self) -> None:
         if self._rows is not None:
             rows, self._rows = self._rows.tolist(), None

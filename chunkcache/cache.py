@@ -103,7 +103,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             store = state.open(store, **chosen.of_store)
         if not chosen.write:
             store = ReadOnly(store)
-        grid = Grid(chosen.chunk_size, chosen.chunk_overlap)
+        size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
+        grid = Grid(size, chosen.chunk_overlap)
         anywhere = chosen.reuse == "anywhere"
         self._prefill_type, indexer = _reuse_anywhere() if anywhere else (Prefill, None)
         self._context = CacheContext(inner, state, store, chosen, grid, indexer, tokenizer)
@@ -292,6 +293,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self.activate_past_recording()
         return trim
 
+    def end_piece(self, columns: int) -> None:
+        """Look at a piece of the forward."""
+        if self._prefill is not None:
+            self._prefill.end_piece(columns)
+
     def end_forward(self, module: nn.Module) -> bool:
         """Check the forward's outputs, and store chunks that it completed.
 
@@ -311,7 +317,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             why = self._conversation.bypass_reason
             past = [max(prefill.past - pad, 0) for pad in self._conversation.transcript.pads]
             self.report = self.report.again(past)
-            self._keep(prefill.past).bypass_reason = why  # which this forward was not given
+            in_pieces = self._conversation.in_pieces
+            conversation = self._keep(prefill.past)
+            conversation.bypass_reason = why  # which this forward was not given
+            conversation.in_pieces = in_pieces
             self._again = True
         else:
             self._meter.read(self.report, prefill is not None)

@@ -94,6 +94,7 @@ class Report(Counts):
         charged: Cost of repairing moved tokens, probe passes included, in tokens computed.
         approximate: K/V of moved tokens are held, from this prompt or from one before it.
         lossy: The codec that has rounded K/V that are held, or `""`.
+        reproducible: With which pieces, versions and threads the same bits come again, or `""`.
         store_errors: Failed calls to the store.
         causes: The same by cause (`StoreError.cause`).
         errors: What went wrong, each cause once.
@@ -114,6 +115,7 @@ class Report(Counts):
     charged: float = 0.0
     approximate: bool = False
     lossy: str = ""
+    reproducible: str = ""
     store_errors: int = 0
     causes: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -207,6 +209,8 @@ class Report(Counts):
             f"lookup {self.lookup_ms:.1f} + read {self.read_ms:.1f} {move}"
             f"+ prefill {self.prefill_ms:.1f} ms"
         )
+        if self.reproducible:
+            parts.append(f"reproducible: {self.reproducible}")
         if self.lossy:
             parts.append(f"approximate: K/V rounded to {self.lossy}")
         if any(span.reason == NO_GAIN for span in self._spans()):

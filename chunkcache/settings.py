@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from chunkcache.errors import SettingError
-from chunkcache.keys import CODECS, ZSTD
+from chunkcache.keys import CODECS, PLAIN, ZSTD
 from chunkcache.kv.seal import Seal
 
 if TYPE_CHECKING:
     from chunkcache.repair import Repair
 
 _REPAIR = "head:4"
+PIECE_TOKENS = 512  # with reproducible=True
 REUSE_MODES = ("prefix", "anywhere", "off")
 ERROR_MODES = ("compute", "raise")
 OBSERVERS = "observers"
@@ -65,6 +66,11 @@ class Settings:
             `Repair`.
         chunk_size: tokens per chunk.
         chunk_overlap: tokens that a chunk shares with the one before it.
+        reproducible: cold and warm runs give the same bits: prompts are computed in pieces, and
+            only whole pieces are stored and read. The same machine, versions of PyTorch and
+            Transformers, number of threads and batch are taken for granted.
+        piece_tokens: tokens of a piece in which prompts are computed, which bounds the memory of a
+            long prefill; 0 computes them at once, or with `reproducible` in pieces of 512.
         store_tail: also keep the last, shorter chunk of a prompt, so that the very same prompt is
             reused to its last token.
         namespace: caches reuse only what was stored under the same namespace.
@@ -107,6 +113,8 @@ class Settings:
     repair: str | Repair = _REPAIR
     chunk_size: int = 128
     chunk_overlap: int = 0
+    reproducible: bool = False
+    piece_tokens: int = 0
     store_tail: bool = True
     namespace: str = ""
     codec: str = "safetensors"
@@ -150,6 +158,8 @@ class Settings:
                 f"chunk_overlap={self.chunk_overlap} must be smaller than "
                 f"chunk_size={self.chunk_size}: each chunk has to bring new tokens"
             )
+        _integer("piece_tokens", self.piece_tokens, 0)
+        self._check_pieces()
         for name in ("connect_timeout", "read_timeout", "max_delay"):
             _seconds(name, getattr(self, name))
         if self.min_gain != 0:
@@ -162,9 +172,34 @@ class Settings:
         object.__setattr__(self, "metadata", dict(self.metadata))
         if self.repair is not _REPAIR:
             _strategy(self.repair)
-        for name in ("store_tail", "refresh_ttl", "pin", "write"):
+        for name in ("store_tail", "refresh_ttl", "pin", "write", "reproducible"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SettingError(f"{name}={value!r} must be True or False")
+
+    def _check_pieces(self) -> None:
+        if self.reuse == "anywhere" and (self.reproducible or self.piece_tokens):
+            name = "reproducible" if self.reproducible else "piece_tokens"
+            raise SettingError(
+                f"{name}={getattr(self, name)!r} excludes reuse='anywhere', which computes what is "
+                "missing in one scattered forward: set reuse='prefix'"
+            )
+        if not self.reproducible:
+            return
+        if self.codec.removesuffix(ZSTD) != PLAIN:
+            raise SettingError(
+                f"reproducible=True excludes codec={self.codec!r}, which rounds what it stores: "
+                f"set codec={PLAIN!r}"
+            )
+        if self.chunk_overlap:
+            raise SettingError(
+                f"reproducible=True excludes chunk_overlap={self.chunk_overlap}: a chunk is a "
+                "whole piece then. Set it to 0"
+            )
+
+    @property
+    def in_pieces(self) -> int:
+        """Tokens of a piece, 0 where prompts are computed at once."""
+        return self.piece_tokens or (PIECE_TOKENS if self.reproducible else 0)
 
     @property
     def strategy(self) -> Repair:

@@ -23,6 +23,8 @@ OTHER: dict[str, tuple[Any, str]] = {
     "chunk_size": (64, "64"),
     "chunk_overlap": (16, "16"),
     "repair": ("head:8+query:0.1", "head:8+query:0.1"),
+    "reproducible": (True, "yes"),
+    "piece_tokens": (64, "64"),
     "store_tail": (False, "no"),
     "namespace": ("team-a", "team-a"),
     "tags": ("run=1", "run=1"),

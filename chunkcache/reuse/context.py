@@ -17,6 +17,7 @@ from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report
 from chunkcache.reuse.keyspace import KeySpace
+from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.settings import OBSERVERS, Settings
 from chunkcache.stores.base import ChunkStore, Entry, ReadOnly, calls_of_prompt
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens
@@ -49,8 +50,16 @@ class CacheContext:
         codec = Codec(chosen.codec, chosen.sealing)
         if codec.numbers == INT8:
             codec = replace(codec, rotation=self.state.rotation(identity))
-        salt = identity.salt(chosen.namespace, chosen.secret, codec.world)
+        world = codec.world
+        if self.pieces.reproducible:
+            world += f" pieces={self.pieces.tokens} {environment(self.model)}"
+        salt = identity.salt(chosen.namespace, chosen.secret, world)
         return KeySpace(identity, layout, salt, codec)
+
+    @property
+    def pieces(self) -> Pieces:
+        """Where prompts are cut."""
+        return Pieces(self.settings.in_pieces, self.settings.reproducible)
 
     @property
     def gauge(self) -> Gauge:

@@ -57,6 +57,8 @@ class Conversation:
         keys: Under which keys chunks are found and kept, once the model may have any.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
+        in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
+        whole_pieces: Columns from the first on that were computed in whole pieces, or read as such.
         surplus: Columns that the layers hold beyond the tokens given: some models cache more.
     """
 
@@ -66,8 +68,11 @@ class Conversation:
         self.bypass_reason = self.beyond = ""
         self.edited = False
         self.keys: KeySpace | None = None
+        self._model_keys: KeySpace | None = None  # the same for prompts by themselves
         self.known: set[str] = set()
         self.shorter: Shorter = {}
+        self.in_pieces = False
+        self.whole_pieces = 0
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
@@ -116,8 +121,20 @@ class Conversation:
         self.self_test = state.self_test(identity, self.context.store)
         if not self.self_test.bypass_reason:
             assert self.self_test.layout is not None
-            self.keys = self.context.keyspace(identity, self.self_test.layout)
+            self._model_keys = self.context.keyspace(identity, self.self_test.layout)
+            self.keys = self._model_keys
         return changed
+
+    def name_batch(self) -> None:
+        """Where bits shall be the same, have chunks of a batch found by the very same batch alone.
+
+        What other rows hold, and where each begins, decides in which products a row is computed.
+        """
+        if self.context.pieces.reproducible and self._model_keys is not None:
+            rows, pads = self.transcript.ids(), self.transcript.pads
+            is_alone = len(pads) == 1 and not pads[0]
+            batch = b"" if is_alone else repr(pads).encode() + rows.numpy().tobytes()
+            self.keys = self._model_keys.of_batch(batch)
 
     @property
     def distrust(self) -> str:
@@ -243,6 +260,8 @@ class Conversation:
                 return 0
             ends = call.text_columns(0, pads), self.transcript.text_until
             common = min(common, *(end for end in ends if end is not None))
+        if self.context.pieces.reproducible:
+            common = self.context.pieces.floor(min(common, self.whole_pieces))
         return max(0, common)
 
     def _begins_like(self, call: ForwardCall) -> bool:
@@ -277,6 +296,7 @@ class Conversation:
             or self._why_bypass(module, call, past, held, total)
         )
         if not self.context.state.ranks.all(not self.bypass_reason):
+            self.in_pieces = False
             self.bypass_reason = (
                 self.bypass_reason or "another process of this model falls back to normal prefill"
             )
@@ -289,6 +309,7 @@ class Conversation:
                 config: Any = module.config
                 self._empty(DynamicCache(config=config).layers)
             return "this cache was made for another model"
+        self.in_pieces = False
         if self.identify() and held:
             return "the model changed after a part of this sequence was computed"
         if not held:
@@ -311,6 +332,7 @@ class Conversation:
         if columns < total:
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)
+        self.in_pieces = True
         return ""
 
     def empty(self) -> None:
@@ -410,6 +432,8 @@ class Conversation:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         assert self.keys is not None
+        if self.context.pieces.reproducible:
+            certain, tail = min(certain, self.whole_pieces), False
         with self.context.store_calls(report):
             entries, replaced = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
@@ -434,6 +458,8 @@ class Conversation:
         if self.length != total:
             self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
+        if self.context.pieces.reproducible:
+            certain, tail = min(certain, self.whole_pieces), False
         lengths = self.transcript.distinct_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
         if complete == self._complete and not tail:
@@ -477,10 +503,13 @@ class Conversation:
     def crop(self, columns: int) -> None:
         """The layers hold the first `columns` alone."""
         self.transcript.crop(columns)
+        if self.whole_pieces > columns:
+            self.whole_pieces = self.context.pieces.usable(columns)
         if self._sample is not None:
             self._sample.crop(columns)
 
     def take_rows(self, rows: Tensor) -> None:
         """The layers hold these rows of what they held."""
         self.transcript.take_rows(rows)
+        self.whole_pieces = 0  # of a batch of other rows
         self._sample = None

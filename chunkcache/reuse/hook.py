@@ -21,17 +21,15 @@ from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
 from chunkcache.model.head import HeadInput, feed, untap
+from chunkcache.reuse.pieces import PER_TOKEN, TYPES, piece, run_pieces
 from chunkcache.tokens.transcript import Padding
 
 INSTALLING = RLock()  # held by who puts the hook on or takes it off
 NO_LABEL = -100  # of tokens that a loss leaves out
 TRAINING = "the model is in training mode: call model.eval()"
-# Tensors with one entry per new token along their last dimension: trimmed together.
-_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-_PER_TOKEN = ("input_ids", "position_ids", "cache_position", *_TYPES)
 _UNDERSTOOD = frozenset(
     (
-        *_PER_TOKEN,
+        *PER_TOKEN,
         "attention_mask",
         "cache",
         "labels",
@@ -194,6 +192,7 @@ class TrimSpec:
 
     Attributes:
         skip: Prefix reuse: leave out this many columns of ids on the left.
+        cuts: Columns of the ids at which the forward is cut into pieces (see `pieces.py`).
         columns: Reuse anywhere: compute only these columns of the ids, `[queries]`, with the
             positions and mask below.
         positions: Position of each of them in each row, `[batch, queries]`.
@@ -203,6 +202,7 @@ class TrimSpec:
     """
 
     skip: int = 0
+    cuts: tuple[int, ...] = ()
     columns: Tensor | None = None
     positions: Tensor | None = None
     mask: Any = None
@@ -230,6 +230,10 @@ class PrefillAware(ABC):
     @abstractmethod
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
         """Prepare for a forward. Returns what the model has to compute."""
+
+    @abstractmethod
+    def end_piece(self, columns: int) -> None:
+        """Take note that a piece of the forward has come back, after so many columns of its ids."""
 
     @abstractmethod
     def end_forward(self, module: nn.Module) -> bool:
@@ -303,8 +307,11 @@ def _before(
         )
     rest = cache.begin_forward(module, read_call(module, kwargs))
     cache.untrimmed = kwargs
+    kwargs = trim(kwargs, rest)
+    if rest.cuts:
+        kwargs = run_pieces(module, kwargs, rest.skip, rest.cuts, cache.end_piece)
     feed(rest.head)
-    return (), trim(kwargs, rest)
+    return (), kwargs
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -396,7 +403,7 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
         beyond=beyond,
         device=embeds.device if isinstance(embeds, Tensor) else None,
         embedded=(embeds.shape[0], embeds.shape[1]) if isinstance(embeds, Tensor) else None,
-        types={name: kwargs[name] for name in _TYPES if isinstance(kwargs.get(name), Tensor)},
+        types={name: kwargs[name] for name in TYPES if isinstance(kwargs.get(name), Tensor)},
         features=_features(kwargs.get("mm_encoder_outputs")),
     )
 
@@ -460,7 +467,7 @@ def _beyond(module: nn.Module, kwargs: dict[str, Any], named: bool, mask: Any) -
     for name, value in kwargs.items():
         if name in _UNDERSTOOD or _is_nothing(value):
             continue
-        if name in _TYPES and isinstance(value, Tensor):
+        if name in TYPES and isinstance(value, Tensor):
             continue  # looked at when a prompt comes: see `ForwardCall.types`
         if name not in _OF_GENERATE or name in _parameters(module):
             return may_change(name)
@@ -486,24 +493,22 @@ def _is_nothing(value: Any) -> bool:
 
 
 def trim(kwargs: dict[str, Any], rest: TrimSpec) -> dict[str, Any]:
-    """The arguments for what is left to compute."""
+    """The arguments for what is left to compute, where that is not done in pieces."""
     if rest.head is not None and kwargs.get("logits_to_keep") is not None:
         kwargs = {**kwargs, "logits_to_keep": 0}
-    if not rest.skip and rest.columns is None:
-        return kwargs
-    kept = slice(rest.skip, None) if rest.columns is None else rest.columns
-    new = kwargs["input_ids"].shape[1]
-    trimmed = {
-        name: kwargs[name][..., kept]
-        for name in _PER_TOKEN
-        if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
-    }
-    keep = kwargs.get("logits_to_keep")
-    if isinstance(keep, Tensor):  # counted from the end, which stays where it is
-        trimmed["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
     if rest.columns is not None:
-        trimmed |= {"position_ids": rest.positions, "attention_mask": rest.mask}
-    return {**kwargs, **trimmed}
+        new = kwargs["input_ids"].shape[1]
+        scattered = {
+            name: kwargs[name][..., rest.columns]
+            for name in PER_TOKEN
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
+        }
+        scattered |= {"position_ids": rest.positions, "attention_mask": rest.mask}
+        keep = kwargs.get("logits_to_keep")
+        if isinstance(keep, Tensor):  # counted from the end, which stays where it is
+            scattered["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
+        return {**kwargs, **scattered}
+    return piece(kwargs, rest.skip) if rest.skip and not rest.cuts else kwargs
 
 
 Cover = Callable[[dict[str, Any]], dict[str, Any]]

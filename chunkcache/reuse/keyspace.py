@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import OUTPUTS
+from chunkcache.tokens.chunking import keyed_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class KeySpace:
     def lossy(self) -> str:
         """The codec's name if K/V come back rounded, else `""`."""
         return "" if self.codec.is_exact(self.layout.dtype) else self.codec.name
+
+    def of_batch(self, batch: bytes) -> KeySpace:
+        """The same for one batch alone, known by what its rows are; for one row, all of it."""
+        return (
+            replace(self, salt=keyed_hash(self.salt, b"chunkcache/batch", batch)) if batch else self
+        )
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str

@@ -29,6 +29,7 @@ from chunkcache.tokens.transcript import Transcript
 
 _GRADIENTS = "gradients are enabled, which stored outputs have none of: use torch.no_grad()"
 _ANYWHERE = "reuse='anywhere' keeps no outputs"
+_REPRODUCIBLE = "reproducible=True computes outputs of all tokens in one forward"
 _PADDING = (
     "labels count outputs of padding: set those of each row's padding, and of its first token, to "
     f"{NO_LABEL}"
@@ -55,6 +56,8 @@ def outputs_of(
     """
     if context.settings.reuse == "anywhere":
         return _ANYWHERE
+    if context.pieces.reproducible:
+        return _REPRODUCIBLE
     if keys.lossy:
         return f"the codec {keys.lossy} rounds, and outputs are not rounded"
     if torch.is_grad_enabled() and any(p.requires_grad for p in context.model.parameters()):

@@ -37,6 +37,7 @@ from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
 from chunkcache.reuse.outputs import Outputs, outputs_of
+from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import Entry
@@ -112,6 +113,7 @@ class Prefill:
         self._loader: ChunkLoader | None = None
         self._background: BackgroundLoad | None = None
         self._witness: Witness | None = None
+        self._off_by: float | None = None  # what the check token has shown, where it was a piece
         self._whole = call.whole  # why all is computed
         self._outputs: Outputs | None = None  # where logits of several tokens are wanted
         self._stopwatch: Stopwatch | None = None  # since the model began
@@ -148,6 +150,7 @@ class Prefill:
         if not conversation.bypass_reason:
             assert self.call.ids is not None
             conversation.transcript.append(self.call.ids[:, self.held - self.past :])
+            conversation.name_batch()
         return conversation.bypass_reason
 
     def plan(self, dry: bool = False) -> None:
@@ -184,7 +187,7 @@ class Prefill:
         if self._reads_together and not self._pays(dry):
             self.plans = [plan.cut_at(plan.held, NO_GAIN) for plan in self.plans]
         self.stops = [
-            max(min(self.limit, pad + plan.reach), self.held)
+            max(self.pieces.usable(min(self.limit, pad + plan.reach)), self.held)
             for pad, plan in zip(self.pads, self.plans, strict=True)
         ]
         if self._reads_together:
@@ -196,7 +199,22 @@ class Prefill:
         """Column from which on all is computed, since its outputs are wanted."""
         if self._outputs:
             return max(self.held, self._outputs.limit)
+        return self.outputs_from if self._is_in_whole_pieces else self.held
+
+    @property
+    def outputs_from(self) -> int:
+        """Column from which on outputs are wanted of the model."""
         return self.held if self.call.whole else self.total - max(self.call.keep, 1)
+
+    @property
+    def _is_in_whole_pieces(self) -> bool:
+        """Whether all that is held was computed in whole pieces, where that matters."""
+        return not self.pieces.reproducible or self.held <= self.conversation.whole_pieces
+
+    @property
+    def pieces(self) -> Pieces:
+        """Where the forward is cut."""
+        return self.context.pieces
 
     @property
     def keys(self) -> KeySpace:
@@ -256,6 +274,8 @@ class Prefill:
 
     def _follow_branches(self, dry: bool) -> None:
         """Go on with stored chunks that begin like a row where its own chunks end."""
+        if self.pieces.reproducible:
+            return  # where a chunk ends short, so does a piece
         branches = [
             Branch.of(plan, self._tokens(row), self.limit - pad)
             for row, (plan, pad) in enumerate(zip(self.plans, self.pads, strict=True))
@@ -395,14 +415,14 @@ class Prefill:
     def trim(self) -> TrimSpec:
         """Declare what is known to be held. Returns what is left to compute."""
         assert self._loader is not None
-        known = self.context.state.ranks.least(min(self.stops))
+        known = self.context.state.ranks.least(max(self.pieces.usable(min(self.stops)), self.held))
         if not any(pad < known for pad in self.pads):
             known = self.held
         begin = known
         if rows := self._checked_rows(known):
             free = self.context.state.ranks.all(self._loader.covered(rows) > known)
             begin = known if free else known - 1
-        if begin == self.past:
+        if begin == self.past and not self.pieces.reproducible:
             known = begin  # where one token alone is known, nothing would be gained
         self._hold(begin)
         if known > self.held:
@@ -413,7 +433,13 @@ class Prefill:
             plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
         ]
         head = self._outputs.behind(begin) if self._outputs else None
-        return TrimSpec(begin - self.past, head=head)
+        return TrimSpec(begin - self.past, self._cuts(begin), head=head)
+
+    def _cuts(self, begin: int) -> tuple[int, ...]:
+        """Columns of the ids given at which a forward from column `begin` on is cut."""
+        if not self.conversation.in_pieces or self._outputs or self.call.bypass_reason:
+            return ()
+        return tuple(cut - self.past for cut in self.pieces.cuts(begin, self.outputs_from))
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)
@@ -448,6 +474,9 @@ class Prefill:
             row.ids = ids[pad:].numpy()
 
     def _report_exactness(self) -> None:
+        if self.pieces.reproducible and self._is_in_whole_pieces:
+            bits = environment(self.context.model)
+            self.report.reproducible = f"pieces of {self.pieces.tokens} tokens, {bits}"
         transcript, keys = self.conversation.transcript, self.conversation.keys
         self.report.approximate = not transcript.is_exact
         self.report.lossy = keys.codec.name if keys and transcript.lossy_from is not None else ""
@@ -486,9 +515,21 @@ class Prefill:
                 known.ids = ids.numpy().copy()  # callers write the next token into theirs
             elif known.ids is not None:
                 known.ids = np.concatenate([known.ids, ids.numpy()])
-        return TrimSpec(self.held - self.past)
+        return TrimSpec(self.held - self.past, self._cuts(self.held))
 
     # ------------------------------------------------------------------ the model has computed
+
+    def end_piece(self, columns: int) -> None:
+        """A piece of the forward has come back, after so many columns of the ids given."""
+        if not self.pieces.reproducible:
+            return
+        if self._witness and self._off_by is None:  # it was of the check token alone
+            self._off_by = self._witness.difference()
+            self._witness.undo()
+        self.conversation.check_edited()
+        if any(self.pads):  # as where K/V were read: experts are chosen for padding too
+            hold_all(self.conversation.layers, self.past + columns, self.pads, 0)
+            self.conversation.note_written()
 
     def finish(self) -> bool:
         """Store what is new. False if the outputs are wrong: all must be computed again.
@@ -514,6 +555,8 @@ class Prefill:
         report.skipped = conversation.bypass_reason or report.skipped
         conversation.end_forward(self.total)
         if not conversation.bypass_reason:
+            if self.pieces.reproducible and self._is_in_whole_pieces and not self.call.whole:
+                conversation.whole_pieces = self.pieces.whole(self.outputs_from, self.total)
             self.store()
         conversation.end_prompt()
         return True
@@ -561,7 +604,7 @@ class Prefill:
         witness, self._witness = self._witness, None  # which holds on to layers
         if witness is None:
             return True
-        difference = witness.difference()
+        difference = witness.difference() if self._off_by is None else self._off_by
         if self.context.state.ranks.all(conversation.edited or difference <= witness.bound):
             conversation.distrust = ""
             return True

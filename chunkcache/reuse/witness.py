@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chunkcache.keys import BF16, INT8
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import Codec
-from chunkcache.kv.layers import growing
+from chunkcache.kv.layers import growing, note_all_written
 
 # How far the K/V of one token at one layer may be from what is stored, relative to their size (the
 # norm over heads and channels), and be the same but for rounding. `benchmarks/witness.py` measures
@@ -84,6 +84,14 @@ class Witness:
                     alike[old.shape, old.device, old.dtype, new.dtype].append((old, new))
         worst = [_difference(pairs, self._rows) for pairs in alike.values()]
         return float(torch.stack([w.to(worst[0].device) for w in worst]).max()) if worst else 0.0
+
+    def undo(self) -> None:
+        """Put back what the first column held before: it was computed to be compared alone."""
+        for layer in self._layers:
+            for old, held in zip(layer.first or (), (layer.keys, layer.values), strict=False):
+                for row in self._rows:
+                    held[row, :, self._column].copy_(old[row, :, 0])
+        note_all_written(self._layers)
 
 
 def _difference(pairs: Sequence[tuple[Tensor, Tensor]], rows: list[int]) -> Tensor:

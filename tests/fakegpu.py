@@ -137,7 +137,8 @@ class Device:
     def wait(self) -> None:
         """The host waits until all is done."""
         trace.note("wait")
-        time.sleep(max(0.0, self._done - time.monotonic()))
+        if self._done:
+            time.sleep(max(0.0, self._done - time.monotonic()))
 
 
 device = Device()
@@ -168,6 +169,7 @@ class _DLTensor(ctypes.Structure):
     ]
 
 
+_FREE = ctypes.cast(_libc.free, ctypes.c_void_p).value
 _HEAD = 256  # bytes before the data, more than a `_DLTensor` has
 _PRIVATE_USE_1 = 12  # DLPack's name for it is kDLExtDev
 _UINT = 1
@@ -189,7 +191,7 @@ def _new_bytes(nbytes: int) -> Tensor:
     head.data, head.device_type, head.ndim = block + _HEAD, _PRIVATE_USE_1, 1
     head.type_code, head.bits, head.lanes = _UINT, 8, 1
     head.shape, head.size = block + _DLTensor.size.offset, nbytes
-    head.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
+    head.deleter = _FREE
     return torch._C._from_dlpack(_capsule(block, b"dltensor", None))
 
 
@@ -385,13 +387,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _check_places(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_places(name: str, every: list[Tensor], args: tuple[Any, ...]) -> None:
     """Refuse what CUDA refuses: tensors of the host among those of the device."""
-    name, every = op._schema.name, list(_tensors([*args, *kwargs.values()]))
-    if not any(map(_is_here, every)):
+    host = [tensor for tensor in every if not _is_here(tensor)]
+    if len(host) == len(every):
         return
-    for tensor in every:
-        if _is_here(tensor) or (tensor.dim() == 0 and name not in _TAKES_NO_NUMBER):
+    for tensor in host:
+        if tensor.dim() == 0 and name not in _TAKES_NO_NUMBER:
             continue
         if name in _TAKES_HOST_INDEX and any(tensor is index for index in _tensors(args[1])):
             trace.note("h2d", tensor.nbytes)
@@ -405,9 +407,10 @@ def _check_places(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation that has no function of its own here: the CPU's, over the same memory."""
-    _check_places(op, args, kwargs)
+    _check_places(op._schema.name, [*_tensors(args), *_tensors(tuple(kwargs.values()))], args)
     trace.note("kernel")
-    current_stream().run()
+    if (stream := current_stream()).queue:
+        stream.run()
     if op._schema.name in _WAITS:
         device.wait()
     pairs: list[tuple[Tensor, Tensor]] = []  # ours, and the CPU's over the same memory
@@ -439,7 +442,10 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         if its.shape != ours.shape or its.stride() != ours.stride():  # out= was resized
             new = _result(its, [])
             _set(ours, new.untyped_storage(), 0, its.shape, its.stride())
-    return here(out)
+    result = here(out)
+    if device.seconds_per_number:
+        device.work(sum(tensor.numel() for tensor in _tensors(result)))
+    return result
 
 
 def _result(value: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -452,7 +458,6 @@ def _result(value: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
                 keys, ours, value.shape, value.stride(), value.storage_offset()
             )
     out = _new(value.shape, value.stride(), value.dtype)
-    device.work(value.numel())
     if value.numel():
         _seen(out).copy_(value)
     return out
@@ -633,10 +638,16 @@ def _install() -> None:
 
     # Two that torch has done by an allocator, which cannot be written in Python: the memory of a
     # tensor that is copied by `copy.deepcopy`, and pinned memory.
-    clone, empty = torch.UntypedStorage.clone, torch.empty
-    torch.UntypedStorage.clone = lambda storage: (
-        _grown(storage, storage.nbytes()) if storage.device.type == NAME else clone(storage)
-    )
-    torch.empty = lambda *size, pin_memory=False, **kwargs: (
-        pin(empty(*size, **kwargs)) if pin_memory else empty(*size, **kwargs)
-    )
+    usual_clone, usual_empty = torch.UntypedStorage.clone, torch.empty
+
+    def clone(storage: Any) -> Any:
+        is_here = storage.device.type == NAME
+        return _grown(storage, storage.nbytes()) if is_here else usual_clone(storage)
+
+    def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        new = usual_empty(*size, **kwargs)
+        return pin(new) if pin_memory else new
+
+    for function in (clone, empty):
+        function.__module__ = "torch"  # as part of which a model's identity sees them
+    torch.UntypedStorage.clone, torch.empty = clone, empty

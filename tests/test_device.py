@@ -16,10 +16,6 @@ LEFT_OUT = (
 
 def test_on_the_pretended_device() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "tests.on_device", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "tests/device", "-k", f"not ({LEFT_OUT})"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command += ["tests/device", "-k", f"not ({LEFT_OUT})"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]

@@ -17,6 +17,7 @@ from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.runs import run_both
 from chunkcache.keys import INT8
+from chunkcache.kv.states import state_layers
 from chunkcache.metrics import Meter
 from chunkcache.model.check import check_model
 from chunkcache.model.head import tap
@@ -28,6 +29,7 @@ from chunkcache.reuse.hook import ForwardCall, PrefillAware, TrimSpec, install
 from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
+from chunkcache.reuse.rows import RowsPrefill
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
@@ -281,7 +283,13 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 call = replace(call, scores=False)
             if call.scores:
                 tap(module)
-            self._prefill = self._prefill_type(
+            alone = call.shape[0] == 1 and (past or not call.pads()[0])
+            kind = (
+                self._prefill_type
+                if alone or held or not state_layers(self.layers)
+                else RowsPrefill
+            )
+            self._prefill = kind(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,
             )  # fmt: skip
@@ -343,7 +351,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if not columns:
             return conversation if conversation.is_new else self._forget()
         if columns < conversation.length:
-            self.crop(columns - conversation.length)
+            if conversation.states:
+                with self._change():
+                    conversation.go_back(columns)
+            else:
+                self.crop(columns - conversation.length)
         return conversation
 
     def _forget(self) -> Conversation:

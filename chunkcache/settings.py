@@ -71,6 +71,8 @@ class Settings:
             Transformers, number of threads and batch are taken for granted.
         piece_tokens: tokens of a piece in which prompts are computed, which bounds the memory of a
             long prefill; 0 computes them at once, or with `reproducible` in pieces of 512.
+        state_every: tokens between snapshots of a model's recurrent states, at which prompts can be
+            taken up again; 0 chooses by their bytes, so that they take 40 % of those of the K/V.
         store_tail: also keep the last, shorter chunk of a prompt, so that the very same prompt is
             reused to its last token.
         namespace: caches reuse only what was stored under the same namespace.
@@ -115,6 +117,7 @@ class Settings:
     chunk_overlap: int = 0
     reproducible: bool = False
     piece_tokens: int = 0
+    state_every: int = 0
     store_tail: bool = True
     namespace: str = ""
     codec: str = "safetensors"
@@ -159,6 +162,7 @@ class Settings:
                 f"chunk_size={self.chunk_size}: each chunk has to bring new tokens"
             )
         _integer("piece_tokens", self.piece_tokens, 0)
+        _integer("state_every", self.state_every, 0)
         self._check_pieces()
         for name in ("connect_timeout", "read_timeout", "max_delay"):
             _seconds(name, getattr(self, name))

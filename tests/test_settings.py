@@ -25,6 +25,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "repair": ("head:8+query:0.1", "head:8+query:0.1"),
     "reproducible": (True, "yes"),
     "piece_tokens": (64, "64"),
+    "state_every": (1024, "1024"),
     "store_tail": (False, "no"),
     "namespace": ("team-a", "team-a"),
     "tags": ("run=1", "run=1"),

@@ -14,6 +14,7 @@ https://github.com/huggingface/safetensors#format, written here to be built in o
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,7 @@ from chunkcache.kv.transfer import copy_all, is_host
 
 LAYOUT = "[kv_heads, tokens, head_dim]"
 OUTPUTS_LAYOUT = "[tokens, hidden]"
+STATES_LAYOUT = "as the layers cache them, of one row, after the last token"
 # Tensor data begins on a cache line, whatever the header's length.
 _ALIGNMENT = 64
 _DTYPE_NAMES = {
@@ -68,21 +70,37 @@ class Slot(NamedTuple):
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """One state of one row: its name in a snapshot, its shape and data type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """What all layers of a model cache: the shapes every blob of that model must have.
 
-    `layers` has one entry per layer of the cache, `None` for layers that cache nothing.
+    `layers` has one entry per layer of the cache, `None` for layers that cache no K/V. `states` are
+    those of recurrent and convolution layers.
     """
 
     dtype: torch.dtype
     layers: tuple[LayerShape | None, ...]
+    states: tuple[StateShape, ...] = ()
 
     @cached_property
     def token_bytes(self) -> int:
         """Bytes of K/V per token, all layers."""
         elements = sum(layer.token_elements() for layer in self.layers if layer)
         return elements * self.dtype.itemsize
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of a snapshot of all states."""
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.states)
 
     def slots(self, tokens: int) -> list[Slot]:
         """The tensors of a chunk's blob, in order: each layer's keys and values as they are."""
@@ -314,6 +332,15 @@ def output_slots(layout: KVLayout, tokens: int) -> list[Slot]:
     size = layout.token_bytes
     shape = (tokens, size // layout.dtype.itemsize)
     return [Slot("hidden", shape, 0, tokens * size, layout.dtype)]
+
+
+def state_slots(layout: KVLayout, tokens: int) -> list[Slot]:
+    """The tensors of a snapshot, behind a chunk of so many tokens: the states of one row."""
+    slots, end = [], 0
+    for state in layout.states:
+        begin, end = end, end + math.prod(state.shape) * state.dtype.itemsize
+        slots.append(Slot(state.name, state.shape, begin, end, state.dtype))
+    return slots
 
 
 def encode(form: TensorFile, layers: Iterable[LayerKV | None]) -> memoryview:

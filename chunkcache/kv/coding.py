@@ -18,10 +18,12 @@ from torch import Tensor
 from chunkcache.keys import BF16, INT8, PLAIN, SEALED, ZSTD
 from chunkcache.kv.codec import (
     OUTPUTS_LAYOUT,
+    STATES_LAYOUT,
     KVLayout,
     LayerKV,
     TensorFile,
     output_slots,
+    state_slots,
 )
 from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
@@ -104,6 +106,15 @@ class Codec:
         plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
         exact = replace(self, name=plain, rotation=None)
         file = TensorFile.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
+        return BlobFormat(exact, layout, start, key, file)
+
+    def state_form(
+        self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
+    ) -> BlobFormat:
+        """The form of the states behind one chunk, whose numbers are kept as they are."""
+        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
+        exact = replace(self, name=plain, rotation=None)
+        file = TensorFile.of(layout, tokens, start, chunk_hash, state_slots, STATES_LAYOUT)
         return BlobFormat(exact, layout, start, key, file)
 
     def hide(self, text: str, key: str) -> str:

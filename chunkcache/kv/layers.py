@@ -303,26 +303,26 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; the number is negative."""
-        with self._changing():
+        with self.changing():
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows."""
-        with self._changing():
+        with self.changing():
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        with self._changing():
+        with self.changing():
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows given."""
-        with self._changing():
+        with self.changing():
             super().batch_select_indices(indices)
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """Around a change that we make ourselves."""
         self.check_edited()
         yield

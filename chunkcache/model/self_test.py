@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from chunkcache.errors import ChunkCacheError
 from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
-from chunkcache.kv.layers import GrowingLayer, allocate_all, row_slice
+from chunkcache.kv.layers import GrowingLayer, allocate_all, growing, row_slice
 from chunkcache.kv.rope import KeyRotation
+from chunkcache.kv.states import GrowingStateLayer, StateLayer, state_shapes
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import is_compiled
 from chunkcache.model.queries import Queries
@@ -41,6 +49,7 @@ BOUNDS = {
     torch.bfloat16: (3e-2, 3e-1),
 }
 _TOKENS, _LONG = 32, 44
+_BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 # A layer that uses another layer's K/V. Transformers before 5.23 leaves such layers out.
 _SHARING_LAYER = getattr(cache_utils, "DummyLayer", None)
 # Frequencies that change with the length of the prompt: stored keys would depend on more than
@@ -62,17 +71,21 @@ class SelfTest:
 
     `bypass_reason` is empty when the model passed; otherwise it says why the cache falls
     back to normal prefill.
-    `layout` is what its layers cache, when they could be tapped.
+    `layout` is what its layers cache, when they could be tapped. `steps_differ` tells that tokens
+    computed one by one have other K/V than those of a prompt. `cuts_windows` tells that all states
+    are windows of convolutions, which can be cut at any token of a forward.
     """
 
     bypass_reason: str = ""
     layout: KVLayout | None = None
+    steps_differ: bool = False
+    cuts_windows: bool = False
 
 
 def growing_layers(model: nn.Module) -> list[Any] | None:
-    """A growing layer for each layer of the model that caches K/V, a dummy for the others.
+    """A layer of ours for each layer of the model that caches K/V or states, a dummy for others.
 
-    `None` when some layer is of a kind that is not understood (recurrent or compressed state).
+    `None` when some layer is of a kind that is not understood (compressed states).
     Sliding layers become full-length ones: their masks still apply, and a whole prompt's K/V can
     be taken out.
     """
@@ -81,11 +94,15 @@ def growing_layers(model: nn.Module) -> list[Any] | None:
     for layer in DynamicCache(config=config).layers:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             layers.append(GrowingLayer())
+        elif type(layer) is LinearAttentionLayer:
+            layers.append(StateLayer(layer.number_of_states))
+        elif type(layer) in _BOTH:
+            layers.append(GrowingStateLayer(layer.number_of_states))
         elif type(layer) is _SHARING_LAYER:
             layers.append(layer)
         else:
             return None
-    return layers or None
+    return layers if growing(layers) else None
 
 
 def rounded_layers(
@@ -106,15 +123,15 @@ def rounded_layers(
 
 def run_self_test(model: nn.Module) -> SelfTest:
     """Test a model in evaluation mode. Draws no random numbers and leaves no trace in the model."""
-    return _try(model, _split_test)
+    return try_test(model, _split_test)
 
 
 def measure_layout(model: nn.Module) -> SelfTest:
     """For a model that has passed: what its layers cache, seen on one token."""
-    return _try(model, lambda m: SelfTest("", _layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
+    return try_test(model, lambda m: SelfTest("", layout_of(_prefill(m, probe_ids(m)[:, :1])[0])))
 
 
-def _try(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTest:
+def try_test(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTest:
     if bypass_reason := known_obstacle(model):
         return SelfTest(bypass_reason)
     try:
@@ -167,9 +184,9 @@ def _split_test(model: nn.Module) -> SelfTest:
     # is computed for their common beginning is computed alike.
     long = torch.cat((ids[:, :most], ids[:, :half]), 1)[:, :_LONG]
     other = torch.cat((ids[:, :half], ids.flip(1)), 1)[:, :_LONG]
-    stored = _test_layers(model)
+    stored = test_layers(model)
     reference = _run(model, long, stored)
-    layout = _layout_of(stored)
+    layout = layout_of(stored)
     rounded = cache(lambda: _run(model, long, rounded_layers(model, torch.zeros(1))))
 
     def compare(mine: Steps, start: int, stop: int, is_alike: bool = False) -> str:
@@ -189,7 +206,7 @@ def _split_test(model: nn.Module) -> SelfTest:
     if wrong := compare(_part(_steps(layers, logits), 0, half), 0, half, is_alike=True):
         return SelfTest(f"K/V of this model depend on tokens that come later: {wrong}")
     # Nor on how long the prompt was, nor on where it was taken up again.
-    short = _test_layers(model)
+    short = test_layers(model)
     if wrong := compare(_run(model, ids[:, :half], short), 0, half):
         return SelfTest(f"K/V of this model depend on how long the prompt is: {wrong}")
     for cut, source in ((most, stored), (half, short)):
@@ -214,9 +231,9 @@ def layers_with(
     cut = ids.shape[1]
     form = TensorFile.of(layout, ids[0].tolist(), 0, "")
     parts = form.views(form.data(encode(form, row_slice(source, 0, 0, cut))))
-    layers = _test_layers(model)
+    layers = test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))
-    allocate_all(layers, layout, 1, _TOKENS, device)
+    allocate_all(layers, layout, 1, cut, device)
     for layer, kv in zip(layers, parts, strict=True):
         if kv is not None:
             layer.place(0, 0, *kv)
@@ -226,7 +243,7 @@ def layers_with(
 
 def _run(model: nn.Module, ids: Tensor, layers: list[Any] | None = None) -> Steps:
     """What a forward computes for `[1, tokens]` ids, behind what the layers hold."""
-    layers = layers or _test_layers(model)
+    layers = layers or test_layers(model)
     # What is compiled is tested as it is, and its queries are not seen.
     looking: Any = nullcontext() if is_compiled(model) else Queries(layers)
     with looking as queries:
@@ -264,7 +281,7 @@ def zeros_matter(model: nn.Module, name: str) -> bool | None:
     runs = []
     try:
         for more in ({}, {name: torch.zeros_like(ids[:, : _TOKENS // 2])}):
-            layers = _test_layers(model)
+            layers = test_layers(model)
             with torch.no_grad():
                 logits = [
                     forward(model, part, cache_of(layers), **more) for part in ids.chunk(2, 1)
@@ -281,7 +298,7 @@ def zeros_matter(model: nn.Module, name: str) -> bool | None:
 
 def _prefill(model: nn.Module, ids: Tensor) -> tuple[list[Any], Tensor]:
     """Layers filled with the K/V of a prompt, and its logits."""
-    layers = _test_layers(model)
+    layers = test_layers(model)
     return layers, forward(model, ids, cache_of(layers))
 
 
@@ -317,13 +334,13 @@ def cache_of(layers: list[Any]) -> DynamicCache:
     return cache
 
 
-def _test_layers(model: nn.Module) -> list[Any]:
+def test_layers(model: nn.Module) -> list[Any]:
     layers = growing_layers(model)
     assert layers is not None
     return layers
 
 
-def _layout_of(layers: Sequence[Any]) -> KVLayout:
+def layout_of(layers: Sequence[Any]) -> KVLayout:
     shapes: list[LayerShape | None] = []
     dtypes = set()
     for layer in layers:
@@ -339,11 +356,11 @@ def _layout_of(layers: Sequence[Any]) -> KVLayout:
         raise ChunkCacheError(f"layers cache K/V of several types: {sorted(map(str, dtypes))}")
     if not dtypes <= set(BOUNDS):
         raise ChunkCacheError(f"K/V of type {dtypes.pop()} are not supported")
-    return KVLayout(dtypes.pop(), tuple(shapes))
+    return KVLayout(dtypes.pop(), tuple(shapes), state_shapes(layers))
 
 
-def probe_ids(model: nn.Module) -> Tensor:
-    """`[1, 32]` ids spread over the vocabulary, without those that mean something special."""
+def probe_ids(model: nn.Module, count: int = _TOKENS) -> Tensor:
+    """`[1, count]` ids spread over the vocabulary, without those that mean something special."""
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     special: set[int] = set()
@@ -358,4 +375,4 @@ def probe_ids(model: nn.Module) -> Tensor:
     if not ids:
         ids = [i for i in range(10, vocabulary, vocabulary // 2048) if i not in special]
     # A fixed pattern with a step prime to most lengths: no generator, so no effect on sampling.
-    return torch.tensor([[ids[(7 + 613 * i) % len(ids)] for i in range(_TOKENS)]])
+    return torch.tensor([[ids[(7 + 613 * i) % len(ids)] for i in range(count)]])

@@ -29,6 +29,7 @@ from chunkcache.model.self_test import (
     run_self_test,
     zeros_matter,
 )
+from chunkcache.model.state_test import has_states, measure_states, run_state_test
 from chunkcache.model.weights import PHASES, Parts, Watched, watch
 from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
@@ -251,10 +252,10 @@ class ModelState:
     def _run_self_test(self, store: ChunkStore, identity: ModelIdentity) -> SelfTest:
         # Tests are forwards, which all ranks run or none.
         if self.ranks.all(_has_passed(store, identity, SELF_TEST_FORMAT)):
-            found = measure_layout(self.tested)
+            found = (measure_states if has_states(self.model) else measure_layout)(self.tested)
             if self.ranks.all(not found.bypass_reason):
                 return found
-        found = run_self_test(self.tested)
+        found = (run_state_test if has_states(self.model) else run_self_test)(self.tested)
         if not found.bypass_reason:
             _note_passed(store, identity, SELF_TEST_FORMAT)
         return found

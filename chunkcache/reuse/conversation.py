@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.kv.layers import are_edited, note_all_written
+from chunkcache.kv.layers import are_edited, growing, note_all_written
 from chunkcache.kv.sample import Sample
+from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
@@ -27,6 +28,7 @@ from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
 from chunkcache.reuse.hook import NOTHING_TRIMMED, ForwardCall, TrimSpec, first_row, may_change
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
+from chunkcache.reuse.states import States
 from chunkcache.stores.base import Entry
 from chunkcache.stores.locks import OPEN, Latch
 from chunkcache.tokens.transcript import Transcript
@@ -36,6 +38,7 @@ _EDITED = (
     "stored"
 )
 _NEW_HOOKS = "forward hooks were registered while these tokens were computed"
+_NOWHERE = 1 << 62  # behind all columns
 _NOT_TEXT = (
     "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
     "positions count each row's tokens from 0"
@@ -55,6 +58,7 @@ class Conversation:
         edited: Whether others have changed what is held.
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
+        states: Snapshots of recurrent and convolution states, of a model that has such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
         in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
@@ -69,6 +73,7 @@ class Conversation:
         self.edited = False
         self.keys: KeySpace | None = None
         self._model_keys: KeySpace | None = None  # the same for prompts by themselves
+        self.states: States | None = None
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False
@@ -83,6 +88,8 @@ class Conversation:
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
+        # The first column that was computed by itself, where that gives other K/V than a prompt.
+        self._stepped_from = _NOWHERE
         self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
@@ -97,6 +104,14 @@ class Conversation:
             if isinstance(layer, CacheLayerMixin):
                 return int(layer.get_seq_length())
         return self._fed  # recurrent layers do not count
+
+    @property
+    def least(self) -> int:
+        """Tokens of a prompt that are computed in any case.
+
+        Some models compute a token by itself otherwise than among others: nobody asks for that.
+        """
+        return 2 if self.states else 1
 
     @property
     def is_new(self) -> bool:
@@ -123,6 +138,10 @@ class Conversation:
             assert self.self_test.layout is not None
             self._model_keys = self.context.keyspace(identity, self.self_test.layout)
             self.keys = self._model_keys
+            if self.self_test.layout.states and self.states is None:
+                self.states = States(
+                    self.context, self.self_test.layout, self.self_test.cuts_windows
+                )
         return changed
 
     def name_batch(self) -> None:
@@ -254,7 +273,7 @@ class Conversation:
         common = self.transcript.common_columns(call.ids, pads)
         if self.edited:
             check_not_a_part(common, call, self.length)
-        common = min(common, call.new - max(call.keep, 1))
+        common = min(common, call.new - max(call.keep, self.least))
         if not self.edited:
             if not self._followed:
                 return 0
@@ -262,6 +281,8 @@ class Conversation:
             common = min(common, *(end for end in ends if end is not None))
         if self.context.pieces.reproducible:
             common = self.context.pieces.floor(min(common, self.whole_pieces))
+        if self.states and (common < self.length or self._stepped_from < common):
+            common = self.states.nearest(min(common, self._stepped_from))
         return max(0, common)
 
     def _begins_like(self, call: ForwardCall) -> bool:
@@ -368,6 +389,8 @@ class Conversation:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
+        if self.self_test.steps_differ:
+            self._stepped_from = min(self._stepped_from, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
         if self.bypass_reason:
@@ -432,8 +455,7 @@ class Conversation:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         assert self.keys is not None
-        if self.context.pieces.reproducible:
-            certain, tail = min(certain, self.whole_pieces), False
+        certain, tail = self._storable(certain, tail)
         with self.context.store_calls(report):
             entries, replaced = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
@@ -458,8 +480,7 @@ class Conversation:
         if self.length != total:
             self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
-        if self.context.pieces.reproducible:
-            certain, tail = min(certain, self.whole_pieces), False
+        certain, tail = self._storable(certain, tail)
         lengths = self.transcript.distinct_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
         if complete == self._complete and not tail:
@@ -483,6 +504,13 @@ class Conversation:
             return self.context.settings.write
         return False
 
+    def _storable(self, certain: int, tail: bool) -> tuple[int, bool]:
+        """Columns whose K/V others may have, and whether their last, shorter chunk is one."""
+        if self.context.pieces.reproducible:
+            return min(certain, self.whole_pieces), False
+        # No prompt can go on from a tail without a state.
+        return min(certain, self._stepped_from), tail and not self.states
+
     @property
     def _followed(self) -> bool:
         """Whether mask, positions and types of all steps since the last look were those of text."""
@@ -500,11 +528,22 @@ class Conversation:
 
     # ------------------------------------------------------------------ changes by Transformers
 
+    def go_back(self, columns: int) -> None:
+        """Hold the first columns alone again, at which a snapshot of the states is held."""
+        assert self.states is not None
+        crop_kv(self.layers, columns)
+        self.states.put(self.layers, columns, growing(self.layers)[0].device)
+        self.crop(columns)
+
     def crop(self, columns: int) -> None:
         """The layers hold the first `columns` alone."""
         self.transcript.crop(columns)
         if self.whole_pieces > columns:
             self.whole_pieces = self.context.pieces.usable(columns)
+        if self.states:
+            self.states.forget(columns)
+        if columns <= self._stepped_from:
+            self._stepped_from = _NOWHERE
         if self._sample is not None:
             self._sample.crop(columns)
 
@@ -512,4 +551,6 @@ class Conversation:
         """The layers hold these rows of what they held."""
         self.transcript.take_rows(rows)
         self.whole_pieces = 0  # of a batch of other rows
+        if self.states:
+            self.states.forget()
         self._sample = None

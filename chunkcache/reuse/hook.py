@@ -193,6 +193,7 @@ class TrimSpec:
     Attributes:
         skip: Prefix reuse: leave out this many columns of ids on the left.
         cuts: Columns of the ids at which the forward is cut into pieces (see `pieces.py`).
+        number_from: Position of the first id, for a model that is to be given positions.
         columns: Reuse anywhere: compute only these columns of the ids, `[queries]`, with the
             positions and mask below.
         positions: Position of each of them in each row, `[batch, queries]`.
@@ -203,6 +204,7 @@ class TrimSpec:
 
     skip: int = 0
     cuts: tuple[int, ...] = ()
+    number_from: int | None = None
     columns: Tensor | None = None
     positions: Tensor | None = None
     mask: Any = None
@@ -307,6 +309,10 @@ def _before(
         )
     rest = cache.begin_forward(module, read_call(module, kwargs))
     cache.untrimmed = kwargs
+    if rest.number_from is not None and "position_ids" in _parameters(module):
+        first, ids = rest.number_from, kwargs["input_ids"]
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        kwargs = {**kwargs, "position_ids": positions.expand(ids.shape)}
     kwargs = trim(kwargs, rest)
     if rest.cuts:
         kwargs = run_pieces(module, kwargs, rest.skip, rest.cuts, cache.end_piece)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.coding import BlobFormat, Codec
 from chunkcache.model.identity import ModelIdentity
-from chunkcache.stores.base import OUTPUTS
+from chunkcache.stores.base import OUTPUTS, STATE
 from chunkcache.tokens.chunking import keyed_hash
 
 
@@ -53,6 +53,11 @@ class KeySpace:
         """The form of the outputs of such a chunk, for the layout of the model's outputs."""
         key = self.key(chunk_hash) + OUTPUTS
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
+
+    def state_form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
+        """The form of the states behind such a chunk."""
+        key = self.key(chunk_hash) + STATE
+        return self.codec.state_form(self.layout, tokens, start, chunk_hash, key)
 
     def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
         """The form of the blob of the chunk with these token ids, the first at position `start`."""

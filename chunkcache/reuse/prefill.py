@@ -8,7 +8,7 @@ happens in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -40,7 +40,7 @@ from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import STATE, Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import (
     COMPUTING,
@@ -113,6 +113,7 @@ class Prefill:
         self._loader: ChunkLoader | None = None
         self._background: BackgroundLoad | None = None
         self._witness: Witness | None = None
+        self._known: list[int] = []  # how far each row's K/V are, with or without a state there
         self._off_by: float | None = None  # what the check token has shown, where it was a piece
         self._whole = call.whole  # why all is computed
         self._outputs: Outputs | None = None  # where logits of several tokens are wanted
@@ -182,6 +183,10 @@ class Prefill:
         self._stop_at_wrong_sizes()
         if self._outputs:
             report.skipped = self._outputs.settle(self.plans) or report.skipped
+        elif states := self.conversation.states:
+            self._known = [plan.reach for plan in self.plans]
+            if self.limit > self.held:
+                self.plans = [states.settle(plan, self.limit) for plan in self.plans]
         elif self.sizes or (not self.lookup_failed and self.context.settings.reuse != "off"):
             self._follow_branches(dry)
         if self._reads_together and not self._pays(dry):
@@ -199,12 +204,16 @@ class Prefill:
         """Column from which on all is computed, since its outputs are wanted."""
         if self._outputs:
             return max(self.held, self._outputs.limit)
+        if self.conversation.states and len(self.pads) > 1:
+            return self.held  # rows go on from states at other columns: see `rows.py`
         return self.outputs_from if self._is_in_whole_pieces else self.held
 
     @property
     def outputs_from(self) -> int:
         """Column from which on outputs are wanted of the model."""
-        return self.held if self.call.whole else self.total - max(self.call.keep, 1)
+        if self.call.whole:
+            return self.held
+        return max(self.held, self.total - max(self.call.keep, self.conversation.least))
 
     @property
     def _is_in_whole_pieces(self) -> bool:
@@ -250,6 +259,8 @@ class Prefill:
             names = [self.keys.key(name) for name in hashes]
             if self._outputs:
                 names += map(self._outputs.key, hashes)
+            elif self.conversation.states:
+                names += [self.keys.key(name) + STATE for name in hashes]
             sizes = self.context.store.sizes(names) if names else []
         except StoreError as error:
             self.lookup_failed = True
@@ -259,6 +270,9 @@ class Prefill:
         if self._outputs:
             found = zip(hashes, sizes[len(hashes) :], strict=True)
             self._outputs.sizes = {name: size for name, size in found if size}
+        elif self.conversation.states:
+            found = zip(hashes, sizes[len(hashes) :], strict=True)
+            self.conversation.states.sizes = {name: size for name, size in found if size}
         return NOT_IN_STORE
 
     def _stop_at_wrong_sizes(self) -> None:
@@ -340,10 +354,12 @@ class Prefill:
         reach = (pad + plan.reach for pad, plan in zip(self.pads, self.plans, strict=True))
         stop = min(self.limit, *reach)
         tokens, hashes = 0, set()
+        states = self.conversation.states
         for pad, plan in zip(self.pads, self.plans, strict=True):
             tokens += max(0, stop - pad - plan.held)
             hashes |= {chunk.hash for chunk in plan.reads(max(stop - pad, plan.held))}
         nbytes, gauge = sum(self.sizes[name] for name in hashes), self.context.gauge
+        nbytes += self.keys.layout.state_bytes if states and tokens else 0
         ask = gauge.expects_gain if dry else gauge.pays
         return ask(tokens, nbytes, self.context.settings.min_gain)
 
@@ -376,6 +392,17 @@ class Prefill:
     def load(self) -> None:
         """Bring what is known into the layers, or let it come while the model computes."""
         self._make_room()
+        if self.conversation.states:
+            self._load_states()
+        self._load_chunks()
+        if self.conversation.states and self.stops[0] < self.plans[0].reach:  # damaged K/V
+            self._settle_states(self.stops[0])
+            self._load_states()
+
+    def _load_chunks(self) -> None:
+        plans, stops = self.plans, self.stops
+        if self.conversation.states:
+            plans, stops = self._with_a_check()
         began = perf_counter()
         self._loader = ChunkLoader(
             self._reader, self.conversation.layers, self.pads, self._reads_together
@@ -385,12 +412,46 @@ class Prefill:
         ahead = self._may_run_ahead and self._reads_together and not hooked
         ahead = ahead and self.context.gauge.trusts_store
         self._background = self._loader.load(
-            self.plans, self.stops, self.sizes, self.forms, self.total if ahead else 0
+            plans, stops, self.sizes, self.forms, self.total if ahead else 0
         )
+        if self.conversation.states:
+            self.stops = [min(self.stops[0], stops[0])]
         read_ms = 1e3 * (perf_counter() - began)
         self.report.read_ms += read_ms
         self.context.gauge.note_read(self._reader.bytes_read, read_ms)
         self._count_read()
+
+    def _load_states(self) -> None:
+        """Bring the states where the plan ends; where that fails, an earlier one or none."""
+        states, began = self.conversation.states, perf_counter()
+        assert states is not None
+        while self.stops[0] > self.held:
+            plan = self.plans[0]
+            found, nbytes = states.read(self.keys, plan, self._tokens(0), self._handle)
+            self.report.bytes_read += nbytes
+            if found is not None:
+                states.held[plan.reach] = found
+                break
+            self._settle_states(plan.reach)
+        self.report.read_ms += 1e3 * (perf_counter() - began)
+
+    def _settle_states(self, known: int) -> None:
+        """Plan to go on from a state where K/V, or a state, were known and are not."""
+        assert self.conversation.states is not None
+        plan = self.plans[0].cut_at(known, self.plans[0].missing)
+        self.plans = [self.conversation.states.settle(plan, self.limit)]
+        self.stops = [self.plans[0].reach]
+
+    def _with_a_check(self) -> tuple[list[RowPlan], list[int]]:
+        """What to read so that the first token computed is a check token, if there are its K/V.
+
+        A state cannot be gone back from, so no known token is computed again.
+        """
+        plan, stop = self.plans[0], self.stops[0]
+        ahead = [c for c in plan.chunks if c.start == stop and c.stop <= self._known[0]]
+        if not ahead or stop <= self.held:
+            return [plan], [stop]
+        return [replace(plan, reach=ahead[0].stop)], [stop + 1]
 
     def _make_room(self) -> None:
         layers = self.conversation.layers
@@ -419,27 +480,49 @@ class Prefill:
         if not any(pad < known for pad in self.pads):
             known = self.held
         begin = known
+        states = self.conversation.states
+        if states and known not in states.held:
+            known = begin = self.held
         if rows := self._checked_rows(known):
             free = self.context.state.ranks.all(self._loader.covered(rows) > known)
-            begin = known if free else known - 1
+            begin = known if free or states else known - 1
+            rows = rows if free or not states else []
         if begin == self.past and not self.pieces.reproducible:
             known = begin  # where one token alone is known, nothing would be gained
         self._hold(begin)
         if known > self.held:
             self._note_rounding(self.held)
+            if states:
+                states.go_to(self.conversation.layers, known, self.past)
         if known > self.past:
             self._watch(begin, rows)
         self.spans = [
             plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
         ]
         head = self._outputs.behind(begin) if self._outputs else None
-        return TrimSpec(begin - self.past, self._cuts(begin), head=head)
+        cuts = self._cuts(begin)
+        if states:
+            states.expect(self.conversation.layers, begin)
+        return TrimSpec(begin - self.past, cuts, self._number_from, head=head)
 
     def _cuts(self, begin: int) -> tuple[int, ...]:
         """Columns of the ids given at which a forward from column `begin` on is cut."""
         if not self.conversation.in_pieces or self._outputs or self.call.bypass_reason:
             return ()
-        return tuple(cut - self.past for cut in self.pieces.cuts(begin, self.outputs_from))
+        cuts = set(self.pieces.cuts(begin, self.outputs_from))
+        if self.conversation.states and self._known and len(self.pads) == 1:
+            cuts |= set(
+                self.conversation.states.cuts(
+                    self.plans[0].chunks, begin, self._known[0], self.outputs_from, self.total
+                )
+            )
+        return tuple(cut - self.past for cut in sorted(cuts))
+
+    @property
+    def _number_from(self) -> int | None:
+        """The position of the first id given, where the model would not number them right itself."""
+        is_numbered = self.call.positions is not None or not self.conversation.states
+        return None if is_numbered or any(self.pads) else self.past
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)
@@ -521,6 +604,9 @@ class Prefill:
 
     def end_piece(self, columns: int) -> None:
         """A piece of the forward has come back, after so many columns of the ids given."""
+        if states := self.conversation.states:
+            states.take(self.conversation.layers, self.past + columns)
+            states.expect(self.conversation.layers, self.past + columns)
         if not self.pieces.reproducible:
             return
         if self._witness and self._off_by is None:  # it was of the check token alone
@@ -539,6 +625,8 @@ class Prefill:
         """
         conversation, report = self.conversation, self.report
         conversation.check_edited()
+        if conversation.states:
+            conversation.states.take(conversation.layers, self.total)
         is_sound = self.has_arrived()
         assert self._stopwatch is not None
         self._stopwatch.stop()
@@ -622,12 +710,19 @@ class Prefill:
         certain = self.total - self.call.drafts
         tail = not self.call.drafts  # the prompt ends here
         if self.conversation.may_store(self.total, certain, prompt=True, tail=tail):
-            more = (
-                partial(self._outputs.entries, self.plans, self.conversation.known, certain)
-                if self._outputs
-                else list
-            )
+            more: Callable[[], list[Entry]] = list
+            if self._outputs:
+                more = partial(self._outputs.entries, self.plans, self.conversation.known, certain)
+            elif self.conversation.states and len(self.pads) == 1:
+                more = partial(self._state_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
+
+    def _state_entries(self, certain: int) -> list[Entry]:
+        assert self.conversation.states is not None
+        return self.conversation.states.entries(
+            self.keys, self.plans[0].chunks, self._tokens(0), self.conversation.known,
+            self.conversation.transcript.exact_lengths(certain)[0],
+        )  # fmt: skip
 
     def _found(self, certain: int) -> Found:
         """What was found out of what is stored, and bears on what is to be stored."""

@@ -24,6 +24,7 @@ from chunkcache.stores.locks import Latch
 METADATA = "@metadata"
 KV_BYTES = "@kv_bytes"
 OUTPUTS = "@outputs"
+STATE = "@state"
 T = TypeVar("T")
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
 PATIENCE = 0.25  # seconds

@@ -1,0 +1,137 @@
+"""RowsPrefill: a batch for a model with recurrent states, whose rows are brought up one by one.
+
+Rows with unequal padding, or of which unequal parts are known, go on from states at different
+columns, which no single forward can. So each distinct row is read, computed and stored by itself,
+without its padding, up to the first token whose output is wanted; these then go through the model
+together. Copies of a row, as beam search makes them, are computed once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkcache.kv.layers import GrowingLayer, allocate_all, hold_all
+from chunkcache.kv.states import put_states, take_states
+from chunkcache.model.check import CACHE
+from chunkcache.model.self_test import cache_of, takes
+from chunkcache.report import Report
+from chunkcache.reuse.conversation import Conversation
+from chunkcache.reuse.hook import ForwardCall, TrimSpec
+from chunkcache.reuse.pieces import run_pieces
+from chunkcache.reuse.prefill import Prefill
+from chunkcache.tokens.plan import WANTED, Kind, Span, plan_row
+
+_SUMS = (
+    "bytes_read", "bytes_saved", "bytes_written", "bytes_dropped", "lookup_ms", "read_ms",
+    "overlapped_ms",
+)  # fmt: skip
+
+
+class RowsPrefill(Prefill):
+    """See the module, and `Prefill`. Nothing is held when it begins."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rows: list[Prefill | None] = []  # what brings up each row; alike for copies
+
+    # ------------------------------------------------------------------ what is known
+
+    def plan(self, dry: bool = False) -> None:
+        """See which rows there are; with `dry`, plan each as it will be."""
+        ids = self.conversation.transcript.ids()
+        distinct: dict[bytes, Prefill | None] = {}
+        for row, pad in zip(ids, self.pads, strict=True):
+            text = row[pad : self.outputs_from][None]
+            name = text.numpy().tobytes()
+            if name not in distinct:
+                distinct[name] = self._of(text) if text.shape[1] else None
+            self._rows.append(distinct[name])
+        for prefill in distinct.values():
+            if prefill and dry:
+                prefill.bypass_reason()
+                prefill.plan(dry)
+                self.sizes |= prefill.sizes
+        if dry:
+            self.plans = [
+                prefill.plans[0] if prefill else plan_row([], self.total - pad, 0, (), WANTED)
+                for prefill, pad in zip(self._rows, self.pads, strict=True)
+            ]
+
+    def _of(self, ids: Tensor, why: str = "") -> Prefill:
+        """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
+        conversation = Conversation(self.context)
+        conversation.bypass_reason = why
+        call = ForwardCall(ids, None, None, 1, "", "")
+        return Prefill(conversation, self.module, call, Report(), again=bool(why))
+
+    # ------------------------------------------------------------------ into the layers
+
+    def load(self) -> None:
+        """Bring up each row by itself, and put all of them together."""
+        layers, layout, begin = self.conversation.layers, self.keys.layout, self.outputs_from
+        assert self.call.ids is not None
+        device, memory = self.call.ids.device, self.context.state.memory
+        done = {prefill: self._done(prefill) for prefill in dict.fromkeys(self._rows) if prefill}
+        self._rows = [prefill and done[prefill] for prefill in self._rows]
+        allocate_all(layers, layout, len(self.pads), self.total, device, memory)
+        states: list[list[Tensor] | None] = []
+        for row, (pad, prefill) in enumerate(zip(self.pads, self._rows, strict=True)):
+            if prefill is None:
+                states.append(None)
+                continue
+            alone = prefill.conversation.layers
+            states.append(take_states(alone))
+            for layer, source in zip(layers, alone, strict=True):
+                if isinstance(layer, GrowingLayer):
+                    layer.place(row, pad, source.keys[0], source.values[0])
+        hold_all(layers, begin, self.pads, 0)
+        if any(states):
+            put_states(layers, layout.states, states, device)
+
+    def _done(self, prefill: Prefill) -> Prefill:
+        """One row, computed; once more, without the store, where that was not to be believed."""
+        assert prefill.call.ids is not None
+        if not self._compute(prefill):
+            why = prefill.conversation.bypass_reason or "what the store has was damaged"
+            prefill = self._of(prefill.call.ids, why)
+            self._compute(prefill)
+        self.conversation.known |= prefill.conversation.known
+        for name in _SUMS:
+            setattr(self.report, name, getattr(self.report, name) + getattr(prefill.report, name))
+        return prefill
+
+    def _compute(self, prefill: Prefill) -> bool:
+        trim = prefill.begin()
+        ids = prefill.call.ids
+        assert ids is not None
+        kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": True}
+        kwargs[CACHE] = cache_of(prefill.conversation.layers)
+        if takes(self.module, "position_ids"):
+            kwargs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+        if takes(self.module, "logits_to_keep"):
+            kwargs["logits_to_keep"] = 1
+        self.module.forward(
+            **run_pieces(self.module, kwargs, trim.skip, trim.cuts, prefill.end_piece)
+        )
+        return prefill.finish()
+
+    # ------------------------------------------------------------------ what is left
+
+    def trim(self) -> TrimSpec:
+        """Leave the tokens whose outputs are wanted."""
+        begin = self.outputs_from
+        for pad, prefill in zip(self.pads, self._rows, strict=True):
+            known = [*prefill.report.rows[0].spans] if prefill else []
+            left = Span(max(begin - pad, 0), self.total - pad, Kind.COMPUTED, reason=WANTED)
+            self.spans.append([*known, left])
+        return TrimSpec(begin, (), self._number_from)
+
+    def stop(self) -> None:
+        """Give up half-way, after an interrupt: what is held must not be used any more."""
+        for prefill in self._rows:
+            if prefill:
+                prefill.stop()
+        super().stop()

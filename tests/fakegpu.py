@@ -73,6 +73,14 @@ class Trace:
         if not kind.endswith("kernel"):
             self.lines[kind, _line()] += 1
 
+    def of(self, package: str, *kinds: str) -> int:
+        """How many of these kinds a package has caused."""
+        return sum(
+            number
+            for (kind, line), number in self.lines.items()
+            if kind in kinds and line.startswith(f"{package}:")
+        )
+
     def table(self) -> str:
         """All of it, for people."""
         rows = [f"{kind:12} {n:7} {self.nbytes[kind]:14,}" for kind, n in self.counts.items()]
@@ -83,15 +91,13 @@ class Trace:
 def _line() -> str:
     """Where in chunkcache, else in Transformers, else in a test we were called from."""
     frame, found = sys._getframe(2), {}
-    while frame is not None:
+    while frame is not None and "chunkcache" not in found:
         path = Path(frame.f_code.co_filename)
         for folder in ("chunkcache", "transformers", "tests"):
-            if folder in path.parts[:-1] and path.name != Path(__file__).name:
-                found.setdefault(folder, f"{'/'.join(path.parts[-2:])}:{frame.f_lineno}")
-        if "chunkcache" in found:
-            break
+            if folder in path.parts[-4:-1] and path.name != Path(__file__).name:
+                found.setdefault(folder, f"{folder}: {'/'.join(path.parts[-2:])}:{frame.f_lineno}")
         frame = frame.f_back
-    return found.get("chunkcache") or found.get("transformers") or found.get("tests", "elsewhere")
+    return next((found[f] for f in ("chunkcache", "transformers", "tests") if f in found), "")
 
 
 trace = Trace()

@@ -516,10 +516,12 @@ class Conversation:
         """Whether mask, positions and types of all steps since the last look were those of text."""
         flags = [check for check in self._checks if isinstance(check, Tensor)]
         known = all(check for check in self._checks if not isinstance(check, Tensor))
-        return known and all(
+        known = known and all(
             bool(torch.stack([*alike]).all())
             for _, alike in groupby(flags, key=lambda flag: flag.device)
         )
+        self._checks = [known]  # which is not waited for again
+        return known
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
         """Whether token type ids are zero, and zeros mean nothing to the model."""

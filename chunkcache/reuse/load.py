@@ -164,6 +164,8 @@ class ChunkLoader:
             if begin < stop:
                 part = [pair and (pair[0][:, inside], pair[1][:, inside]) for pair in kv]
                 place_all(self._layers, row, self._pads[row] + begin, part)
+                if stop - begin == read.pending.form.file.tokens:
+                    self.at_hand.setdefault(chunk.hash, (row, self._pads[row] + begin))
         read.pending.kv = []  # what was made of many blobs need not be kept
 
     def _cut(self, read: _Read, why: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
+from chunkcache.errors import PickleError, SettingError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.runs import run_both
 from chunkcache.keys import INT8
@@ -444,6 +444,23 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def _reading(self) -> CacheContext:
         """The context with a read-only store, for `explain` and `audit`."""
         return replace(self._context, store=ReadOnly(self.store))
+
+    def mark(self, position: int) -> None:
+        """Keep a snapshot of recurrent states at the chunk end before a position of the prompt.
+
+        For models that have such states: later prompts with these first tokens go on from there.
+        Worth it where many prompts part: behind a system prompt, or a document. Holds until
+        `reset()`, or a prompt that does not continue what is held.
+
+        Args:
+            position: Tokens from the start of the prompt.
+
+        Raises:
+            SettingError: That is no position.
+        """
+        if isinstance(position, bool) or not isinstance(position, int) or position < 1:
+            raise SettingError(f"mark({position!r}): a position is a whole number of at least 1")
+        self._conversation.marks.add(position)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until no chunk waits any more: all are written, or given up where that failed.

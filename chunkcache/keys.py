@@ -16,6 +16,8 @@ CODECS = (PLAIN, BF16, INT8, PLAIN + ZSTD, BF16 + ZSTD, INT8 + ZSTD)
 SEALED = "+sealed"
 # Of index entries, which name chunks.
 INDEX_FORMAT = "anchor"
+# What stands behind a chunk's key, of each value that it may have (see `stores/base.py`).
+VALUES = ("@metadata", "@kv_bytes", "@outputs", "@state")
 
 _KEY = re.compile(r"([a-z0-9+.-]+)@([^@]*)@(\d{1,9})@(\d{1,9})@([0-9a-f]{64})", re.ASCII)
 
@@ -25,7 +27,7 @@ class ChunkKey:
     """`format@model@world_size@worker@chunk_hash`, the name of one chunk in every store.
 
     `str(key)` escapes what could be mistaken in `model` (`@`, `%`, spaces, braces), reversibly;
-    a store adds `@metadata`, `@kv_bytes` or `@outputs`; in a cluster the hash stands in braces.
+    a store adds one of `VALUES`; in a cluster the hash stands in braces.
     """
 
     format: str
@@ -40,12 +42,12 @@ class ChunkKey:
 
     @classmethod
     def parse(cls, text: str) -> ChunkKey:
-        """Read a key back, also as a cluster writes it, with or without its half behind it.
+        """Read a key back, also as a cluster writes it, with or without one of `VALUES` behind it.
 
         Raises:
             SettingError: The text is not a key of ours.
         """
-        name = text.removesuffix("@metadata").removesuffix("@kv_bytes").removesuffix("@outputs")
+        name = text.rpartition("@")[0] if text.endswith(VALUES) else text
         name = re.sub(r"@\{([0-9a-f]{64})\}\Z", r"@\1", name)
         if match := _KEY.fullmatch(name):
             format, model, world_size, worker, chunk_hash = match.groups()

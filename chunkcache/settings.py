@@ -39,8 +39,8 @@ _OF_STORE = (
 RESERVED_FIELDS = frozenset(
     (
         "age", "bytes", "codec", "context", "created", "dtype", "identity", "layers", "model",
-        "namespace", "outputs", "parent", "pinned", "positions", "revision", "tags", "token_ids",
-        "tokens",
+        "namespace", "outputs", "parent", "pinned", "positions", "revision", "state", "tags",
+        "token_ids", "tokens",
     )
 )  # fmt: skip
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")

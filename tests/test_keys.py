@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chunkcache.errors import SettingError
-from chunkcache.keys import ChunkKey
+from chunkcache.keys import VALUES, ChunkKey
 from chunkcache.stores.topology import tagged
 
 HASH = "0123456789abcdef" * 4
@@ -31,7 +31,7 @@ def test_keys_round_trip(format: str, name: str, size: int, worker: int, hash: s
     assert text.count("@") == 4
     assert text.isascii()
     assert not set(text) & set(" {}*?[]\n\x00")  # nor what means something to Redis
-    for suffix in ("", "@metadata", "@kv_bytes"):
+    for suffix in ("", *VALUES):
         assert ChunkKey.parse(text + suffix) == key
         assert ChunkKey.parse(tagged(text) + suffix) == key
 
@@ -62,6 +62,7 @@ def test_common_names_stay_readable() -> None:
         f"safetensors@m@1@0@{HASH}\n",
         f"safetensors@m@1@0@{HASH}@other",
         f"safetensors@m@1@0@{HASH}@metadata@metadata",
+        f"safetensors@m@1@0@{HASH}@state@outputs",
         f"safetensors@m@-1@0@{HASH}",
         f"safetensors@m@1@²@{HASH}",
         f"safetensors@m@1@@{HASH}",

@@ -31,7 +31,8 @@ from chunkcache.cli.options import (
 from chunkcache.errors import SettingError
 from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import NO_MATCH
-from chunkcache.stores.base import KV_BYTES, METADATA, OUTPUTS, ChunkStore, Listed, chunk_of
+from chunkcache.keys import VALUES
+from chunkcache.stores.base import EXTRAS, ChunkStore, Listed, with_extras
 from chunkcache.tokens.token_text import shown
 
 app = typer.Typer()
@@ -58,20 +59,20 @@ def ls(
     folds = sys.stdout.isatty()
     out = Console(width=None if folds else _UNBOUND)
     view = Table(box=None)
-    for column in ("hash", *_COLUMNS, "MB"):
+    sizes = ("MB", "state MB") if any(entry.state for entry in found) else ("MB",)
+    for column in ("hash", *_COLUMNS, *sizes):
         view.add_column(
             column,
             overflow="fold",
             no_wrap=not folds,
-            justify="right" if column == "MB" else "left",
+            justify="right" if column in sizes else "left",
         )
     for entry in found:
         fields = {"created": "", **(entry.metadata or {})}
         fields["created"] = fields["created"][:16].replace("T", " ")
         cells = (escape(shown(fields.get(column, ""))) for column in _COLUMNS)
-        view.add_row(
-            shown(_hash(entry.key)[:12]), *cells, f"{(entry.nbytes + entry.outputs) / 1e6:.2f}"
-        )
+        megabytes = [f"{nbytes / 1e6:.2f}" for nbytes in (entry.total_bytes, entry.state)]
+        view.add_row(shown(_hash(entry.key)[:12]), *cells, *megabytes[: len(sizes)])
     out.print(view)
     _tell_if_none(terms, len(found))
     if limit and len(found) == limit:
@@ -140,6 +141,8 @@ def show(
     if decoder is not None:
         inside = read_text(inside, found, decoder)
     told: dict[str, Any] = {"key": found.key, **(found.metadata or {}), "blob": found.nbytes}
+    extras = {ending[1:]: found.extras.get(ending, 0) for ending in EXTRAS}
+    told |= {name: nbytes for name, nbytes in extras.items() if nbytes or name in told}
     if as_json:
         typer.echo(json.dumps({**told, **inside.to_dict()}, indent=2))
         return
@@ -162,16 +165,16 @@ def show(
 
 
 def _find(store: ChunkStore, key: str) -> Listed | None:
-    """The entry of a key, with or without the ending of one half, or of a hash's beginning.
+    """The entry of a key, with or without the ending of a value, or of a hash's beginning.
 
     Raises:
         SettingError: Several chunks match.
     """
-    key = chunk_of(key.removesuffix(METADATA).removesuffix(KV_BYTES))
+    key = key.rpartition("@")[0] if key.endswith(VALUES) else key
     if not key:
         raise SettingError("show needs a key or the beginning of a hash: ls lists them")
     if "@" in key:
-        (fields,), sizes = store.read_metadata([key]), store.sizes([key, key + OUTPUTS])
+        (fields,), sizes = store.read_metadata([key]), store.sizes(with_extras([key]))
         return Listed(key, fields, *sizes) if fields or any(sizes) else None
     meant = (entry for entry in catalog.entries(store) if _hash(entry.key).startswith(key))
     found = list(islice(meant, 2))

@@ -35,16 +35,16 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
         return ModelHealth(name, bypass_reason=str(error))
     state = ModelState.of(inner)
     identity = state.identity()
-    proof = state.self_test(identity, store)
-    if proof.bypass_reason or proof.layout is None:
-        return ModelHealth(name, bypass_reason=proof.bypass_reason)
-    rotation = state.verified_rotation(identity, proof.layout, store)
+    tested = state.self_test(identity, store)
+    if tested.bypass_reason or tested.layout is None:
+        return ModelHealth(name, bypass_reason=tested.bypass_reason)
+    rotation = state.verified_rotation(identity, tested.layout, store)
     # The blob of a chunk, before compression: of its token ids, only the digits matter.
     ids, codec = [10_000] * settings.chunk_size, Codec(settings.codec.removesuffix(ZSTD))
-    nbytes = codec.form(proof.layout, ids, 0, "0" * 64, "").file.size
+    nbytes = codec.form(tested.layout, ids, 0, "0" * 64, "").file.size
     return ModelHealth(
         name,
-        str(proof.layout.dtype).removeprefix("torch."),
+        str(tested.layout.dtype).removeprefix("torch."),
         moving=rotation if isinstance(rotation, str) else "",
         token_bytes=nbytes / settings.chunk_size,
         break_even=measure_break_even(model, store, step),

@@ -124,7 +124,7 @@ class RowFate:
         chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
         exact = [c for c in self.plan.known()[::-1] if c.start < self.known]
         missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
-        gap = NO_GAIN if self.plan.missing == NO_GAIN else GAP_BEFORE
+        gap = NO_GAIN if self.plan.missing == NO_GAIN else self.plan.unread or GAP_BEFORE
         there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]
         by_text = [self._piece(piece, here) for piece in self.pieces]
         # What is said later of a token hides what was said before.

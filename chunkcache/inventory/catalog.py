@@ -38,7 +38,9 @@ ALL = Filter()
 
 @dataclass(slots=True)
 class Group:
-    """Chunks that have something in common; `bytes` are those of their blobs, outputs included.
+    """Chunks that have something in common; `bytes` are those of all their blobs.
+
+    `states` of them have a state, with so many `state_bytes` among the `bytes`.
 
     `oldest` and `newest` say when the first and the last of them was made (ISO 8601, UTC).
     """
@@ -48,18 +50,24 @@ class Group:
     bytes: int = 0
     oldest: str = ""
     newest: str = ""
+    states: int = 0
+    state_bytes: int = 0
 
     def add(self, entry: Listed) -> None:
         """Count one more chunk."""
         self.chunks += 1
         self.tokens += tokens_of(entry)
-        self.bytes += entry.nbytes + entry.outputs
+        self.bytes += entry.total_bytes
+        self.states += entry.state > 0
+        self.state_bytes += entry.state
         if created := (entry.metadata or {}).get("created", ""):
             self.oldest = min(self.oldest or created, created)
             self.newest = max(self.newest, created)
 
     def __str__(self) -> str:
         text = f"{self.chunks:,} chunks, {self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB"
+        if self.states:
+            text += f" ({self.state_bytes / 1e6:,.1f} MB of it {self.states:,} states)"
         return f"{text}, made {self.oldest} to {self.newest}" if self.oldest else text
 
 
@@ -124,7 +132,7 @@ class Deleted:
 
 
 def entries(store: ChunkStore, chosen: Filter = ALL) -> Iterator[Listed]:
-    """Yield key, metadata and blob size of the chunks that are meant, in no order.
+    """Yield key, metadata and blob sizes of the chunks that are meant, in no order.
 
     Chunks of which only a half is there are among them. Looking renews no time to live and, on
     Redis 7.2 and later, is no use that eviction would count.

@@ -19,7 +19,7 @@ from chunkcache.inventory import catalog
 from chunkcache.inventory.filters import Filter
 from chunkcache.inventory.inspection import check_blob
 from chunkcache.keys import INDEX_FORMAT, ChunkKey
-from chunkcache.stores.base import OUTPUTS, ChunkStore, Entry, Listed, read_blobs
+from chunkcache.stores.base import EXTRAS, ChunkStore, Entry, Listed, read_blobs
 from chunkcache.stores.writer import PatientStore
 
 AT_ONCE, ANCHORS_AT_ONCE = 64, 256  # entries asked for together
@@ -75,7 +75,8 @@ def copy_chunks(
     """Copy chunks, with all metadata, and the index entries by which `reuse="anywhere"` finds them.
 
     A chunk that the destination has with the same size and metadata is not sent again; one with
-    other metadata is replaced. At most 32 MB of blobs, or one larger blob, wait to be written.
+    other metadata is replaced. Outputs and states come along with their chunks. At most 32 MB of
+    blobs, or one larger blob, wait to be written.
 
     Args:
         source: An open store.
@@ -99,7 +100,7 @@ def copy_chunks(
     done = 0
     while page := list(islice(found, AT_ONCE)):
         copy.chunks(page)
-        done += sum(entry.nbytes + entry.outputs for entry in page)
+        done += sum(entry.total_bytes for entry in page)
         progress(done, total)
     copy.index()
     copy.settle(last=True)
@@ -121,10 +122,10 @@ class _Copy:
         """Copy some chunks."""
         lacking = self.lacking(page)
         sent = [entry for entry in page if entry.key in lacking and self.is_fit(entry)]
-        for entry in page:
-            if entry.key not in lacking:
-                self.told.present += 1
-                self.pins[_hash(entry)] = _is_pinned(entry)
+        kept = [entry for entry in page if entry.key not in lacking]
+        for entry in kept:
+            self.told.present += 1
+            self.pins[_hash(entry)] = _is_pinned(entry)
         for entry, blob in zip(sent, self.blobs([entry.key for entry in sent]), strict=True):
             try:
                 if blob is None:
@@ -140,26 +141,34 @@ class _Copy:
             self.pins[_hash(entry)] = pinned = _is_pinned(entry)
             whole = Entry(entry.key, entry.metadata or {}, memoryview(bytes(blob)), pinned=pinned)
             self.write(whole, replaces=lacking[entry.key])
-        self.outputs([entry for entry in sent if entry.outputs and _hash(entry) in self.pins])
+            kept.append(entry)
+        self.extras(kept, {key for key, replaces in lacking.items() if replaces})
 
-    def outputs(self, chunks: list[Listed]) -> None:
-        """Copy the outputs of chunks that were copied."""
-        blobs = self.blobs([entry.key + OUTPUTS for entry in chunks])
-        for entry, blob in zip(chunks, blobs, strict=True):
-            fields = entry.metadata or {}
-            told = {name: fields.get(name, "") for name in ("outputs", "positions")}
+    def extras(self, chunks: list[Listed], replaced: set[str]) -> None:
+        """Copy those extra values of chunks that the destination lacks, or lost with the chunk."""
+        asked = [(entry, ending) for entry in chunks for ending in entry.extras]
+        there = self.target.sizes([entry.key + ending for entry, ending in asked])
+        lacking = [
+            (entry, ending)
+            for (entry, ending), size in zip(asked, there, strict=True)
+            if size != entry.extras[ending] or entry.key in replaced
+        ]
+        blobs = self.blobs([entry.key + ending for entry, ending in lacking])
+        for (entry, ending), blob in zip(lacking, blobs, strict=True):
+            name, fields = ending[1:], entry.metadata or {}
+            nbytes = fields.get(name, str(entry.extras[ending]))  # K/V written anew say nothing
             try:
                 if blob is None:
-                    continue  # they are computed again
+                    continue  # it is computed again
                 if self.verify:
-                    named = {**fields, "bytes": told["outputs"]}
-                    check_blob(replace(entry, metadata=named), blob)
+                    check_blob(replace(entry, metadata={**fields, "bytes": nbytes}), blob)
             except BlobError as error:
-                self.leave_out(entry, f"outputs: {error}")
+                self.leave_out(entry, f"{name}: {error}")
                 continue
-            self.told.bytes += entry.outputs
+            self.told.bytes += entry.extras[ending]
+            told = {name: nbytes, "positions": fields.get("positions", "")}
             pinned, own = _is_pinned(entry), memoryview(bytes(blob))
-            self.write(Entry(entry.key + OUTPUTS, told, own, merge=True, pinned=pinned))
+            self.write(Entry(entry.key + ending, told, own, merge=True, pinned=pinned))
 
     def index(self) -> None:
         """Add what the source's index says of the chunks that the destination has now."""
@@ -192,7 +201,7 @@ class _Copy:
         return {
             entry.key: size == entry.nbytes
             for entry, size, fields in found
-            if size != entry.nbytes or not (entry.metadata or {}).items() <= (fields or {}).items()
+            if size != entry.nbytes or not _of_chunk(entry.metadata) <= _of_chunk(fields)
         }
 
     def blobs(self, keys: list[str]) -> Iterator[memoryview | None]:
@@ -246,6 +255,11 @@ class _Copy:
 
 def _hash(entry: Listed) -> str:
     return ChunkKey.parse(entry.key).chunk_hash
+
+
+def _of_chunk(metadata: dict[str, str] | None) -> set[tuple[str, str]]:
+    """Fields, without those that come with an extra value."""
+    return {item for item in (metadata or {}).items() if f"@{item[0]}" not in EXTRAS}
 
 
 def _is_pinned(entry: Listed) -> bool:

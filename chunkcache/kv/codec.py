@@ -251,6 +251,8 @@ class TensorFile:
         """The tensors of a blob, in order, as views of its data, on whatever device that is."""
         return [
             data[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
+            if slot.begin < slot.end
+            else torch.empty(slot.shape, dtype=slot.dtype)
             for slot in self.arrange(self.layout, self.tokens)
         ]
 

@@ -246,7 +246,8 @@ class BlobFormat:
     @property
     def _width(self) -> int:
         """Bytes of the numbers that are sorted by significance before they are compressed."""
-        return 1 if self.codec.numbers == INT8 else self.file.layout.dtype.itemsize
+        slots = self.file.arrange(self.file.layout, self.file.tokens)
+        return min(slot.dtype.itemsize for slot in slots)
 
 
 def _digest(rotation: KeyRotation) -> str:

@@ -38,7 +38,7 @@ def flat_memory(
     if torch.is_inference_mode_enabled():  # whose tensors do not count writes (see WriteCount)
         with torch.inference_mode(False):
             return flat_memory(size, dtype, device, memory)
-    if not is_host(device):
+    if not is_host(device) or not size:
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = size * dtype.itemsize
     # Without a weak reference, which a compiled forward cannot follow.
@@ -204,6 +204,8 @@ class GrowingLayer(DynamicLayer):
         if not self._flat:
             for room in self._rooms:
                 _, heads, capacity, dim = room.shape
+                if not dim:  # the values of index keys
+                    continue
                 memory = room.view(torch.uint8).numpy().reshape(-1).data
                 self._flat.append((memory, heads, capacity, dim * room.element_size()))
         return [
@@ -362,6 +364,67 @@ class GrowingLayer(DynamicLayer):
         self._live_in(rooms[0], rooms[1])
 
 
+class IndexedLayer(GrowingLayer):
+    """A layer of indexed attention: K/V, and the index keys by which each query chooses some.
+
+    Attributes:
+        index: Has these as keys, `[batch, 1, tokens, index_head_dim]`, and no values.
+    """
+
+    indexer_position_ids = None  # of models whose index has positions of its own: not supported
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.index = GrowingLayer()
+
+    @property
+    def is_indexer_initialized(self) -> bool:
+        """Whether there are index keys: some layers use those of another."""
+        return self.index.is_initialized
+
+    @property
+    def indexer_keys(self) -> Tensor | None:
+        """Those held, `[batch, tokens, index_head_dim]`."""
+        return self.index.keys[:, 0] if self.index.is_initialized else None
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Append `[batch, tokens, index_head_dim]` and return all that is held."""
+        new = indexer_key_states[:, None]
+        held: Tensor = self.index.update(new, new[..., :0])[0]
+        return held[:, 0]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.index.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the number is negative."""
+        super().crop(tokens_to_remove)
+        if self.index.is_initialized:
+            self.index.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows."""
+        super().reorder_cache(beam_idx)
+        self.index.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self.index.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows given."""
+        super().batch_select_indices(indices)
+        self.index.batch_select_indices(indices)
+
+
+def with_indices(layers: Sequence[Any]) -> list[Any]:
+    """All that caches something per token, in the order of a layout: layers, then index keys."""
+    return [*layers, *(layer.index for layer in layers if isinstance(layer, IndexedLayer))]
+
+
 def _is_view(view: Tensor, room: Tensor) -> bool:
     start = room.data_ptr() if view.numel() else 0  # an empty tensor lies nowhere
     return view.data_ptr() == start and view.stride() == room.stride()
@@ -391,7 +454,7 @@ def allocate_all(
         begin, at = at, at + math.prod(shape)
         return arena[begin:at].view(shape)
 
-    for layer, shape in zip(layers, layout.layers, strict=True):
+    for layer, shape in zip(with_indices(layers), layout.layers, strict=True):
         if shape is not None:
             layer.allocate(
                 take(shape.key_heads, shape.key_dim),
@@ -401,8 +464,12 @@ def allocate_all(
 
 
 def growing(layers: Sequence[Any]) -> list[GrowingLayer]:
-    """Those of a cache's layers that are ours."""
-    return [layer for layer in layers if isinstance(layer, GrowingLayer)]
+    """Those of a cache's layers that are ours, and the index keys of some."""
+    return [
+        layer
+        for number, layer in enumerate(with_indices(layers))
+        if isinstance(layer, GrowingLayer) and (number < len(layers) or layer.is_initialized)
+    ]
 
 
 def reserve_all(layers: Sequence[Any], tokens: int) -> None:
@@ -448,8 +515,8 @@ def all_runs(
 def peek_all(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[LayerKV | None]:
     """Views of one row's room in all layers, held or not: `[kv_heads, tokens, head_dim]` each."""
     return [
-        layer.peek(row, column, tokens) if isinstance(layer, GrowingLayer) else None
-        for layer in layers
+        layer.peek(row, column, tokens) if _holds_kv(layer) else None
+        for layer in with_indices(layers)
     ]
 
 
@@ -467,18 +534,21 @@ def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[La
     """Views of one row's K/V in columns `start` to `stop`, each `[kv_heads, tokens, head_dim]`."""
     return [
         (layer.keys[row, :, start:stop], layer.values[row, :, start:stop])
-        if isinstance(layer, GrowingLayer)
+        if _holds_kv(layer)
         else None
-        for layer in layers
+        for layer in with_indices(layers)
     ]
+
+
+def _holds_kv(layer: Any) -> bool:
+    return isinstance(layer, GrowingLayer) and layer.is_initialized
 
 
 def row_runs(layers: Sequence[Any], row: int, start: int, stop: int) -> list[memoryview] | None:
     """The same as memory, in the order of a blob; `None` where it cannot be had without a copy."""
     found: list[memoryview] = []
-    for layer in layers:
-        if isinstance(layer, GrowingLayer):
-            if not is_host(layer.device) or not layer.owns_storage():
-                return None
-            found += layer.runs(row, start, stop - start)
+    for layer in growing(layers):
+        if not is_host(layer.device) or not layer.owns_storage():
+            return None
+        found += layer.runs(row, start, stop - start)
     return found

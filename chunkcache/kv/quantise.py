@@ -51,6 +51,9 @@ def quantise(x: Tensor, across: int) -> tuple[Tensor, Tensor]:
         x: Finite numbers, float32. Where one is not, all that share its scale come back as NaN.
         across: The dimension that shares a scale.
     """
+    if not x.numel():  # the values of index keys
+        shape = [1 if dim == across else size for dim, size in enumerate(x.shape)]
+        return x.to(torch.int8), torch.zeros(shape)
     scale = x.abs().amax(across, keepdim=True) / _STEPS
     each = scale.reciprocal()
     each.masked_fill_(each.isinf(), 0)  # of zeros: 0 * inf is no number, and has no int8

@@ -39,7 +39,7 @@ class StateLayer(LinearAttentionLayer):
     windows: dict[int, dict[int, Tensor]]
 
     def __init__(self, number_of_states: int = 1, **_: Any) -> None:
-        super().__init__(number_of_states=number_of_states)  # type: ignore[no-untyped-call]
+        super().__init__(number_of_states=number_of_states)
         self.windows = {}
 
     def update_conv_state(
@@ -48,7 +48,7 @@ class StateLayer(LinearAttentionLayer):
         """Add the inputs of new tokens, `[batch, channels, tokens]`; see Transformers."""
         full: Tensor = super().update_conv_state(conv_states, state_idx, *args, **kwargs)
         before = full.shape[-1] - conv_states.shape[-1]
-        size = self.conv_kernel_size[state_idx]
+        size: Any = self.conv_kernel_size[state_idx]
         for tokens in self.windows_at:
             window = full[..., max(before + tokens - size, 0) : before + tokens]
             window = pad(window, (size - window.shape[-1], 0)).clone()
@@ -58,10 +58,14 @@ class StateLayer(LinearAttentionLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         self._take(lambda state: state.repeat_interleave(repeats, dim=0))
+        if isinstance(self, DynamicLayer):
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows given."""
         self._take(lambda state: state[indices.to(state.device)])
+        if isinstance(self, DynamicLayer):
+            super().batch_select_indices(indices)
 
     def _take(self, rows_of: Any) -> None:
         for states in (self.conv_states, self.recurrent_states):
@@ -70,8 +74,12 @@ class StateLayer(LinearAttentionLayer):
                     states[index] = rows_of(state)
 
 
-class GrowingStateLayer(GrowingLayer, StateLayer, LinearAttentionAndFullAttentionLayer):
+class GrowingStateLayer(  # type: ignore[misc]
+    GrowingLayer, StateLayer, LinearAttentionAndFullAttentionLayer
+):
     """A layer with both: K/V that can be filled from outside, and states."""
+
+    is_croppable = LinearAttentionAndFullAttentionLayer.is_croppable
 
     def __init__(self, number_of_states: int = 1, **_: Any) -> None:
         GrowingLayer.__init__(self)
@@ -79,17 +87,7 @@ class GrowingStateLayer(GrowingLayer, StateLayer, LinearAttentionAndFullAttentio
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of K/V where they are given by place, of a state where it is given by name."""
-        LinearAttentionAndFullAttentionLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
-        StateLayer.batch_repeat_interleave(self, repeats)
-        GrowingLayer.batch_repeat_interleave(self, repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows given."""
-        StateLayer.batch_select_indices(self, indices)
-        GrowingLayer.batch_select_indices(self, indices)
+        LinearAttentionAndFullAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
 
 def state_layers(layers: Sequence[Any]) -> list[Any]:

@@ -81,6 +81,8 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source to its target, of the same shape and on the same device, in few steps."""
     alike: defaultdict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for target, source in zip(targets, sources, strict=True):
+        if not source.numel():  # the values of index keys
+            continue
         alike[target.shape, target.device, source.device].append((target, source))
     for pairs in alike.values():
         outs, xs = zip(*pairs, strict=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import IndexedLayer
 from chunkcache.kv.rope import ANGLE_UNIT, ROUNDINGS, UNIT, LayerRule, Rotation, rounding, wide
 
 # What is found may be so many times as far off as the runs that measure rounding: those are few,
@@ -41,7 +41,7 @@ MEAN_MARGIN = 2.0
 Steps = Sequence[tuple[Tensor, ...]]
 
 
-class RoundedLayer(GrowingLayer):
+class RoundedLayer(IndexedLayer):
     """Holds K/V as they were computed, and shows attention such as another rounding had left.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import growing
 
 # Attention functions that honour a mask given as a tensor. Others would silently ignore it.
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -72,15 +72,13 @@ def _only_kind(config: Any) -> str:
 
 def open_layers(layers: Sequence[Any], columns: Tensor, total: int) -> None:
     """Make the next update of each layer write to these columns of `total`."""
-    for layer in layers:
-        if isinstance(layer, GrowingLayer):
-            layer.hold(total)
-            layer.columns = columns
+    for layer in growing(layers):
+        layer.hold(total)
+        layer.columns = columns
 
 
 def close_layers(layers: Sequence[Any]) -> None:
     """Go back to appending, and wait for nothing."""
-    for layer in layers:
-        if isinstance(layer, GrowingLayer):
-            layer.columns = layer.intercept = layer.arriving = layer.first = None
-            layer.keeps_first = False
+    for layer in growing(layers):
+        layer.columns = layer.intercept = layer.arriving = layer.first = None
+        layer.keeps_first = False

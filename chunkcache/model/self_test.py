@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import (
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -31,7 +32,14 @@ from transformers.cache_utils import (
 
 from chunkcache.errors import ChunkCacheError
 from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
-from chunkcache.kv.layers import GrowingLayer, allocate_all, growing, row_slice
+from chunkcache.kv.layers import (
+    GrowingLayer,
+    IndexedLayer,
+    allocate_all,
+    growing,
+    row_slice,
+    with_indices,
+)
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.kv.states import GrowingStateLayer, StateLayer, state_shapes
 from chunkcache.model.check import CACHE
@@ -91,9 +99,12 @@ def growing_layers(model: nn.Module) -> list[Any] | None:
     """
     layers: list[Any] = []
     config: Any = model.config
-    for layer in DynamicCache(config=config).layers:
+    kinds: list[Any] = DynamicCache(config=config).layers
+    for layer in kinds:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             layers.append(GrowingLayer())
+        elif type(layer) is DynamicIndexedLayer:
+            layers.append(IndexedLayer())
         elif type(layer) is LinearAttentionLayer:
             layers.append(StateLayer(layer.number_of_states))
         elif type(layer) in _BOTH:
@@ -136,12 +147,12 @@ def try_test(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTes
         return SelfTest(bypass_reason)
     try:
         with torch.no_grad():
-            proof = test(model)
+            found = test(model)
     except ChunkCacheError as error:
         return SelfTest(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
         return SelfTest(NoVerdict(error))
-    return proof
+    return found
 
 
 def known_obstacle(model: nn.Module) -> str:
@@ -234,7 +245,7 @@ def layers_with(
     layers = test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))
     allocate_all(layers, layout, 1, cut, device)
-    for layer, kv in zip(layers, parts, strict=True):
+    for layer, kv in zip(with_indices(layers), parts, strict=True):
         if kv is not None:
             layer.place(0, 0, *kv)
             layer.hold(cut)
@@ -254,7 +265,7 @@ def _run(model: nn.Module, ids: Tensor, layers: list[Any] | None = None) -> Step
 def _steps(layers: Sequence[Any], logits: Tensor, queries: Mapping[int, Tensor] = {}) -> Steps:
     """What a forward computed last, with queries by layer."""
     tokens = logits.shape[1]
-    steps = []
+    steps: list[tuple[Tensor, ...]] = []
     for index, layer in enumerate(layers):
         if not isinstance(layer, GrowingLayer):
             continue
@@ -262,6 +273,8 @@ def _steps(layers: Sequence[Any], logits: Tensor, queries: Mapping[int, Tensor] 
             raise ChunkCacheError("a layer that should cache K/V got none")
         new = layer.keys[:, :, -tokens:], layer.values[:, :, -tokens:]
         steps.append((*new, queries[index]) if index in queries else new)
+    indices = with_indices(layers)[len(layers) :]
+    steps += [(layer.keys[:, :, -tokens:],) for layer in indices if layer.is_initialized]
     return [*steps, (logits,)]
 
 
@@ -343,8 +356,9 @@ def test_layers(model: nn.Module) -> list[Any]:
 def layout_of(layers: Sequence[Any]) -> KVLayout:
     shapes: list[LayerShape | None] = []
     dtypes = set()
-    for layer in layers:
-        if not isinstance(layer, GrowingLayer):
+    for number, layer in enumerate(with_indices(layers)):
+        is_unused = number >= len(layers) and not layer.is_initialized  # another's index keys
+        if not isinstance(layer, GrowingLayer) or is_unused:
             shapes.append(None)
             continue
         if not layer.is_initialized:

@@ -21,7 +21,7 @@ from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers
+from chunkcache.model.self_test import SelfTest, growing_layers, takes
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -43,6 +43,11 @@ _NOT_TEXT = (
     "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
     "positions count each row's tokens from 0"
 )
+_NOT_NUMBERED = (
+    "there is padding on the left and no position_ids, so that Transformers counts padding as "
+    "tokens, and K/V depend on how much of it there is: pass position_ids that count each row's "
+    "tokens from 0, as generate() does"
+)
 
 
 class Conversation:
@@ -59,6 +64,7 @@ class Conversation:
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         states: Snapshots of recurrent and convolution states, of a model that has such.
+        marks: Positions at which the user wants such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
         in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
@@ -74,6 +80,7 @@ class Conversation:
         self.keys: KeySpace | None = None
         self._model_keys: KeySpace | None = None  # the same for prompts by themselves
         self.states: States | None = None
+        self.marks: set[int] = set()
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False
@@ -349,7 +356,8 @@ class Conversation:
                 return self.beyond
         columns = call.text_columns(past, self.transcript.pads)
         if not self._followed or columns <= min(self.transcript.pads):
-            return _NOT_TEXT
+            unnumbered = call.positions is None and any(self.transcript.pads)
+            return _NOT_NUMBERED if unnumbered and takes(module, "position_ids") else _NOT_TEXT
         if columns < total:
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)

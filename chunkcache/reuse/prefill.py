@@ -468,6 +468,9 @@ class Prefill:
         self.report.bytes_saved += reader.bytes_saved
         reader.bytes_read = reader.bytes_saved = 0
         self.conversation.known -= reader.bad  # so that they are written anew
+        if self.conversation.states:  # which were removed with them
+            for name in reader.bad:
+                self.conversation.states.sizes.pop(name, None)
         for name in reader.bad & self._continuations.keys():
             self.stale |= self._continuations.pop(name).without_it()
 
@@ -513,14 +516,19 @@ class Prefill:
         if self.conversation.states and self._known and len(self.pads) == 1:
             cuts |= set(
                 self.conversation.states.cuts(
-                    self.plans[0].chunks, begin, self._known[0], self.outputs_from, self.total
+                    self.plans[0].chunks,
+                    begin,
+                    self._known[0],
+                    self.outputs_from,
+                    self.total,
+                    self.conversation.marks,
                 )
             )
         return tuple(cut - self.past for cut in sorted(cuts))
 
     @property
     def _number_from(self) -> int | None:
-        """The position of the first id given, where the model would not number them right itself."""
+        """The position of the first id given, for models that may not number them right."""
         is_numbered = self.call.positions is not None or not self.conversation.states
         return None if is_numbered or any(self.pads) else self.past
 

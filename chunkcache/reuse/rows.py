@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkcache.kv.layers import GrowingLayer, allocate_all, hold_all
+from chunkcache.kv.layers import allocate_all, growing, hold_all
 from chunkcache.kv.states import put_states, take_states
 from chunkcache.model.check import CACHE
 from chunkcache.model.self_test import cache_of, takes
@@ -63,7 +63,7 @@ class RowsPrefill(Prefill):
     def _of(self, ids: Tensor, why: str = "") -> Prefill:
         """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
         conversation = Conversation(self.context)
-        conversation.bypass_reason = why
+        conversation.bypass_reason, conversation.marks = why, self.conversation.marks
         call = ForwardCall(ids, None, None, 1, "", "")
         return Prefill(conversation, self.module, call, Report(), again=bool(why))
 
@@ -84,9 +84,8 @@ class RowsPrefill(Prefill):
                 continue
             alone = prefill.conversation.layers
             states.append(take_states(alone))
-            for layer, source in zip(layers, alone, strict=True):
-                if isinstance(layer, GrowingLayer):
-                    layer.place(row, pad, source.keys[0], source.values[0])
+            for layer, source in zip(growing(layers), growing(alone), strict=True):
+                layer.place(row, pad, source.keys[0], source.values[0])
         hold_all(layers, begin, self.pads, 0)
         if any(states):
             put_states(layers, layout.states, states, device)

@@ -1,9 +1,9 @@
 """What every store can do: the few verbs between the cache and wherever chunks are kept.
 
 An entry is a pair, as two Redis values would be: `metadata`, a mapping people can read, and
-`kv_bytes`, the blob. A chunk may have a third value, a blob under its key with `@outputs` behind
-it: written, looked up and read like any other, listed, described and deleted with the chunk. Stores
-know nothing of models or of what is inside a blob.
+`kv_bytes`, the blob. A chunk may have extra values, blobs under its key with `@outputs` or `@state`
+behind it: written, looked up and read like any other, listed, described and deleted with the chunk.
+Each may be evicted without the others. Stores know nothing of models or of what is inside a blob.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from chunkcache.errors import PickleError, StoreError
+from chunkcache.keys import VALUES
 from chunkcache.stores.locks import Latch
 
-METADATA = "@metadata"
-KV_BYTES = "@kv_bytes"
-OUTPUTS = "@outputs"
-STATE = "@state"
+METADATA, KV_BYTES, OUTPUTS, STATE = VALUES
+EXTRAS = VALUES[2:]  # with `Listed` telling the bytes of each in this order
 T = TypeVar("T")
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
 PATIENCE = 0.25  # seconds
@@ -92,29 +91,45 @@ class Entry:
 class Listed:
     """What a listing tells of one entry; a half that is missing is `None`, or 0 bytes.
 
-    `nbytes` is the size of the blob, `outputs` that of the third value.
+    `nbytes` is the size of the blob, `outputs` and `state` are those of the extra values.
     """
 
     key: str
     metadata: dict[str, str] | None
     nbytes: int
     outputs: int = 0
+    state: int = 0
+
+    @property
+    def extras(self) -> dict[str, int]:
+        """Bytes of the extra values that are there, by what stands behind the key."""
+        sizes = zip(EXTRAS, (self.outputs, self.state), strict=True)
+        return {ending: nbytes for ending, nbytes in sizes if nbytes}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all blobs together."""
+        return self.nbytes + self.outputs + self.state
 
 
 def chunk_of(key: str) -> str:
     """The key of the chunk that a value belongs to."""
-    return key.removesuffix(OUTPUTS)
+    return key.rpartition("@")[0] if key.endswith(EXTRAS) else key
 
 
-def with_outputs(keys: Iterable[str]) -> list[str]:
-    """These keys, and of each chunk that of its outputs."""
-    return [name for key in keys for name in dict.fromkeys((key, chunk_of(key) + OUTPUTS))]
+def with_extras(keys: Iterable[str]) -> list[str]:
+    """These keys, and behind that of each chunk those of its extra values."""
+    return [
+        name
+        for key in keys
+        for name in (key, *(() if key.endswith(EXTRAS) else [key + ending for ending in EXTRAS]))
+    ]
 
 
 def described(entries: Iterable[Entry]) -> Iterator[Entry]:
     """The same, for stores where each key has metadata of its own.
 
-    What comes with outputs is said of their chunk.
+    What comes with an extra value is said of its chunk.
     """
     for entry in entries:
         yield entry
@@ -325,9 +340,9 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> int:
-        """Remove both halves of each entry, and of a chunk its outputs too.
+        """Remove both halves of each entry, and of a chunk its extra values too.
 
-        Returns how many entries were there.
+        The key of an extra value removes that alone. Returns how many entries were there.
         """
 
     @abstractmethod

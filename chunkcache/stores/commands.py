@@ -11,7 +11,7 @@ import redis
 
 from chunkcache.errors import StoreError
 from chunkcache.stores.address import Address
-from chunkcache.stores.base import KV_BYTES, METADATA, OUTPUTS, chunk_of
+from chunkcache.stores.base import KV_BYTES, METADATA, chunk_of, with_extras
 from chunkcache.stores.stream import is_wrong_type
 
 T = TypeVar("T")
@@ -75,17 +75,15 @@ class Commands:
         return address.pool()
 
     def _names(self, key: str) -> tuple[bytes, bytes]:
-        """Names of both halves on the server: metadata (of outputs, the chunk's) and blob."""
+        """Names of both halves on the server: metadata (of extra values, the chunk's), blob."""
         chunk = chunk_of(key)
         name = chunk.encode(errors="surrogatepass")
-        return name + METADATA.encode(), name + (KV_BYTES if key == chunk else OUTPUTS).encode()
+        return name + METADATA.encode(), name + (key.removeprefix(chunk) or KV_BYTES).encode()
 
     def _values(self, key: str) -> list[bytes]:
         """Names of all that goes with an entry."""
-        metadata, blob = self._names(key)
-        if key != chunk_of(key):
-            return [blob]
-        return [metadata, blob, self._names(key + OUTPUTS)[1]]
+        blobs = [self._names(each)[1] for each in with_extras([key])]
+        return blobs if key != chunk_of(key) else [self._names(key)[0], *blobs]
 
     def _key(self, name: bytes, half: str) -> str | None:
         """The key whose half has this name on the server; None if it is no such name."""

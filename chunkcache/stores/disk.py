@@ -11,7 +11,6 @@ from pathlib import Path
 
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores.base import (
-    OUTPUTS,
     ChunkStore,
     Entry,
     Listed,
@@ -19,10 +18,10 @@ from chunkcache.stores.base import (
     chunk_of,
     described,
     merged,
-    with_outputs,
+    with_extras,
 )
 from chunkcache.stores.eviction import leaving
-from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of
+from chunkcache.stores.folder import BLOB, METADATA, Folder, Found, is_pinned, key_of, stem_of
 
 TOUCH_SECONDS = 60.0  # how exactly times of use are kept that nothing is evicted by
 TOGETHER_SECONDS = 1.0  # from a use to the next one that is noted of what stands before a chunk
@@ -122,20 +121,21 @@ class DiskStore(ChunkStore):
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):
             remove = self._folder.remove
-            gone = {key for key in with_outputs(keys) if remove(self._folder.file(key, ""))}
+            gone = {key for key in with_extras(keys) if remove(self._folder.file(key, ""))}
         return len(gone.intersection(keys))
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
         with self._errors("list"):
-            found = self._folder.scan()
-        names = {stem: key_of(stem.name) for stem, each in found.items() if not self._is_old(each)}
+            found = {s: each for s, each in self._folder.scan().items() if not self._is_old(each)}
+        blobs = {stem.name: each.blob for stem, each in found.items()}
+        names = {stem: key_of(stem.name) for stem in found}
         stems = [stem for stem, key in names.items() if key is None or key.startswith(prefix)]
         for at in range(0, len(stems), PAGE):
             with self._errors("list"):
                 page = [
                     entry
                     for stem in stems[at : at + PAGE]
-                    if (entry := self._listed(stem, names[stem], found[stem].blob))
+                    if (entry := self._listed(stem, names[stem], blobs))
                     and entry.key.startswith(prefix)
                 ]
             if page:
@@ -162,17 +162,17 @@ class DiskStore(ChunkStore):
             return None
         return _fields(self._folder.json(self._folder.file(key, METADATA)))
 
-    def _listed(self, stem: Path, key: str | None, nbytes: int) -> Listed | None:
+    def _listed(self, stem: Path, key: str | None, blobs: Mapping[str, int]) -> Listed | None:
         text = self._folder.json(Path(f"{stem}{METADATA}"))
         name = key or text.get("key")  # names of files have bounds, which keys have not
         if not isinstance(name, str):
             return None
-        fields = _fields(text) or None
-        if (chunk := chunk_of(name)) != name:  # told of with the chunk, if that is there
-            is_there = any(self._folder.status(chunk, half) for half in (METADATA, BLOB))
-            return None if is_there else Listed(chunk, None, 0, nbytes)
-        has_outputs = "outputs" in (fields or ())
-        return Listed(name, fields, nbytes, self._size(name + OUTPUTS) if has_outputs else 0)
+        chunk = chunk_of(name)
+        files = [stem_of(each).rpartition("/")[2] for each in with_extras([chunk])]
+        if next((file for file in files if file in blobs), None) != stem.name:
+            return None  # told of with the first value of its chunk that is there
+        fields = _fields(text) if name == chunk else None
+        return Listed(chunk, fields or None, *(blobs.get(file, 0) for file in files))
 
     def _is_young(self, key: str) -> bool:
         """Whether an entry has not expired: its JSON is as old as the entry."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from chunkcache.errors import SettingError
 from chunkcache.stores.base import (
-    OUTPUTS,
     ChunkStore,
     Entry,
     Listed,
@@ -22,7 +21,7 @@ from chunkcache.stores.base import (
     described,
     merged,
     tell_too_large,
-    with_outputs,
+    with_extras,
 )
 from chunkcache.stores.eviction import leaving
 from chunkcache.stores.locks import ForkSafeLock
@@ -84,7 +83,7 @@ class MemoryStore(StaysHere, ChunkStore):
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:
-            gone = {key for key in with_outputs(keys) if self._remove(key)}
+            gone = {key for key in with_extras(keys) if self._remove(key)}
         return len(gone.intersection(keys))
 
     def scan(self, prefix: str = "") -> Iterator[list[Listed]]:
@@ -93,9 +92,9 @@ class MemoryStore(StaysHere, ChunkStore):
             found = {key: kept.entry for key in keys if (kept := self._get(key))}
         page = []
         for key in dict.fromkeys(map(chunk_of, found)):
-            entry, outputs = found.get(key), found.get(key + OUTPUTS)
-            fields, nbytes = (dict(entry.metadata), entry.nbytes) if entry else ({}, 0)
-            page.append(Listed(key, fields or None, nbytes, outputs.nbytes if outputs else 0))
+            fields = dict(found[key].metadata) if key in found else None
+            sizes = (found[each].nbytes if each in found else 0 for each in with_extras([key]))
+            page.append(Listed(key, fields or None, *sizes))
         if page:
             yield page
 

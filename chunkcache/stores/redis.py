@@ -13,9 +13,9 @@ import redis
 from chunkcache.errors import SettingError
 from chunkcache.stores.address import SERVER, Address, read_url
 from chunkcache.stores.base import (
+    EXTRAS,
     KV_BYTES,
     METADATA,
-    OUTPUTS,
     ChunkStore,
     Entry,
     Listed,
@@ -195,7 +195,7 @@ class RedisStore(StaysHere, Room, ChunkStore):
             self._ask([("TOUCH", *(name for key in keys for name in self._names(key)))])
 
     def _there(self, entries: Sequence[Entry]) -> set[str]:
-        """Keys of the blobs that need not be written. Those to be pinned are pinned."""
+        """Keys of the blobs that need not be written. Those to be pinned are, with their extras."""
 
         def look(pipe: Any, entry: Entry) -> None:
             metadata, blob = self._names(entry.key)
@@ -210,13 +210,13 @@ class RedisStore(StaysHere, Room, ChunkStore):
             if size == entry.nbytes and (described == 1 or not entry.metadata)
         ]
         pinned = [entry.key for entry in there if entry.pinned]
-        self._pipelined(pinned, lambda pipe, key: [pipe.persist(name) for name in self._names(key)])
+        self._pipelined(pinned, lambda pipe, key: [pipe.persist(n) for n in self._values(key)])
         return {entry.key for entry in there}
 
     def _list(self, names: Sequence[bytes]) -> list[Listed]:
         """The entries to which these halves belong. Those with metadata come with that half."""
         keys = [key for name in names if (key := self._key(name, METADATA))]
-        halves = ((name, half) for name in names for half in (KV_BYTES, OUTPUTS))
+        halves = ((name, half) for name in names for half in (KV_BYTES, *EXTRAS))
         blobs = list(dict.fromkeys(key for half in halves if (key := self._key(*half))))
         described = self._ask([("EXISTS", self._names(key)[0]) for key in blobs])
         keys += [key for key, there in zip(blobs, described, strict=True) if there == 0]
@@ -229,12 +229,13 @@ class RedisStore(StaysHere, Room, ChunkStore):
         with self._store_errors():
             for reply in replies:
                 self._check(reply)
-        found = zip(keys, *(replies[at::3] for at in range(3)), strict=True)
+        each = 2 + len(EXTRAS)
+        found = zip(keys, *(replies[at::each] for at in range(each)), strict=True)
         listed = [
             Listed(key, _paired(fields), *(n if isinstance(n, int) else 0 for n in sizes))
             for key, fields, *sizes in found
         ]
-        return [entry for entry in listed if entry.metadata or entry.nbytes or entry.outputs]
+        return [entry for entry in listed if entry.metadata or entry.total_bytes]
 
     def _write_small(self, entries: Sequence[Entry]) -> None:
         """Write entries without a blob, in two round trips for many."""

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import redis
 
 from chunkcache.errors import SettingError
-from chunkcache.keys import ChunkKey
+from chunkcache.keys import VALUES, ChunkKey
 from chunkcache.stores.address import Address
-from chunkcache.stores.base import KV_BYTES, METADATA, OUTPUTS, Entry, chunk_of, first_position
+from chunkcache.stores.base import EXTRAS, Entry, chunk_of, first_position
 from chunkcache.stores.commands import Commands
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.stream import WINDOW_BYTES
@@ -146,48 +146,51 @@ class Room(Commands):
         replies = self._ask([("RANDOMKEY",)] * LOOKED_AT)
         refused = isinstance(replies[0], Exception)
         names = {name: self._chunk_of(name) for name in replies if isinstance(name, bytes)}
-        found = {key for key in names.values() if key}
+        found = list({key for key in names.values() if key})
         looks: list[tuple[str | bytes, ...]] = []
         for key in found:
-            metadata, blob, outputs = self._values(key)
-            looks += [
-                ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob),
-                ("MEMORY", "USAGE", blob),
-                ("PTTL", blob),
-                ("HMGET", metadata, "positions", "copied", "pinned"),
-                ("MEMORY", "USAGE", outputs),
-            ]
+            metadata, *blobs = self._values(key)
+            looks.append(("HMGET", metadata, "positions", "copied", "pinned"))
+            for blob in blobs:
+                use = ("OBJECT", "FREQ" if self._counts_uses else "IDLETIME", blob)
+                looks += [use, ("PTTL", blob), ("MEMORY", "USAGE", blob)]
         others = [name for name, key in names.items() if not key]
         replies = self._ask([*looks, *(("MEMORY", "USAGE", name) for name in others)])
-        used, nbytes, expires, fields, more = (replies[n : len(looks) : 5] for n in range(5))
-        seen = sorted(self._stored(zip(found, used, nbytes, expires, fields, more, strict=True)))
+        each = 1 + 3 * (1 + len(EXTRAS))
+        told = [replies[at : at + each] for at in range(0, len(looks), each)]
+        seen = sorted(self._stored(zip(found, told, strict=True)))
+        used = [use for replies_of_key in told for use in replies_of_key[1::3]]
         refused |= any(isinstance(use, Exception) for use in used)
-        is_shared = _sum(replies[len(looks) :]) > _sum(nbytes) + _sum(more)
+        ours = sum(_sum(replies_of_key[3::3]) for replies_of_key in told)
+        is_shared = _sum(replies[len(looks) :]) > ours
         all_stay = not seen and any(isinstance(use, int) for use in used)
         is_full = not seen and self._free <= 0
         return seen, refused or is_shared or all_stay or is_full
 
     def _chunk_of(self, name: bytes) -> str | None:
         """The key to whose halves this one belongs, if it is named like one of ours."""
-        halves = (self._key(name, half) for half in (KV_BYTES, METADATA, OUTPUTS))
+        halves = (self._key(name, half) for half in VALUES)
         key = next(filter(None, halves), None)
         try:
             return key and str(ChunkKey.parse(key))
         except SettingError:
             return None
 
-    def _stored(self, looked_at: Iterable[tuple[str, Any, Any, Any, Any, Any]]) -> Iterator[Stored]:
+    def _stored(self, looked_at: Iterable[tuple[str, list[Any]]]) -> Iterator[Stored]:
         """Those that are ours to delete: their metadata say where they stand in a prompt, or that
-        they were copied from another tier.
+        they were copied from another tier. Of which only extra values are left, these tell the use.
         """
-        for key, used, nbytes, expires, fields, more in looked_at:
+        for key, (fields, *told) in looked_at:
+            values = zip(told[::3], told[1::3], told[2::3], strict=True)
+            there = (value for value in values if isinstance(value[0], int))
+            used, expires, nbytes = next(there, (None, None, None))
             if isinstance(used, int) and isinstance(nbytes, int) and isinstance(fields, list):
                 place, copied, pinned = fields
                 lasts = self._policy.startswith("volatile") and expires == -1
                 if (place or copied) and pinned != b"yes" and not lasts:
                     rank = used if self._counts_uses else -roughly(used)
                     depth = first_position((place or b"").decode(errors="replace")) or 0
-                    yield Stored((rank, -depth), key, _sum((nbytes, more)))
+                    yield Stored((rank, -depth), key, _sum(told[2::3]))
 
 
 def _sum(replies: Iterable[Any]) -> int:

@@ -18,7 +18,7 @@ from chunkcache.stores.base import (
     copy_part,
     end_iteration,
     tell_too_large,
-    with_outputs,
+    with_extras,
 )
 from chunkcache.stores.queue import Queue, WriteStats
 
@@ -90,7 +90,7 @@ class WriteBehind(StaysHere, ChunkStore):
         return self.store.server_info()
 
     def delete(self, keys: Sequence[str]) -> int:
-        queued = self._queue.remove(with_outputs(keys)).intersection(keys)
+        queued = self._queue.remove(with_extras(keys)).intersection(keys)
         rest = [key for key in keys if key not in queued]
         deleted = len(queued) + (self.store.delete(rest) if rest else 0)
         if queued:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.cli import app as cli
-from chunkcache.stores.base import Entry, Listed
+from chunkcache.stores.base import EXTRAS, Entry, Listed
 from tests.models import tiny, tokens
 from tests.words import word_tokenizer
 
@@ -80,6 +80,25 @@ def test_show(url):
     assert "header: 8 tensors; layers.0.keys is F32" in said
     assert "layer 3: a token's key is" in said
     assert "no chunk" in run(url, "show", "f" * 64, code=1)
+
+
+def test_states_and_outputs_are_told(redis_server):
+    url = redis_server.unix_url
+    key, plain = (put(url, number, {"namespace": "n"}) for number in (1, 2))
+    with open_store(url) as store:
+        for ending, size in zip(EXTRAS, (2_000_000, 3_000_000), strict=True):
+            blob = memoryview(bytes(size))
+            store.write([Entry(key + ending, {ending[1:]: str(size)}, blob, merge=True)])
+    lines = run(url, "ls").splitlines()
+    assert lines[0].split()[-3:] == ["MB", "state", "MB"]
+    assert {tuple(line.split()[-2:]) for line in lines[1:]} == {("5.00", "3.00"), ("0.00", "0.00")}
+    (found,) = (e for e in json.loads(run(url, "ls", "--json")) if e["key"] == key)
+    assert (found["outputs"], found["state"]) == (2_000_000, 3_000_000)
+    assert run(url, "stats").startswith("2 chunks, 0 tokens, 5.0 MB (3.0 MB of it 1 states)")
+    redis_server.client().delete(f"{key}@outputs")  # evicted
+    told = json.loads(run(url, "show", f"{key}@state", "--json"))
+    assert (told["key"], told["blob"], told["outputs"], told["state"]) == (key, 1, 0, 3_000_000)
+    assert "state" not in json.loads(run(url, "show", plain, "--json"))
 
 
 def test_show_with_the_text(url, tmp_path):

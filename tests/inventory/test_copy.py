@@ -14,7 +14,7 @@ from chunkcache.inventory import copy
 from chunkcache.inventory.catalog import Filter
 from chunkcache.inventory.copy import copy_chunks
 from chunkcache.inventory.inspection import check_blob
-from chunkcache.stores.base import Entry, Listed
+from chunkcache.stores.base import EXTRAS, OUTPUTS, STATE, Entry, Listed
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.scripted import Scripted
@@ -108,6 +108,29 @@ def test_all_codecs_are_copied_and_checked(model, settings):
         put(source, listed.key, listed.metadata, blob)
         assert copy_chunks(source, target, verify=True).chunks == 1
         assert prefill(model, target, **settings).reused == 299
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"codec": "safetensors+zstd"}, {"seal": "ab" * 32}], ids=str
+)
+@pytest.mark.parametrize("damaged", EXTRAS)
+def test_extras_are_checked_each_by_itself(model, settings, damaged):
+    with MemoryStore() as source, MemoryStore() as target:
+        with torch.no_grad(), RedisChunkCache(model, source, **settings) as cache:
+            model(IDS, past_key_values=cache)
+        listed, _ = entry_of(source)
+        (blob,) = (bytes(blob) for blob in blobs_in(source, listed.key + OUTPUTS))
+        for ending in EXTRAS:  # states have the same header, with other tensors
+            wrong = blob[:-1] if "seal" in settings else blob[:-1] + bytes([blob[-1] ^ 1])
+            told = {"positions": listed.metadata["positions"], ending[1:]: str(len(blob))}
+            data = wrong if ending == damaged else blob
+            put(source, listed.key + ending, told, data, merge=True)
+        done = copy_chunks(source, target, verify=True)
+        (why,) = done.reasons.values()
+        assert why.startswith(f"{damaged[1:]}: ")
+        assert (done.chunks, done.left_out) == (3, 1)
+        there = target.sizes([listed.key, listed.key + OUTPUTS, listed.key + STATE])
+        assert [bool(size) for size in there] == [True, damaged == STATE, damaged == OUTPUTS]
 
 
 def changed_header(blob: bytes, **fields: str) -> bytes:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scripted import blobs, fetch
 from servers import Server
 
 from chunkcache.stores import room
-from chunkcache.stores.base import ChunkStore, Entry, read_blobs
+from chunkcache.stores.base import STATE, ChunkStore, Entry, read_blobs
 from chunkcache.stores.disk import DiskStore
 from chunkcache.stores.eviction import leaving, roughly
 from chunkcache.stores.memory import MemoryStore
@@ -268,6 +269,27 @@ def test_what_does_not_expire_stays_under_volatile_policies(server: Server) -> N
             ask(store, name, 5)
         assert all(lasting.sizes(keys_of("l", 3)))
         assert sum(size > 0 for name in "abc" for size in store.sizes(keys_of(name, 5))) >= 4
+
+
+def test_states_leave_with_their_chunks_and_also_alone(server: Server) -> None:
+    """What is left of a chunk whose K/V a server has evicted must not keep others out."""
+    store = RedisStore(bound(server, 12), read_timeout=5.0)
+    for number in range(6):
+        chunk = entry("a", number)
+        store.write([chunk, replace(chunk, key=chunk.key + STATE, merge=True)])
+    store.sizes(keys_of("a", 6))
+    time.sleep(1.1)  # servers count seconds
+    with server.client() as client:
+        client.config_resetstat()
+        ask(store, "x", 2)
+        both = [client.exists(f"{key}@kv_bytes", key + STATE) for key in keys_of("a", 6)]
+        assert both == sorted(both, reverse=True)
+        assert set(both) == {0, 2}
+        client.delete(*(f"{key}@kv_bytes" for key in keys_of("a", 6)))
+        ask(store, "b", 10)
+        assert sum(size > 0 for size in store.sizes(keys_of("b", 10))) >= 9
+        assert client.info("stats")["evicted_keys"] == 0  # it was we who deleted
+    store.close()
 
 
 def full_of_others(client: object, names: Sequence[str]) -> None:

@@ -75,7 +75,8 @@ def counts(kind: str, tokens: int) -> Iterator[dict[str, Any]]:
     model: Any = tiny(kind, max_position_embeddings=8192).to(fakegpu.NAME)
     ids = torch.randint(3, 190, (1, tokens), device=fakegpu.NAME)
     with WriteBehind(MemoryStore(1 << 32)) as store:
-        generate(model, ids[:, :32], RedisChunkCache(model, store), 1)  # the self-test
+        generate(model, ids.flip(1)[:, :32], RedisChunkCache(model, store), 1)  # the self-test
+        store.flush()
         held = RedisChunkCache(model, store, min_gain=0, write=False)
         arms = {
             "no cache": count(model, ids, None, 1),

@@ -94,12 +94,12 @@ class ForwardCall:
 
     def on_host(self) -> ForwardCall:
         """The same with all that is looked at on the CPU: one copy, and one wait for a GPU."""
-        given = {"ids": self.ids, "positions": self.positions, **self.types}
-        if self.mask is not None and self.mask.dim() == 2:
-            given["mask"] = self.mask != 0
+        given = {"ids": self.ids, "positions": self.positions, "mask": self.mask, **self.types}
         away = {n: x for n, x in given.items() if x is not None and x.device.type != "cpu"}
         if self.ids is None or not away:
             return self
+        if (mask := away.pop("mask", None)) is not None and mask.dim() == 2:
+            away["mask"] = mask != 0
         together = torch.cat([x.reshape(-1).to(self.ids.device).long() for x in away.values()])
         parts = torch.split(together.cpu(), [x.numel() for x in away.values()])
         here: dict[str, Any] = {

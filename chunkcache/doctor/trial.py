@@ -10,7 +10,9 @@ from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
 from chunkcache.keys import ZSTD
 from chunkcache.kv.coding import Codec
 from chunkcache.model.check import check_model
+from chunkcache.model.self_test import SelfTest
 from chunkcache.model.state import ModelState
+from chunkcache.reuse.states import spacing
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore
 
@@ -47,5 +49,16 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
         str(tested.layout.dtype).removeprefix("torch."),
         moving=rotation if isinstance(rotation, str) else "",
         token_bytes=nbytes / settings.chunk_size,
+        state_bytes=tested.layout.state_bytes,
+        state_every=_state_every(tested, settings),
         break_even=measure_break_even(model, store, step),
     )
+
+
+def _state_every(tested: SelfTest, settings: Settings) -> int:
+    """Tokens between snapshots of states, 0 without any. Each chunk has windows of convolutions."""
+    if tested.layout is None or not tested.layout.states:
+        return 0
+    if tested.cuts_windows:
+        return settings.chunk_size
+    return spacing(tested.layout, settings.state_every)

@@ -158,12 +158,13 @@ class States:
         if self._cuts_windows:
             self._wanted = ends
             return []
-        wanted = {max((end for end in ends if end <= total - LAST_TOKENS), default=0)}
+        final = max((end for end in ends if end <= total - LAST_TOKENS), default=0)
+        wanted = {final}
         wanted |= {max((end for end in ends if end <= mark), default=0) for mark in marks}
         wanted.add(max((end for end in ends if end <= known), default=0))
         last = begin
         for end in ends:
-            if end - last >= self._every:
+            if end - last >= self._every and final - end >= self._every // 2:
                 wanted.add(end)
             if end in wanted:
                 last = end

@@ -258,7 +258,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
-        conversation.check_edited(thoroughly=starts or call.new > call.drafts + 1)
+        is_prompt = starts or call.new > call.drafts + 1
+        if is_prompt:
+            call = call.on_host()
+        conversation.check_edited(thoroughly=is_prompt)
         held = past = conversation.length
         as_plain = whole = False
         try:
@@ -464,6 +467,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
         False if `timeout` seconds passed before.
         """
+        self._conversation.let_copy()
         return self.store.flush(timeout)
 
     def close(self) -> None:

@@ -143,5 +143,7 @@ def numerics(model: nn.Module) -> str:
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     attention = ",".join(str(part._attn_implementation) for part in configurations(config).values())
     experts = getattr(config, "_experts_implementation", None)
+    if device != "cpu" and experts == "batched_mm":
+        experts = "grouped_mm"  # which generate() takes it for while it decodes
     precision = torch.get_float32_matmul_precision()
     return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"

@@ -241,7 +241,7 @@ def layers_with(
     """Fresh layers with what others hold of their first ids: through a blob, as a hit would."""
     cut = ids.shape[1]
     form = TensorFile.of(layout, ids[0].tolist(), 0, "")
-    parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
+    parts = form.views(form.data(encode(form, row_slice(source, 0, 0, cut))))
     layers = test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))
     allocate_all(layers, layout, 1, cut, device)

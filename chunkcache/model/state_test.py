@@ -111,7 +111,7 @@ def _run(model: nn.Module, ids: Tensor, layers: list[Any]) -> Tensor:
 
 def _through_a_blob(layout: KVLayout, layers: Any) -> list[Tensor]:
     form = TensorFile.of(layout, [], 0, "", state_slots)
-    return form.tensors(form.build(take_states(layers)))
+    return form.tensors(form.data(form.build(take_states(layers))))
 
 
 def _noise(model: nn.Module, ids: Tensor, whole: Tensor) -> float:

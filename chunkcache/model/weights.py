@@ -66,11 +66,35 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
                 done[id(held)] = {
                     part.removeprefix(name): f" {tuple(tensor.shape)} {tensor.dtype} ".encode()
                     + content(tensor.detach(), small or f"{path}.{part}".lstrip(".") in edited)
-                    for part, tensor, _ in _plain(module, {name: held})
+                    for part, tensor, _ in _plain(module, {name: _as_on_cpu(module, name, held)})
                 }
             # Which place shares a tensor with which counts, too.
             lines |= {place + part: line for part, line in done.get(id(held), {}).items()}
     return hashlib.sha256(b"".join(n.encode() + lines[n] for n in sorted(lines))).hexdigest()
+
+
+# A device may compute frequencies that are off by their last bits.
+_FREQUENCY_ROUNDING = 2**-22
+
+
+def _as_on_cpu(module: Any, name: str, held: Tensor) -> Tensor:
+    """A tensor; of RoPE frequencies that a device has computed, those that the CPU computes.
+
+    They are no weights, and would otherwise tell a model's device. What is off by more than their
+    last bits counts as it is.
+    """
+    if held.device.type in ("cpu", "meta") or not name.endswith("inv_freq"):
+        return held
+    try:
+        with torch.device("cpu"):
+            mine: Tensor = getattr(type(module)(module.config), name)
+        there = held.detach().cpu()
+        is_same = there.dtype == mine.dtype and torch.allclose(
+            there, mine, rtol=_FREQUENCY_ROUNDING, atol=0.0
+        )
+    except Exception:  # a class may be made in any way
+        return held
+    return mine if is_same else held
 
 
 def counts_whole(model: nn.Module) -> bool:
@@ -180,14 +204,19 @@ def _pulse(tensors: list[Tensor], phase: int) -> bytes:
             flat.as_strided(size, stride, flat.storage_offset() + start)
         )
     digest = xxhash.xxh3_128()
+    away: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for (device, dtype), group in samples.items():
         if dtype is torch.bfloat16:  # which NumPy does not have
             group = [sample.view(torch.int16) for sample in group]
         if device.type == "cpu" and dtype in _OF_NUMPY:
             numbers = np.concatenate([sample.numpy() for sample in group])  # half torch.cat's time
+            digest.update(numbers.data)
+        elif device.type == "cpu":
+            digest.update(torch.cat(group).view(torch.uint8).numpy().data)
         else:
-            numbers = torch.cat(group).view(torch.uint8).cpu().numpy()
-        digest.update(numbers.data)
+            away[device].append(torch.cat(group).view(torch.uint8))
+    for pieces in away.values():  # a copy from a device is waited for
+        digest.update(torch.cat(pieces).cpu().numpy().data)
     return digest.digest()
 
 

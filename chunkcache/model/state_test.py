@@ -73,7 +73,7 @@ def _compare(model: nn.Module) -> SelfTest | None:
     states = _through_a_blob(layout, prefix)
     _run(model, ids.flip(1), test_layers(model))  # nothing of it may be left behind
     behind = layers_with(model, layout, prefix, ids[:, :CUT])
-    put_states(behind, layout.states, [states], ids.device)
+    put_states(behind, layout.states, [states], growing(prefix)[0].device)
     logits = [
         _run(model, ids[:, start:stop], behind)
         for start, stop in ((CUT, UNEVEN), (UNEVEN, _TOKENS))

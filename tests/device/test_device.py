@@ -68,6 +68,20 @@ def llama() -> Any:
 # ------------------------------------------------------------------------ the tokens of a plain run
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "falcon_h1", "lfm2", "deepseek_v32"])
+def test_states_and_index_keys(kind: str, store: ChunkStore) -> None:
+    model = tiny(kind)
+    batch = padded(PROMPT, behind(PROMPT[:, :140], 40))
+    del batch["position_ids"]
+    for prompt, most in ((PROMPT, 128), (batch, 256)):
+        for known in (False, True):
+            cache = RedisChunkCache(model, store, chunk_size=32, on_error="raise")
+            assert torch.equal(run(model, prompt, cache), run(model, prompt, None))
+            cache.flush()
+            assert not cache.report.skipped
+            assert cache.report.reused >= known * most
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_turns(kind: str, store: ChunkStore) -> None:
     model = small(kind)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chunkcache.anywhere.anchors import REACH, WINDOW, anchors
-from chunkcache.anywhere.matching import Piece, StoredChunk, laid, long_enough
+from chunkcache.anywhere.matching import Match, StoredChunk, laid, long_enough
 from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
@@ -52,14 +52,14 @@ class Found:
     """What a search found.
 
     Attributes:
-        pieces: Parts of each passage that the store has K/V for, in order.
+        matches: Parts of each passage that the store has K/V for, in order.
         short: Others, in runs that are too short to be moved.
         stale: Index entries that name chunks which are gone, or too many: by key, what shall
             replace them.
     """
 
-    pieces: list[list[Piece]]
-    short: list[list[Piece]]
+    matches: list[list[Match]]
+    short: list[list[Match]]
     stale: dict[str, Entry]
 
 
@@ -130,27 +130,27 @@ def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Fo
             stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
         for number, start in places[anchor]:
             shifts[number] |= {(name, start - offset) for name, offset in good.items()}
-    pieces, short = [], []
+    matches, short = [], []
     for passage, found in zip(passages, shifts, strict=True):
         candidates = [(chunks[name], shift) for name, shift in sorted(found)]
         every = laid(passage.tokens, candidates, passage.start, passage.stop)
-        pieces.append(long_enough(every))
+        matches.append(long_enough(every))
         # Less than a window is alike by chance, and seldom seen.
-        short.append([p for p in long_enough(every, WINDOW) if p not in pieces[-1]])
-    return Found(pieces, short, stale)
+        short.append([p for p in long_enough(every, WINDOW) if p not in matches[-1]])
+    return Found(matches, short, stale)
 
 
-def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
-    """Whether a piece's K/V are exact here: at the same position, behind the same tokens.
+def is_exact(match: Match, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
+    """Whether a match's K/V are exact here: at the same position, behind the same tokens.
 
     A part of a chunk may be so where the rest of it is not, or where a chunk before it is missing.
     Its hash tells, since it covers all that stood before.
     """
-    if piece.start != piece.old_start:
+    if match.start != match.old_start:
         return False
-    then = np.concatenate([tokens[: piece.start], piece.chunk.tokens[piece.offset :]])
+    then = np.concatenate([tokens[: match.start], match.chunk.tokens[match.offset :]])
     chunks = cut(then, grid, salt, tail=True)
-    return bool(chunks) and chunks[-1].hash == piece.chunk.hash
+    return bool(chunks) and chunks[-1].hash == match.chunk.hash
 
 
 def _anchor_places(keys: KeySpace, passages: Sequence[Passage]) -> dict[str, list[tuple[int, int]]]:

@@ -22,7 +22,7 @@ from chunkcache.anywhere.index import Passage, is_exact, search
 from chunkcache.anywhere.matching import SHORTEST_RUN, runs
 from chunkcache.anywhere.moved import MovedText
 from chunkcache.anywhere.probes import Probes
-from chunkcache.anywhere.relocate import fill_pieces
+from chunkcache.anywhere.relocate import fill_matches
 from chunkcache.errors import RepairError, StoreError, UnsupportedModelError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyRotation
@@ -108,13 +108,13 @@ class AnywherePrefill(Prefill):
         if self._loader.failed:
             self._search()  # behind what is left of them
         began = perf_counter()
-        placed = fill_pieces(
+        placed = fill_matches(
             self._reader, self.conversation.layers, self._rotation,
             [(text.passage, text.wanted) for text in self.moved],
             self.sizes, self.forms, self._loader.at_hand,
         )  # fmt: skip
         for text in self.moved:
-            text.placed = [piece for piece in text.wanted if piece in placed]
+            text.placed = [match for match in text.wanted if match in placed]
         self._count_read()
         self.report.move_ms += 1e3 * (perf_counter() - began)
         if any(text.placed for text in self.moved):
@@ -235,7 +235,7 @@ def find_moved(
     """
     context, keys, sizes = prefill.context, prefill.keys, prefill.sizes
     found = search(context.store, keys, passages)
-    chunks = {piece.chunk.hash: piece.chunk for pieces in found.pieces for piece in pieces}
+    chunks = {match.chunk.hash: match.chunk for matches in found.matches for match in matches}
     names = [name for name in chunks if name not in sizes]
     if names:
         nbytes = context.store.sizes([keys.key(name) for name in names])
@@ -246,12 +246,12 @@ def find_moved(
     moved = [
         MovedText(
             passage,
-            [piece for piece in pieces if sizes[piece.chunk.hash]],
-            [piece for piece in pieces if not sizes[piece.chunk.hash]],
+            [match for match in matches if sizes[match.chunk.hash]],
+            [match for match in matches if not sizes[match.chunk.hash]],
             short,
-            {p for p in pieces if is_exact(p, passage.tokens, context.grid, keys.salt)},
+            {p for p in matches if is_exact(p, passage.tokens, context.grid, keys.salt)},
         )
-        for passage, pieces, short in zip(passages, found.pieces, found.short, strict=True)
+        for passage, matches, short in zip(passages, found.matches, found.short, strict=True)
     ]
     return moved, found.stale
 

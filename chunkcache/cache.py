@@ -265,6 +265,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             whole = starts and not conversation.continues(call)
             if whole:
                 held, as_plain = conversation.kept_columns(module, call)
+                if self.settings.prepared_only and not as_plain:
+                    held = 0  # it was repaired for what was asked then
         except UnsupportedCallError:
             self._owner.end_forward()  # what is held stays as it was
             raise

@@ -23,6 +23,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "chunk_size": (64, "64"),
     "chunk_overlap": (16, "16"),
     "repair": ("head:8+query:0.1", "head:8+query:0.1"),
+    "variants": ("prepared", "prepared"),
     "reproducible": (True, "yes"),
     "piece_tokens": (64, "64"),
     "state_every": (1024, "1024"),

@@ -16,6 +16,7 @@ from chunkcache.tokens.chunking import Tokens
 
 # Shorter finds are not worth moving: repairing them costs as much as computing them.
 SHORTEST_RUN = 32
+PREPARED, MET = "prepared", "met in a prompt"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,6 +31,7 @@ class StoredChunk:
         clean: Whether its own context was exact.
         created: When it was stored; later is larger.
         pinned: Whether it was stored to stay.
+        prepared: Whether `add_documents` computed it, behind its prefix and nothing else.
     """
 
     hash: str
@@ -39,6 +41,12 @@ class StoredChunk:
     clean: bool = True
     created: str = ""
     pinned: bool = False
+    prepared: bool = False
+
+    @property
+    def variant(self) -> str:
+        """Which of the variants of its text it is, as reports say it."""
+        return PREPARED if self.prepared else MET
 
 
 @dataclass(frozen=True, eq=False, slots=True)

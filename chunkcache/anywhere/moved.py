@@ -21,6 +21,7 @@ from chunkcache.tokens.plan import (
 )
 
 UNREADABLE = "its chunk could not be read"
+NOT_PREPARED = "not among the prepared documents that the store has"
 
 
 @dataclass
@@ -33,6 +34,7 @@ class MovedText:
         lost: Matches of chunks whose blob is gone or damaged.
         short: Matches too short to be moved.
         exact: Matches of `found` and `lost` whose K/V are exact where they stand.
+        missing: Why the store has nothing of other tokens.
         wanted: Matches of `found` that save the model a column: these are read.
         placed: Matches of `wanted` whose K/V are in place.
         again: `[tokens]`, True for moved tokens to compute again.
@@ -43,6 +45,7 @@ class MovedText:
     lost: list[Match]
     short: list[Match]
     exact: set[Match]
+    missing: str = NOT_IN_STORE
     wanted: list[Match] = field(default_factory=list)
     placed: list[Match] = field(default_factory=list)
     again: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
@@ -101,7 +104,7 @@ class MovedText:
                 continue
             for begin, stop, value in stretches(computed[match.start : match.stop]):
                 kind = Kind.RECOMPUTED if value else Kind.MOVED
-                origin = f"position {match.old_start + begin}"
+                origin = f"{match.chunk.variant}, position {match.old_start + begin}"
                 spans.append(Span(match.start + begin, match.start + stop, kind, key, origin))
         if position < end:
             spans += self._gap(position, end)
@@ -114,9 +117,9 @@ class MovedText:
         for match, why in sorted(known, key=lambda item: item[0].start):
             if start <= match.start < stop:
                 if match.start > start:
-                    spans.append(Span(start, match.start, Kind.COMPUTED, reason=NOT_IN_STORE))
+                    spans.append(Span(start, match.start, Kind.COMPUTED, reason=self.missing))
                 spans.append(Span(match.start, match.stop, Kind.COMPUTED, reason=why))
                 start = match.stop
         if start < stop:
-            spans.append(Span(start, stop, Kind.COMPUTED, reason=NOT_IN_STORE))
+            spans.append(Span(start, stop, Kind.COMPUTED, reason=self.missing))
         return spans

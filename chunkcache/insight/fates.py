@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from chunkcache.anywhere.matching import Match, StoredChunk
+from chunkcache.anywhere.moved import NOT_PREPARED
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight.elsewhere import Sighting
 from chunkcache.insight.explanation import Finding
@@ -123,13 +124,14 @@ class RowFate:
         end, here = self.plan.tokens, computed[self.pad :]
         chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
         exact = [c for c in self.plan.known()[::-1] if c.start < self.known]
-        missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
+        absent = NOT_PREPARED if self.context.settings.prepared_only else NOT_IN_STORE
+        missing = [self._chunk(c, absent) for c in chunks if not self.sizes[c.hash]]
         gap = NO_GAIN if self.plan.missing == NO_GAIN else GAP_BEFORE
         there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]
         by_text = [self._match(match, here) for match in self.matches]
         # What is said later of a token hides what was said before.
         said = [
-            self._told(0, end, self.plan.rest or NOT_IN_STORE),
+            self._told(0, end, self.plan.rest or absent),
             *missing,
             *(self._told(a, b, REPEATED) for a, b in self.repeats if self._may_move),
             *(self._told(s.start, s.stop, s.reason) for s in self.seen),
@@ -180,7 +182,7 @@ class RowFate:
             kind = Kind.MOVED
         return Finding(
             match.start, match.stop, kind, match.chunk.hash, "", why,
-            row=self.row, bytes=size, old_start=match.old_start,
+            row=self.row, bytes=size, old_start=match.old_start, variant=match.chunk.variant,
         )  # fmt: skip
 
     def _why_not_exact(self, match: Match) -> str:

@@ -29,6 +29,8 @@ _REPAIR = "head:4"
 PIECE_TOKENS = 512  # with reproducible=True
 REUSE_MODES = ("prefix", "anywhere", "off")
 VARIANTS = ("any", "prepared")
+BACKGROUND = "background"
+AUDIT_PLACES = (BACKGROUND, "call")
 ERROR_MODES = ("compute", "raise")
 OBSERVERS = "observers"
 HOOK_MODES = ("fallback", OBSERVERS)
@@ -68,6 +70,12 @@ class Settings:
         variants: with `reuse="anywhere"`, which K/V of a text may serve: `"any"`, those of earlier
             prompts too; `"prepared"` only those that `add_documents` has computed, so that an
             answer never depends on earlier prompts.
+        audit_rate: share of the prompts with moved text that are compared with a full run, 0 to 1;
+            `metrics` tells how far they were off. An audit costs a whole prefill and the memory of
+            the prompt's K/V; there is never more than one at a time.
+        audit_bound: KL in nats, beyond which an audited prompt is logged; 0 for none.
+        audit_in: `"background"` audits in a thread beside the answer, `"call"` before the first
+            token is returned.
         chunk_size: tokens per chunk.
         chunk_overlap: tokens that a chunk shares with the one before it.
         reproducible: cold and warm runs give the same bits: prompts are computed in pieces, and
@@ -118,6 +126,9 @@ class Settings:
     reuse: str = "prefix"
     repair: str | Repair = _REPAIR
     variants: str = "any"
+    audit_rate: float = 0.0
+    audit_bound: float = 0.0
+    audit_in: str = BACKGROUND
     chunk_size: int = 128
     chunk_overlap: int = 0
     reproducible: bool = False
@@ -145,6 +156,12 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, REUSE_MODES)
         _one_of("variants", self.variants, VARIANTS)
+        _one_of("audit_in", self.audit_in, AUDIT_PLACES)
+        for name in ("audit_rate", "audit_bound"):
+            if (value := getattr(self, name)) != 0:
+                _positive(name, value, "number", "or 0 for none")
+        if self.audit_rate > 1:
+            raise SettingError(f"audit_rate={self.audit_rate!r} must be a share, from 0 to 1")
         _one_of("on_error", self.on_error, ERROR_MODES)
         _one_of("hooks", self.hooks, HOOK_MODES)
         _one_of("codec", self.codec, CODECS)

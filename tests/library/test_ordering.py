@@ -73,6 +73,17 @@ def test_of_many_documents_known_beginnings_are_followed(most, monkeypatch):
     assert best == [given[number] for number in (*known, 1, 3, 4, 6)]
 
 
+def test_a_document_that_ends_just_behind_a_chunk_is_followed(monkeypatch):
+    """Its last tokens are too few to be looked up before others stand behind them."""
+    monkeypatch.setattr("chunkcache.library.ordering.MOST_CHUNKS", 1)  # one more at a time
+    store = MemoryStore()
+    first = random_ids(256 - len(PREFIX) + 5, seed=77)[0].tolist()
+    reused(store, PREFIX, first, document(3), question(1))
+    given = [document(number) for number in range(5)]
+    best = order([*given, first], MODEL, store, prefix=PREFIX)
+    assert best[:2] == [first, given[3]]
+
+
 def test_it_takes_two_round_trips():
     store = MemoryStore()
     given = [document(number) for number in range(4)]

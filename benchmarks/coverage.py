@@ -135,7 +135,7 @@ def cover(model_type: str) -> Row:
     share, why = 0.0, ""
     for copy in (model, twin):
         for name, expected in plain.items():
-            cache = RedisChunkCache(copy, store, chunk_size=CHUNK)
+            cache = RedisChunkCache(copy, store, chunk_size=CHUNK, state_every=64)
             found = ways()[name](copy, cache)
             if not is_same(found, expected):
                 wrong.append(name)

@@ -3,13 +3,16 @@
     pip install lm_eval
     python -m benchmarks.harness              # 100 questions, about 5 minutes on 2 cores
     python -m benchmarks.harness --limit 10
-    python -m benchmarks.harness --choices    # log-likelihoods of four answers instead
+    python -m benchmarks.harness --choices    # log-likelihoods of four answers instead; 15 minutes
 
 A generation task made of a fact book: 12 solved examples (about 900 tokens), then a question about
 another country. The harness passes no cache of its own and needs no change: `enabled()` covers the
-model's `generate` while it runs. With `--choices`, each question has four answers whose
-log-likelihoods are compared, by lm-eval's `HFLM` and by `ChunkCacheLM`. Prints both scores, their
-times, and the tokens not computed.
+model's `generate` while it runs. Prints both scores, their times, and the tokens not computed.
+
+With `--choices`, each question has four answers whose log-likelihoods are compared, by lm-eval's
+`HFLM` and by `ChunkCacheLM`: behind the same examples, and without any (zero-shot), where only the
+four answers share the question and its text of up to 300 tokens. Each begins with an empty store.
+Writes `results/harness.csv`.
 """
 
 from __future__ import annotations
@@ -18,27 +21,31 @@ import argparse
 import json
 import tempfile
 import time
+import uuid
 from importlib import util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
 
 import chunkcache
 from benchmarks.corpus import Document, documents
+from benchmarks.quality import write
 from chunkcache.samples import load_smollm2
 
 SHOTS = 12
+RESULTS = Path(__file__).parent / "results"
 
 
-def task(folder: Path, tokenizer: Any, limit: int) -> dict[str, Any]:
-    """The task's configuration, its data written to a folder."""
+def task(folder: Path, tokenizer: Any, limit: int, shots: int = SHOTS) -> dict[str, Any]:
+    """The task's configuration, its data written to a folder. Without examples, texts are whole."""
     found = [document for document in documents("country", "test", tokenizer) if document.fact]
-    shots, questions = found[:SHOTS], found[SHOTS : SHOTS + limit]
+    examples, questions = found[:SHOTS], found[SHOTS : SHOTS + limit]
     files = {"train": folder / "train.jsonl", "test": folder / "test.jsonl"}
-    for part, path in zip((shots, questions), files.values(), strict=True):
-        path.write_text("\n".join(json.dumps(row(document)) for document in part))
+    for part, path in zip((examples, questions), files.values(), strict=True):
+        path.write_text("\n".join(json.dumps(row(d, 40 if shots else 300)) for d in part))
     return {
         "task": "countries",
         "dataset_path": "json",
@@ -47,7 +54,7 @@ def task(folder: Path, tokenizer: Any, limit: int) -> dict[str, Any]:
         "fewshot_split": "train",
         "test_split": "test",
         "fewshot_config": {"sampler": "first_n"},
-        "num_fewshot": SHOTS,
+        "num_fewshot": shots,
         "output_type": "generate_until",
         "doc_to_text": "{{text}}\nQuestion: {{question}}\nAnswer:",
         "doc_to_target": " {{answer}}",
@@ -56,9 +63,9 @@ def task(folder: Path, tokenizer: Any, limit: int) -> dict[str, Any]:
     }
 
 
-def row(document: Document) -> dict[str, str]:
-    """A question as the task wants it, with as much of its text as an example needs."""
-    text = " ".join(document.text.split()[:40])
+def row(document: Document, words: int) -> dict[str, str]:
+    """A question as the task wants it, with so many words of its text."""
+    text = " ".join(document.text.split()[:words])
     return {"text": text, "question": document.question, "answer": document.fact}
 
 
@@ -80,36 +87,62 @@ def choices(folder: Path, configuration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def evaluate(lm: Any, configuration: dict[str, Any]) -> tuple[dict[str, Any], list[Any], float]:
-    """Scores, answers, and seconds."""
+def evaluate(
+    lm: Any, configuration: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any], float, float]:
+    """Scores, answers, and seconds that the model's answers took, by the clock and of this process.
+
+    lm-eval itself takes as long both ways, most of it to list the versions of what is installed.
+    """
     import lm_eval
 
-    begin = time.perf_counter()
-    out = lm_eval.simple_evaluate(model=lm, tasks=[configuration], bootstrap_iters=0)
-    elapsed = time.perf_counter() - begin
+    generates = configuration["output_type"] == "generate_until"
+    elapsed, busy, ask = 0.0, 0.0, "generate_until" if generates else "loglikelihood"
+    answer = getattr(lm, ask)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal elapsed, busy
+        begin, began = time.perf_counter(), time.process_time()
+        answers = answer(*args, **kwargs)
+        elapsed += time.perf_counter() - begin
+        busy += time.process_time() - began
+        return answers
+
+    with mock.patch.object(lm, ask, timed):
+        out = lm_eval.simple_evaluate(model=lm, tasks=[configuration], bootstrap_iters=0)
     samples = out["samples"]["countries"]
     answers = [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
-    return out["results"]["countries"], answers, elapsed
+    return out["results"]["countries"], answers, elapsed, busy
 
 
-def compare_choices(lm: Any, configuration: dict[str, Any], store: str) -> None:
+def compare_choices(lm: Any, configuration: dict[str, Any], store: str) -> dict[str, Any]:
     """Time `HFLM` and `ChunkCacheLM`, and make sure that scores are the same."""
     from chunkcache.harness import ChunkCacheLM
 
+    shots = configuration["num_fewshot"]
+    namespace = f"{shots}-{uuid.uuid4().hex}"  # nothing is known
+    how = {"batch_size": 1, "store": store, "namespace": namespace}
     plain = evaluate(lm, configuration)
-    ours = ChunkCacheLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=1, store=store)
+    ours = ChunkCacheLM(pretrained=lm.model, tokenizer=lm.tokenizer, **how)
     before = chunkcache.metrics.snapshot()["tokens"]
     cached = evaluate(ours, configuration)
     if plain[0] != cached[0]:
         raise SystemExit(f"scores differ: {plain[0]} and {cached[0]}")
     after = chunkcache.metrics.snapshot()["tokens"]
     tokens = {kind: after[kind] - before[kind] for kind in after}
-    print(
-        f"{len(plain[1])} questions of 4 choices: accuracy {plain[0]['acc,none']:.3f} both; HFLM "
-        f"{plain[2]:.1f} s, ChunkCacheLM {cached[2]:.1f} s, {plain[2] / cached[2]:.1f} times "
-        f"faster; {tokens['reused'] / sum(tokens.values()):.0%} of {sum(tokens.values()):,} tokens "
-        "reused"
-    )
+    return {
+        "examples": shots,
+        "questions": len(plain[1]),
+        "tokens": sum(tokens.values()),
+        "reused": round(tokens["reused"] / sum(tokens.values()), 3),
+        "accuracy": round(plain[0]["acc,none"], 3),
+        "hflm_s": round(plain[2], 1),
+        "chunkcache_s": round(cached[2], 1),
+        "times_faster": round(plain[2] / cached[2], 2),
+        "hflm_cpu_s": round(plain[3], 1),
+        "chunkcache_cpu_s": round(cached[3], 1),
+        "times_less_cpu": round(plain[3] / cached[3], 2),
+    }
 
 
 def main() -> None:
@@ -126,10 +159,17 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
-        configuration = task(Path(folder), tokenizer, options.limit)
         if options.choices:
-            compare_choices(lm, choices(Path(folder), configuration), options.store)
+            rows = []
+            for shots in (SHOTS, 0):
+                configuration = task(Path(folder), tokenizer, options.limit, shots)
+                rows.append(
+                    compare_choices(lm, choices(Path(folder), configuration), options.store)
+                )
+                print(rows[-1], flush=True)
+            write(rows, RESULTS / "harness.csv")
             return
+        configuration = task(Path(folder), tokenizer, options.limit)
         plain = evaluate(lm, configuration)
         with chunkcache.enabled(model, options.store) as context:
             cached = evaluate(lm, configuration)
@@ -138,7 +178,7 @@ def main() -> None:
     view = Table(title=f"{len(plain[1])} questions, {SHOTS} examples each, SmolLM2-135M, float32")
     for column in ("", "exact match", "seconds"):
         view.add_column(column, justify="right" if column else "left")
-    for name, (scores, _, elapsed) in (("no cache", plain), ("enabled()", cached)):
+    for name, (scores, _, elapsed, _) in (("no cache", plain), ("enabled()", cached)):
         view.add_row(name, f"{scores['exact_match,none']:.3f}", f"{elapsed:.1f}")
     console = Console()
     console.print(view)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from chunkcache.errors import PickleError, StoreError, UnsupportedCallError
+from chunkcache.errors import PickleError, SettingError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.runs import run_both
 from chunkcache.insight.sampling import sample_audit
@@ -259,7 +259,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
-        conversation.check_edited(thoroughly=starts or call.new > call.drafts + 1)
+        is_prompt = starts or call.new > call.drafts + 1
+        if is_prompt:
+            call = call.on_host()
+        conversation.check_edited(thoroughly=is_prompt)
         held = past = conversation.length
         as_plain = whole = False
         try:
@@ -459,11 +462,29 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         """The context with a read-only store, for `explain` and `audit`."""
         return replace(self._context, store=ReadOnly(self.store))
 
+    def mark(self, position: int) -> None:
+        """Keep a snapshot of recurrent states at the chunk end before a position of the prompt.
+
+        For models that have such states: later prompts with these first tokens go on from there.
+        Worth it where many prompts part: behind a system prompt, or a document. Holds until
+        `reset()`, or a prompt that does not continue what is held.
+
+        Args:
+            position: Tokens from the start of the prompt.
+
+        Raises:
+            SettingError: That is no position.
+        """
+        if isinstance(position, bool) or not isinstance(position, int) or position < 1:
+            raise SettingError(f"mark({position!r}): a position is a whole number of at least 1")
+        self._conversation.marks.add(position)
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until no chunk waits any more: all are written, or given up where that failed.
 
         False if `timeout` seconds passed before.
         """
+        self._conversation.let_copy()
         return self.store.flush(timeout)
 
     def close(self) -> None:

@@ -7,6 +7,8 @@ as they happen, for each model and store, so that no machine has to be known bef
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
 from time import monotonic
 
@@ -24,6 +26,7 @@ CAUTION_SECONDS = 60.0
 NO_GAIN = "known, but reading would take longer than computing (min_gain)"
 
 Samples = deque[tuple[int, float]]
+Computing = tuple[Callable[[], float | None], Callable[[float], None]]
 
 
 class Gauge:
@@ -32,6 +35,7 @@ class Gauge:
     def __init__(self) -> None:
         self._read: Samples = deque(maxlen=SAMPLES)
         self._computed: Samples = deque(maxlen=SAMPLES)
+        self._computing: deque[Computing] = deque(maxlen=SAMPLES)
         self._left_out = 0
         self._cautious_until = 0.0  # seconds of the monotonic clock
 
@@ -54,11 +58,26 @@ class Gauge:
         if tokens:
             self._computed.append((tokens, ms))
 
+    def note_computing(self, ms: Callable[[], float | None], note: Callable[[float], None]) -> None:
+        """A prompt is being computed: `ms` tells how long that took, once it is done.
+
+        `note` is then called with it. Not before somebody looks: see `look`.
+        """
+        self._computing.append((ms, note))
+        self.look()
+
+    def look(self) -> None:
+        """Take note of what has been computed meanwhile. Waits for nothing."""
+        while self._computing and (took := self._computing[0][0]()) is not None:
+            with suppress(IndexError):  # another thread was faster
+                self._computing.popleft()[1](took)
+
     def expects_gain(self, tokens: int, nbytes: int, min_gain: float) -> bool:
         """Whether reading chunks of so many tokens and bytes pays, as far as is known.
 
         It does unless computing them is known to take less than `min_gain` times as long.
         """
+        self.look()
         reading, computing = _expected(self._read, nbytes), _expected(self._computed, tokens)
         return reading is None or computing is None or computing >= min_gain * reading
 

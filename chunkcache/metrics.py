@@ -69,11 +69,12 @@ class Meter:
     def __init__(self) -> None:
         self._report: Report | None = None
         self._told: Counter[Number] = Counter()
-        self._traffic: tuple[int, ...] = ()
+        self._traffic: tuple[float, ...] = ()
 
     def read(self, report: Report, is_prompt: bool) -> None:
         """To be called behind each forward. `is_prompt` says whether it was one of a prompt."""
-        traffic = report.bytes_written, report.bytes_dropped, report.store_errors
+        late = report.prefill_ms  # of a device, which tells it when it is done
+        traffic = report.bytes_written, report.bytes_dropped, report.store_errors, late
         if report is self._report and not is_prompt and traffic == self._traffic:
             return  # nearly every step of decoding
         if report is not self._report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from scripted import Scripted
@@ -11,6 +12,12 @@ from servers import Server, redis_binary, valkey_binary
 
 # Tiny models compute faster than anything can be read: what is known shall be read all the same.
 os.environ["CHUNKCACHE_MIN_GAIN"] = "0"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out tests of the pretended device where there is none (see on_device.py)."""
+    is_there = config.pluginmanager.has_plugin("tests.on_device")
+    return True if collection_path.name == "device" and not is_there else None
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 8,
 }
-_INDEXED = _LATENT | _EXPERTS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+_INDEXED = _LATENT | _EXPERTS | {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 8}
 _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
     "mamba_d_conv": 4,
@@ -82,7 +82,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "afmoe": _EXPERTS | _WINDOWS,
     "axk1": _LATENT | _EXPERTS,
     "axk2": _LATENT | _EXPERTS,
-    "bailing_hybrid": _LATENT | _EXPERTS,
+    "bailing_hybrid": _LATENT
+    | _EXPERTS
+    | {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+    },
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
     "beam": _EXPERTS,
     "bloom": {"n_layer": 4, "n_head": 4},
@@ -120,7 +126,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "inkling2_text": _EXPERTS,
     "inkling_text": _EXPERTS,
     "jamba": _EXPERTS | _MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": _LATENT | _EXPERTS | _LINEAR,
+    "kimi_linear": _LATENT | _EXPERTS | _LINEAR | {"linear_num_heads": 4, "linear_head_dim": 16},
     "kolibri1": _EXPERTS,
     "laguna": _EXPERTS,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
@@ -154,7 +160,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
     "youtu": _LATENT,
     "zamba": _MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "zaya": _EXPERTS,
+    "zamba2": _MAMBA
+    | {
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+        "attention_head_dim": 32,
+    },
+    "zaya": _EXPERTS | {"num_experts_per_tok": 1},
 }
 # What an architecture's configuration does not take.
 _WITHOUT = {"falcon": ["head_dim"]}

@@ -240,9 +240,9 @@ def test_every_codec_has_a_world_of_its_own(model, store):
         before = set(entries(store))
         logits(model, prompt, anywhere(model, store, **kind))
         new = set(entries(store)) - before
-        hashes = {key.rpartition("@")[2] for key in new if "proof" not in key}
+        hashes = {key.rpartition("@")[2] for key in new if "self-test" not in key}
         format = kind["codec"] + ("+sealed" if kind["seal"] else "")  # keys name the codec
-        assert {key.partition("@")[0] for key in new} <= {format, "anchor", "proof", "moving"}
+        assert {key.partition("@")[0] for key in new} <= {format, "anchor", "self-test", "moving"}
         assert not any(hashes & others for others in seen.values())
         seen[str(kind)] = hashes
     for kind in kinds:
@@ -288,7 +288,7 @@ def test_without_the_secret_nothing_is_found(model, any_store, mode):
         assert cache.report.reused == cache.report.moved == 0
         new = set(entries(any_store)) - before
         hashes.append(
-            {key.rpartition("@")[2] for key in new if not key.startswith(("proof", "moving"))}
+            {key.rpartition("@")[2] for key in new if not key.startswith(("self-test", "moving"))}
         )
         # What is noted of a chunk does not name it otherwise, either.
         parents = {(fields or {}).get("parent") for fields, _ in chunks_of(any_store).values()}

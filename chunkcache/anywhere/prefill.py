@@ -196,8 +196,7 @@ class AnywherePrefill(Prefill):
         exact = min(self.stops)
         if rows := self._checked_rows(exact):
             columns = torch.cat([torch.tensor([exact - 1]), columns])
-        assert self.call.ids is not None
-        columns = columns.to(self.call.ids.device)
+        columns = columns.to(self.call.place)
         open_layers(self.conversation.layers, columns, self.total)
         self._watch(exact - 1, rows)
         first = torch.tensor(pads, device=columns.device)[:, None]

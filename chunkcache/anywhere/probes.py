@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from chunkcache.errors import RepairError
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.rope import wide
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
 from chunkcache.model.queries import AttentionWatch
@@ -75,13 +76,13 @@ class Probes:
     def _deviation(self) -> Scores:
         second = self._growing()[1]
         layer: GrowingLayer = self.layers[second]
-        columns = torch.arange(self.start, self.tokens)
+        columns = torch.arange(self.start, self.tokens, device=self._device)
         scores = np.zeros(self.tokens)
 
         def compare(keys: Tensor, values: Tensor) -> None:
             stored = layer.values[:, :, self.start :].float()
             distance = (values.float() - stored).pow(2).sum(dim=(0, 1, 3)).sqrt()
-            scores[self.start :] = distance.cpu().double().numpy()
+            scores[self.start :] = wide(distance).numpy()
             raise _EnoughError
 
         mask = scatter_mask(self.model, columns, self.tokens, 1)
@@ -103,7 +104,8 @@ class Probes:
         looked_at = growing[first : max(last, first + 1)]
         looked_at = [index for index in looked_at if self._sees_all(index)] or looked_at
         tail = int((~self.known).flip(0).long().cumprod(0).sum()) or 1
-        columns = torch.arange(self.tokens - min(tail, QUERY_TOKENS), self.tokens)
+        first = self.tokens - min(tail, QUERY_TOKENS)
+        columns = torch.arange(first, self.tokens, device=self._device)
         self.charged += len(columns) * (growing.index(looked_at[-1]) + 1) / len(growing)
         return self.attention(columns, looked_at).sum(0).double().numpy()
 
@@ -115,7 +117,8 @@ class Probes:
         Raises:
             RepairError: A layer's attention is computed in a way that cannot be seen.
         """
-        seen = self.known.clone()
+        columns = columns.to(self._device)
+        seen = self.known.to(self._device, copy=True)
         seen[columns] = True
         mask = _hide(scatter_mask(self.model, columns, self.tokens, 1), ~seen)
         recorder = _AttentionRecorder(layers, len(columns), self.tokens)
@@ -134,6 +137,11 @@ class Probes:
     def _moved(self) -> int:
         return sum(stop - start for start, stop in self.runs)
 
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.layers[self._growing()[0]].device
+        return device
+
     def _sees_all(self, index: int) -> bool:
         """Whether a layer's attention has no window."""
         config: Any = self.model.config
@@ -151,15 +159,13 @@ class Probes:
         within: AbstractContextManager[Any],
     ) -> None:
         """A forward over some columns, with a look at what some layers are about to cache."""
-        device = self.layers[self._growing()[0]].device
-        columns = columns.to(device)
         open_layers(self.layers, columns, self.tokens)
         for index, look in intercepts.items():
             self.layers[index].intercept = look
         try:
             with within:
                 uncompiled(self.model)(
-                    input_ids=self.ids[:, columns.cpu()].to(device),
+                    input_ids=self.ids.to(columns.device)[:, columns],
                     position_ids=columns[None],
                     attention_mask=mask,
                     use_cache=True,
@@ -239,7 +245,6 @@ def _hide(mask: Any, hidden: Tensor) -> Any:
     """The mask without what is not in place yet."""
     if isinstance(mask, dict):
         return {kind: _hide(part, hidden) for kind, part in mask.items()}
-    hidden = hidden.to(mask.device)
     if mask.dtype == torch.bool:
         return mask & ~hidden
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)

@@ -16,7 +16,7 @@ from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Match, StoredChunk
 from chunkcache.kv.codec import LayerKV
 from chunkcache.kv.coding import BlobFormat
-from chunkcache.kv.layers import peek_all
+from chunkcache.kv.layers import growing, peek_all
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 
@@ -58,7 +58,8 @@ def fill_matches(
             placed |= {match for _, match in users}
         else:
             name = chunk.hash
-            reads[chunk] = PendingChunk(name, forms[name], sizes[name])
+            device = growing(layers)[0].device
+            reads[chunk] = PendingChunk(name, forms[name], sizes[name], device=device)
     for chunk, pending in zip(reads, reader.read(list(reads.values())), strict=True):
         if not pending.failure:
             _place(layers, pending.kv, rotation, uses[chunk])

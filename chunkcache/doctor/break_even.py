@@ -22,6 +22,8 @@ from chunkcache.errors import StoreError
 from chunkcache.inventory import catalog
 from chunkcache.model.check import check_model
 from chunkcache.model.self_test import forward, probe_ids, takes
+from chunkcache.model.state_test import has_states
+from chunkcache.reuse.states import LAST_TOKENS
 from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.health import retry_until
 from chunkcache.tokens.texts import most_positions
@@ -88,13 +90,15 @@ def measure_break_even(
     chunk = RedisChunkCache(model, store, **settings).settings.chunk_size
     config: Any = inner.config
     longest = most_positions(config)
+    # A state is not kept at a prompt's very end.
+    ending = LAST_TOKENS if has_states(inner) else 1
     points: list[Point] = []
     try:
         for length in (chunk * count for count in LENGTHS):
-            if length >= longest or (points and points[-1].compute_ms > ENOUGH_MS):
+            if length + ending > longest or (points and points[-1].compute_ms > ENOUGH_MS):
                 break
             step(f"computing and reading {length:,} tokens")
-            ids = probe_ids(inner).repeat(1, -(-(length + 1) // 32))[:, : length + 1]
+            ids = probe_ids(inner, length + ending)
             cache = RedisChunkCache(model, store, **settings)
             _timed(inner, ids, cache)
             cache.flush()

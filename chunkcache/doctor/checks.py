@@ -61,6 +61,8 @@ class ModelHealth:
         bypass_reason: Why its K/V cannot be reused, or `""`.
         moving: Why they cannot be moved (`reuse="anywhere"`), or `""`.
         token_bytes: Bytes of K/V per token, as the codec stores them.
+        state_bytes: Bytes of a snapshot of recurrent and convolution states, 0 without any.
+        state_every: Tokens between snapshots.
         break_even: What was measured, if they can be reused.
     """
 
@@ -69,6 +71,8 @@ class ModelHealth:
     bypass_reason: str = ""
     moving: str = ""
     token_bytes: float = 0.0
+    state_bytes: int = 0
+    state_every: int = 0
     break_even: BreakEven | None = None
 
     def __str__(self) -> str:
@@ -80,6 +84,12 @@ class ModelHealth:
             f"  K/V are {self.dtype}, {self.token_bytes:,.0f} bytes per token in the store: 1 GB "
             f"holds {1e9 / self.token_bytes:,.0f} tokens"
         )
+        if self.state_bytes:
+            lines.append(
+                f"  a snapshot of its states has {self.state_bytes:,} bytes, as K/V of "
+                f"{self.state_bytes / self.token_bytes:,.0f} tokens; there is one every "
+                f"{self.state_every:,} tokens, and shortly before a prompt's end"
+            )
         lines.append(f"  what stands at the beginning of a prompt is reused; K/V {can}")
         if self.break_even and self.break_even.points:
             measured = self.break_even

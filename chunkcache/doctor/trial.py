@@ -10,7 +10,9 @@ from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
 from chunkcache.keys import ZSTD
 from chunkcache.kv.coding import Codec
 from chunkcache.model.check import check_model
+from chunkcache.model.self_test import SelfTest
 from chunkcache.model.state import ModelState
+from chunkcache.reuse.states import spacing
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore
 
@@ -35,17 +37,28 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
         return ModelHealth(name, bypass_reason=str(error))
     state = ModelState.of(inner)
     identity = state.identity()
-    proof = state.self_test(identity, store)
-    if proof.bypass_reason or proof.layout is None:
-        return ModelHealth(name, bypass_reason=proof.bypass_reason)
-    rotation = state.verified_rotation(identity, proof.layout, store)
+    tested = state.self_test(identity, store)
+    if tested.bypass_reason or tested.layout is None:
+        return ModelHealth(name, bypass_reason=tested.bypass_reason)
+    rotation = state.verified_rotation(identity, tested.layout, store)
     # The blob of a chunk, before compression: of its token ids, only the digits matter.
     ids, codec = [10_000] * settings.chunk_size, Codec(settings.codec.removesuffix(ZSTD))
-    nbytes = codec.form(proof.layout, ids, 0, "0" * 64, "").file.size
+    nbytes = codec.form(tested.layout, ids, 0, "0" * 64, "").file.size
     return ModelHealth(
         name,
-        str(proof.layout.dtype).removeprefix("torch."),
+        str(tested.layout.dtype).removeprefix("torch."),
         moving=rotation if isinstance(rotation, str) else "",
         token_bytes=nbytes / settings.chunk_size,
+        state_bytes=tested.layout.state_bytes,
+        state_every=_state_every(tested, settings),
         break_even=measure_break_even(model, store, step),
     )
+
+
+def _state_every(tested: SelfTest, settings: Settings) -> int:
+    """Tokens between snapshots of states, 0 without any. Each chunk has windows of convolutions."""
+    if tested.layout is None or not tested.layout.states:
+        return 0
+    if tested.cuts_windows:
+        return settings.chunk_size
+    return spacing(tested.layout, settings.state_every)

@@ -183,10 +183,10 @@ def _difference(
     if key.world_size != mine.world_size:
         told.append(f"on {key.world_size} processes")
     try:
-        proof = ChunkKey(
+        verdict = ChunkKey(
             SELF_TEST_FORMAT, key.model, key.world_size, key.worker, fields.get("identity", "")
         )
-        known = (store.read_metadata([str(proof)])[0] or {}).get("parts", "")
+        known = (store.read_metadata([str(verdict)])[0] or {}).get("parts", "")
         parts = json.loads(known)
         names = [_NAMES.get(n, n) for n, value in mine.parts if parts.get(n) != value]
     except (SettingError, ValueError, AttributeError, RecursionError):

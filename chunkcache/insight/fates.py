@@ -126,7 +126,7 @@ class RowFate:
         exact = [c for c in self.plan.known()[::-1] if c.start < self.known]
         absent = NOT_PREPARED if self.context.settings.prepared_only else NOT_IN_STORE
         missing = [self._chunk(c, absent) for c in chunks if not self.sizes[c.hash]]
-        gap = NO_GAIN if self.plan.missing == NO_GAIN else GAP_BEFORE
+        gap = NO_GAIN if self.plan.missing == NO_GAIN else self.plan.unread or GAP_BEFORE
         there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]
         by_text = [self._match(match, here) for match in self.matches]
         # What is said later of a token hides what was said before.

@@ -18,6 +18,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -29,6 +30,7 @@ import xxhash
 from torch import Tensor
 
 from chunkcache.errors import BlobError
+from chunkcache.kv.transfer import copy_all, is_host
 
 LAYOUT = "[kv_heads, tokens, head_dim]"
 OUTPUTS_LAYOUT = "[tokens, hidden]"
@@ -241,9 +243,12 @@ class TensorFile:
             raise BlobError("the blob is damaged: its checksum differs")
         raise BlobError("the blob is not of this chunk: its header differs")
 
-    def tensors(self, blob: memoryview) -> list[Tensor]:
-        """The tensors of a whole blob in writable memory, in order, as views of it."""
-        data = torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
+    def data(self, blob: memoryview) -> Tensor:
+        """What is behind the header of a whole blob in writable memory, `[nbytes]` uint8."""
+        return torch.frombuffer(blob, dtype=torch.uint8)[len(self.header) :]
+
+    def tensors(self, data: Tensor) -> list[Tensor]:
+        """The tensors of a blob, in order, as views of its data, on whatever device that is."""
         return [
             data[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
             if slot.begin < slot.end
@@ -251,16 +256,37 @@ class TensorFile:
             for slot in self.arrange(self.layout, self.tokens)
         ]
 
-    def views(self, blob: memoryview) -> list[LayerKV | None]:
+    def views(self, data: Tensor) -> list[LayerKV | None]:
         """The same by layer, for blobs that hold keys and values as they are."""
-        parts = iter(self.tensors(blob))
+        parts = iter(self.tensors(data))
         return [(next(parts), next(parts)) if layer else None for layer in self.layout.layers]
 
     def build(self, tensors: Iterable[Tensor]) -> memoryview:
         """A blob in memory of its own, of its tensors in order; on any device, of any type."""
+        every = [tensor.detach() for tensor in tensors]
+        if not is_host(every[0].device):
+            with suppress(torch.OutOfMemoryError):  # then without memory on the device
+                data = self.gather(every)
+                return self.build_from(lambda target: target.copy_(data))
         blob = _SPARE.take(self.size).data
-        for target, tensor in zip(self.tensors(blob), tensors, strict=True):
-            target.copy_(tensor.detach())
+        for target, tensor in zip(self.tensors(self.data(blob)), every, strict=True):
+            target.copy_(tensor)
+        return self._with_header(blob)
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The data of a blob of these tensors, on their device."""
+        device = tensors[0].device
+        data = torch.empty(self.size - len(self.header), dtype=torch.uint8, device=device)
+        copy_all(self.tensors(data), [tensor.detach() for tensor in tensors])
+        return data
+
+    def build_from(self, fill: Callable[[Tensor], object]) -> memoryview:
+        """A blob in memory of its own, into which `fill` brings the data."""
+        blob = _SPARE.take(self.size).data
+        fill(self.data(blob))
+        return self._with_header(blob)
+
+    def _with_header(self, blob: memoryview) -> memoryview:
         offset = len(self.header)
         blob[:offset] = self.with_checksum([blob[offset:]])
         return blob

@@ -9,7 +9,7 @@ and the size of what every step must give; whatever else a blob is, it is a miss
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,6 @@ from chunkcache.kv.codec import (
     KVLayout,
     LayerKV,
     TensorFile,
-    encode,
     output_slots,
     state_slots,
 )
@@ -30,8 +29,10 @@ from chunkcache.kv.compress import compress, decompress, most_bytes
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.kv.seal import OVERHEAD, Seal
+from chunkcache.kv.transfer import Snapshot, is_host, upload
 
 _TEXT = "@token_ids"  # no sealed text may stand for a blob
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +178,22 @@ class BlobFormat:
             layers: Keys and values per layer, each `[kv_heads, tokens, head_dim]`, `None` for
                 layers that cache nothing; on any device.
         """
-        if self.codec.numbers == INT8:
-            return self._wrapped(encode_int8(self.file, layers, self.start, self.codec.rotation))
-        return self._wrapped(encode(self.file, layers))
+        return self.encode_tensors(self._numbers(layers))
 
     def encode_tensors(self, tensors: Iterable[Tensor]) -> memoryview:
         """The same of the file's tensors, in order."""
         return self._wrapped(self.file.build(tensors))
+
+    def encode_later(self, layers: Sequence[LayerKV | None]) -> Callable[[], memoryview]:
+        """What builds the blob, in any thread, of keys and values on a device as they are now."""
+        snapshot = Snapshot(self.file.gather(self._numbers(layers)))
+        return lambda: self._wrapped(self.file.build_from(snapshot.copy_to))
+
+    def _numbers(self, layers: Sequence[LayerKV | None]) -> list[Tensor]:
+        """The file's tensors, in order, perhaps still of another type."""
+        if self.codec.numbers == INT8:
+            return encode_int8(self.file, layers, self.start, self.codec.rotation)
+        return [part for kv in layers if kv for part in kv]
 
     def _wrapped(self, blob: memoryview) -> memoryview:
         """A file compressed and sealed, as the codec has it."""
@@ -192,22 +202,35 @@ class BlobFormat:
             blob = compress(blob, len(self.file.header), self._width)
         return codec.seal.seal(blob, self.key) if codec.seal else blob
 
-    def decode(self, blob: memoryview) -> list[LayerKV | None]:
+    def decode(
+        self, blob: memoryview, device: torch.device = _CPU, memory: Tensor | None = None
+    ) -> list[LayerKV | None]:
         """The keys and values of a blob in the layout's data type, perhaps as views of it.
+
+        Args:
+            blob: It.
+            device: Where they are wanted; the blob goes there as it is, in one copy.
+            memory: The blob's memory, `[nbytes]` uint8, if it is pinned.
 
         Raises:
             SealedBlobError: It is sealed with another key.
             BlobError: It is not this chunk's, or it is damaged.
         """
-        file, blob = self.file, self._unwrapped(blob)
+        file, plain = self.file, self._unwrapped(blob)
+        if memory is not None and plain is blob:
+            data = memory[len(file.header) :]
+        else:
+            data = file.data(plain)
+        if not is_host(device):
+            data = upload(data, device)
         if self.codec.numbers == INT8:
-            return decode_int8(file, blob, self.start, self.codec.rotation)
+            return decode_int8(file, data, self.start, self.codec.rotation)
         dtype = self.layout.dtype
-        return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(blob)]
+        return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(data)]
 
     def decode_tensors(self, blob: memoryview) -> list[Tensor]:
         """The same, as the file's tensors, in order."""
-        return self.file.tensors(self._unwrapped(blob))
+        return self.file.tensors(self.file.data(self._unwrapped(blob)))
 
     def _unwrapped(self, blob: memoryview) -> memoryview:
         """The file in a blob, checked."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from chunkcache.kv.codec import BufferPool, KVLayout, LayerKV
+from chunkcache.kv.transfer import copy_all, is_host
 
 # Room for new tokens: at least this many, and this share of what is held.
 SLACK_TOKENS = 128
@@ -37,7 +38,7 @@ def flat_memory(
     if torch.is_inference_mode_enabled():  # whose tensors do not count writes (see WriteCount)
         with torch.inference_mode(False):
             return flat_memory(size, dtype, device, memory)
-    if device.type != "cpu" or not size:
+    if not is_host(device) or not size:
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = size * dtype.itemsize
     # Without a weak reference, which a compiled forward cannot follow.
@@ -519,6 +520,16 @@ def peek_all(layers: Sequence[Any], row: int, column: int, tokens: int) -> list[
     ]
 
 
+def place_all(layers: Sequence[Any], row: int, column: int, kv: Sequence[LayerKV | None]) -> None:
+    """Copy `[kv_heads, tokens, head_dim]` of each layer into one row's room, in few steps."""
+    tokens = next(pair[0].shape[1] for pair in kv if pair)
+    targets, sources = (
+        [part for pair in pairs if pair for part in pair]
+        for pairs in (peek_all(layers, row, column, tokens), kv)
+    )
+    copy_all(targets, sources)
+
+
 def row_slice(layers: Sequence[Any], row: int, start: int, stop: int) -> list[LayerKV | None]:
     """Views of one row's K/V in columns `start` to `stop`, each `[kv_heads, tokens, head_dim]`."""
     return [
@@ -537,7 +548,7 @@ def row_runs(layers: Sequence[Any], row: int, start: int, stop: int) -> list[mem
     """The same as memory, in the order of a blob; `None` where it cannot be had without a copy."""
     found: list[memoryview] = []
     for layer in growing(layers):
-        if layer.device.type != "cpu" or not layer.owns_storage():
+        if not is_host(layer.device) or not layer.owns_storage():
             return None
         found += layer.runs(row, start, stop - start)
     return found

@@ -62,8 +62,8 @@ def quantise(x: Tensor, across: int) -> tuple[Tensor, Tensor]:
 
 def encode_int8(
     form: TensorFile, layers: Sequence[LayerKV | None], start: int, rotation: KeyRotation | None
-) -> memoryview:
-    """Build a blob.
+) -> list[Tensor]:
+    """The tensors of a blob, in order, on the device of the layers.
 
     Args:
         form: The chunk's form, arranged by `int8_slots`.
@@ -78,14 +78,14 @@ def encode_int8(
         if kv
         for part, across in zip(kv, _ACROSS.values(), strict=True)
     ]
-    return form.build([*(scale for _, scale in pairs), *(number for number, _ in pairs)])
+    return [*(scale for _, scale in pairs), *(number for number, _ in pairs)]
 
 
 def decode_int8(
-    form: TensorFile, blob: memoryview, start: int, rotation: KeyRotation | None
+    form: TensorFile, data: Tensor, start: int, rotation: KeyRotation | None
 ) -> list[LayerKV | None]:
-    """The keys and values of a checked blob in `form.layout.dtype`; the rest as it was encoded."""
-    tensors = form.tensors(blob)
+    """Keys and values in `form.layout.dtype` of a blob's checked data, wherever these are."""
+    tensors = form.tensors(data)
     half = len(tensors) // 2
     parts = iter(
         number.float().mul_(scale)

@@ -12,7 +12,7 @@ Su et al., RoFormer (https://arxiv.org/abs/2104.09864).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.kv.codec import LayerKV
+from chunkcache.kv.transfer import together
 
 # Largest relative error of one rounding, in each type.
 UNIT = {
@@ -34,10 +35,15 @@ ANGLE_UNIT = 2**-24  # angles are computed in float32, whatever the type
 ROUNDINGS = 6
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float64, on the CPU: not every device has that type."""
+    return x.cpu().double()
+
+
 def rounding(lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """What a few roundings leave of error in numbers out of pairs of these lengths, in float64."""
     smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # no number is rounded finer
-    return lengths.double() * (ROUNDINGS * UNIT[dtype]) + ROUNDINGS * smallest
+    return wide(lengths) * (ROUNDINGS * UNIT[dtype]) + ROUNDINGS * smallest
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +69,10 @@ class Rotation:
         return moved
 
     def angles(self, old: Tensor, new: Tensor) -> Tensor:
-        """Cosine and sine, `[2, tokens, pairs]` in float64, of the angles from `old` to `new`."""
+        """Cosine and sine, `[2, tokens, pairs]`, of the angles from `old` to `new`; as `wide`."""
         freq = self.inv_freq.to(old.device)
         then, now = (p.float()[:, None] * freq * self.sign for p in (old, new))
-        between = now.double() - then.double()
+        between = wide(now) - wide(then)
         return torch.stack((between.cos(), between.sin()))
 
     def turn(self, x: Tensor, out: Tensor, angles: Tensor) -> None:
@@ -80,7 +86,7 @@ class Rotation:
         part, target = x[..., self.first : end], out[..., self.first : end]
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = target if dtype == x.dtype else torch.empty_like(target, dtype=dtype)
-        cos, sin = angles.to(x.device, dtype)
+        cos, sin = angles.to(dtype).to(x.device)
         (a, b), (c, d) = self._pairs(part.to(dtype)), self._pairs(wide)
         torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=d).addcmul_(a, sin)
@@ -91,12 +97,13 @@ class Rotation:
         """How far off rounding to `dtype` may leave `[..., tokens, head_dim]` at `positions`.
 
         In proportion to each pair, not to the largest key: biases make some keys a hundred times as
-        large as others, and a wrong rule for those others must show. In float64.
+        large as others, and a wrong rule for those others must show. As `wide`.
         """
-        lengths, angles = x.double().abs(), torch.zeros_like(x, dtype=torch.float64)
+        x = wide(x)
+        lengths, angles = x.abs(), torch.zeros_like(x)
         end = self.first + 2 * len(self.inv_freq)
-        length = torch.hypot(*self._pairs(x[..., self.first : end].double()))
-        angle = positions.to(x.device).double()[:, None] * self.inv_freq.to(x.device).double()
+        length = torch.hypot(*self._pairs(x[..., self.first : end]))
+        angle = wide(positions)[:, None] * wide(self.inv_freq)
         for half in self._pairs(lengths[..., self.first : end]):
             half.copy_(length)
         for half in self._pairs(angles[..., self.first : end]):
@@ -158,38 +165,11 @@ class KeyRotation:
                 if rotation not in known:
                     known[rotation] = rotation.angles(old, new)
                 _, outs, xs = zip(*alike, strict=True)
-                for out, x in _together(outs, xs):
+                for out, x in together(outs, xs):
                     if rotation is None:
                         out.copy_(x)
                     else:
                         rotation.turn(x, out, known[rotation])
-
-
-def _together(outs: Sequence[Tensor], xs: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Pairs of tensors, as one pair with one dimension more if that is possible without a copy."""
-    all_outs, all_xs = _stacked(outs), _stacked(xs)
-    if all_outs is None or all_xs is None:
-        return zip(outs, xs, strict=True)
-    return [(all_outs, all_xs)]
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """`[n, ...]`, a view of `n` tensors of one shape that lie in one memory at equal distances."""
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first[None]
-    start, home = first.storage_offset(), first.untyped_storage().data_ptr()
-    step = tensors[1].storage_offset() - start
-    for number, tensor in enumerate(tensors):
-        if (
-            tensor.storage_offset() != start + number * step
-            or tensor.untyped_storage().data_ptr() != home
-            or tensor.shape != first.shape
-            or tensor.stride() != first.stride()
-            or tensor.dtype != first.dtype
-        ):
-            return None
-    return first.as_strided((len(tensors), *first.shape), (step, *first.stride())) if step else None
 
 
 LoneToken = Sequence[LayerKV | None]
@@ -317,7 +297,7 @@ def _error(
             expected = rotation.move(start, torch.zeros_like(new), new)
             allowed = rotation.slack(start, new, dtype)
         allowed = allowed + noise
-        error = (sample.double() - expected.double()).abs()
+        error = (wide(sample) - wide(expected)).abs()
         ratios = (error / allowed).nan_to_num(torch.inf)
         at = int(ratios.argmax())
         if float(ratios.flatten()[at]) > worst:

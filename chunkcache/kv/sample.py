@@ -6,6 +6,7 @@ Writing through `tensor.data`, NumPy or a pointer leaves the version counters as
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.transfer import is_host
 
 COLUMNS = 48  # at least, where so many are held
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,7 +31,14 @@ class Sample:
 
     def differs(self, layers: Sequence[Any]) -> bool:
         """Whether one of the numbers has changed since."""
-        return not all(map(torch.equal, self._taken(layers), self._numbers))
+        away: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        for now, before in zip(self._taken(layers), self._numbers, strict=False):
+            kinds = {(x.shape, x.dtype, x.device) for x in (now, before)}
+            if len(kinds) > 1 or (is_host(now.device) and not torch.equal(now, before)):
+                return True
+            if not is_host(now.device):  # one wait for all of them
+                away[now.device].append((now != before).any())
+        return any(bool(torch.stack(differ).any()) for differ in away.values())
 
     def crop(self, columns: int) -> None:
         """Leave out what lies behind the first `columns`, where others may be put."""

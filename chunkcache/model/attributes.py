@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chunkcache.model.outline import Outline
 from chunkcache.model.values import ATOMS, Values, function_in, is_library, layers_of, names_in
 from chunkcache.model.weights import Parts
 
@@ -61,20 +62,16 @@ class Attributes:
     """
 
     def __init__(self) -> None:
-        self._seen: object = None
+        self._seen: tuple[Outline, bool] | None = None
         self._plain: dict[str, object] = {}
         self._others: list[tuple[str, int, str]] = []
 
-    def add(self, values: Values, parts: Parts, in_training: bool) -> None:
+    def add(self, values: Values, outline: Outline, in_training: bool) -> None:
         """Describe the modules anew where something is not as it was the last time."""
-        # Of plain attributes the same object is the same value, and those seen are kept alive here.
-        seen = [
-            (path, type(module), tuple(held), *map(_ids, (held, module._modules)))
-            for path, module in parts
-            for held in (vars(module),)
-        ]
-        if (seen, in_training) != self._seen:
-            self._seen = seen, in_training
+        # Of plain attributes the same object is the same value; others are described each time.
+        parts = outline.parts
+        if self._seen != (outline, in_training):
+            self._seen = outline, in_training
             self._read(parts, in_training)
         values.lines.update(self._plain)
         for key, number, name in self._others:
@@ -98,10 +95,6 @@ class Attributes:
                     self._plain[f"{path}.{name}"] = value
             if module.training and not in_training and reads_training(kind):
                 self._plain[f"{path}.training"] = True
-
-
-def _ids(held: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(map(id, held.values()))
 
 
 def why_random(model: nn.Module, parts: Parts) -> str:

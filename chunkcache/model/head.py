@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.kv.codec import KVLayout, output_layout
+from chunkcache.kv.rope import wide
 from chunkcache.model.compiled import is_compiled
 from chunkcache.model.self_test import (
     BOUNDS,
@@ -202,7 +203,7 @@ def _logits_and_loss(
 ) -> tuple[Tensor, Tensor]:
     out = outputs(model, ids, cache_of(layers), **more)
     logits: Tensor = out.logits
-    return logits.double(), out.loss.double() if more else torch.ones(1)
+    return wide(logits), wide(out.loss) if more else torch.ones(1)
 
 
 @contextmanager

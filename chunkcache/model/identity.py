@@ -21,6 +21,7 @@ from torch import nn
 from chunkcache.keys import ChunkKey
 from chunkcache.model.attributes import why_random
 from chunkcache.model.makeup import Lines, Makeup, configurations, digest
+from chunkcache.model.outline import Outline
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.values import settings
 from chunkcache.model.weights import counts_whole, digest_adapters, digest_weights
@@ -66,8 +67,7 @@ class ModelIdentity:
             edited: Tensors that changed while they were watched (see `weights.digest_weights`).
             makeup: Its attributes and code, where they were looked at already.
         """
-        modules = list(model.named_modules())
-        attributes, code = makeup or Makeup().look(model, modules)
+        attributes, code = makeup or Makeup().look(model, Outline(model))
         config: Any = model.config
         revision = getattr(config, "_commit_hash", None) or ""
         parts = (
@@ -82,7 +82,7 @@ class ModelIdentity:
             ("numerics", numerics(model)),
             ("attributes", digest(attributes)),
             ("code", digest(code)),
-            ("random", why_random(model, modules)),
+            ("random", why_random(model, list(model.named_modules()))),
         )
         whole = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -143,5 +143,7 @@ def numerics(model: nn.Module) -> str:
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     attention = ",".join(str(part._attn_implementation) for part in configurations(config).values())
     experts = getattr(config, "_experts_implementation", None)
+    if device != "cpu" and experts == "batched_mm":
+        experts = "grouped_mm"  # which generate() takes it for while it decodes
     precision = torch.get_float32_matmul_precision()
     return f"attention={attention} experts={experts} autocast={autocast} matmul={precision}"

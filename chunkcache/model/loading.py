@@ -15,7 +15,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """Model, in evaluation mode and on the GPU if there is one, and tokenizer.
+    """Model, in evaluation mode and on the accelerator if there is one, and tokenizer.
 
     Args:
         name: What `--model` says: a folder, a hub id, or `SMOLLM2`, which asks no hub.
@@ -35,7 +35,8 @@ def load_model(name: str) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         except Exception as error:  # a folder's files fail in every library that reads them
             raise _cannot(name, error) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if there else "cpu"
     return loaded.to(device).eval(), tokenizer
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from chunkcache.model.attributes import Attributes
 from chunkcache.model.code import Reach
+from chunkcache.model.outline import Outline
 from chunkcache.model.values import Values
-from chunkcache.model.weights import Parts
 
 Lines = dict[str, object]
 
@@ -33,15 +32,14 @@ class Makeup:
         self._code: Lines = {}
         self._is_strange = False
 
-    def look(self, model: nn.Module, parts: Parts) -> tuple[Lines, Lines]:
+    def look(self, model: nn.Module, outline: Outline) -> tuple[Lines, Lines]:
         """Attributes and code, each by place."""
-        config: Any = model.config
-        known = {id(module): f"module {number}" for number, (_, module) in enumerate(parts)}
-        known |= {id(part): name for name, part in configurations(config).items()}
+        inner = configurations(model.config)  # type: ignore[arg-type]
+        known = outline.numbers | {id(part): name for name, part in inner.items()}
         values = Values(known)
-        self._attributes.add(values, parts, model.training)
-        classes = {type(module) for _, module in parts}
-        attention = {part._attn_implementation for part in configurations(config).values()} - {None}
+        self._attributes.add(values, outline, model.training)
+        classes = outline.classes
+        attention = {part._attn_implementation for part in inner.values()} - {None}
         now = frozenset((*classes, *attention, *values.reached))
         if self._reach is None or now != self._start or not self._reach.is_unchanged():
             code = Values(known)

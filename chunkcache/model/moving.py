@@ -10,6 +10,7 @@ middle, must give what one pass gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.kv.codec import KVLayout, LayerKV
-from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.layers import GrowingLayer, IndexedLayer, allocate_all
 from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyRotation, find_misfit, find_rules
+from chunkcache.kv.states import state_layers
 from chunkcache.model.check import CACHE
 from chunkcache.model.compiled import uncompiled
 from chunkcache.model.queries import Queries
@@ -56,15 +58,19 @@ def find_rotation(model: nn.Module) -> KeyRotation | str:
         return _NO_POSITIONS
     try:
         with torch.no_grad():
-            return _Lone(model).rules()
+            found = _Lone(model).rules()
+        if isinstance(found, str):
+            return found
+        index_keys = sum(isinstance(layer, IndexedLayer) for layer in growing_layers(model) or [])
+        return replace(found, layers=(*found.layers, *[None] * index_keys))
     except Exception as error:  # a model may fail in any way on positions that are not its own
         return NoVerdict(error, _TEST)
 
 
-def verify_rotation(model: nn.Module, layout: KVLayout, proven: bool = False) -> KeyRotation | str:
+def verify_rotation(model: nn.Module, layout: KVLayout, passed: bool = False) -> KeyRotation | str:
     """The model's verified rotation, or why there is none. For models that passed the self-test.
 
-    Of a model that is `proven` to be movable, only the rule is found.
+    Of a model that has `passed` the test before, only the rule is found.
     """
     if bypass_reason := _known_reason(model):
         return bypass_reason
@@ -72,7 +78,7 @@ def verify_rotation(model: nn.Module, layout: KVLayout, proven: bool = False) ->
         with torch.no_grad():
             lone = _Lone(model)
             found = lone.rules()
-            if proven or isinstance(found, str):
+            if passed or isinstance(found, str):
                 return found
             far = _longest(model) - _SHIFTED_TOKENS - 1
             if far <= 0:
@@ -96,6 +102,11 @@ def _known_reason(model: nn.Module) -> str:
         return "the model is shared by several processes (tensor parallel)"
     if not takes(model, "position_ids"):
         return _NO_POSITIONS
+    layers = growing_layers(model) or []
+    if state_layers(layers):
+        return "a recurrent state is of all tokens before it, wherever they are moved to"
+    if any(isinstance(layer, IndexedLayer) for layer in layers):
+        return "the keys of indexed attention choose by position, which moving them would change"
     if text_config._attn_implementation not in MASKED_ATTENTION:
         return (
             f"attention {text_config._attn_implementation!r} takes no mask: load the model with "

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.rope import wide
 
 _ATTENTION = (F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -47,7 +48,7 @@ class Queries(AttentionWatch):
 
     Attributes:
         seen: By layer `[batch, heads, tokens, head_dim]`, times the scale that
-            `scaled_dot_product_attention` is given, in float64.
+            `scaled_dot_product_attention` is given; as `wide`.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -71,5 +72,5 @@ class Queries(AttentionWatch):
         is_score = func is F.scaled_dot_product_attention or out.shape[-1:] == (self._total,)
         if not (is_score and query.dim() == 4 and query.shape[-2] == self._tokens):
             return False
-        self.seen[layer] = query.double() * (kwargs.get("scale") or 1.0)
+        self.seen[layer] = wide(query) * (kwargs.get("scale") or 1.0)
         return True

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.kv.layers import IndexedLayer
-from chunkcache.kv.rope import ANGLE_UNIT, ROUNDINGS, UNIT, LayerRule, Rotation, rounding
+from chunkcache.kv.rope import ANGLE_UNIT, ROUNDINGS, UNIT, LayerRule, Rotation, rounding, wide
 
 # What is found may be so many times as far off as the runs that measure rounding: those are few,
 # and of about the same size (a third to three times, over models, data types and distances; up to
@@ -89,7 +89,7 @@ class RoundedLayer(IndexedLayer):
 
 def spread(rounded: Tensor, plain: Tensor) -> Tensor:
     """`[rows]`: how far the rows of a rounded run are from the plain one, each or one before it."""
-    differences = (rounded.double() - plain.double()).abs().flatten(1)
+    differences = (wide(rounded) - wide(plain)).abs().flatten(1)
     return differences.amax(1).cummax(0).values
 
 
@@ -110,12 +110,12 @@ def compare_steps(
     is_off = not is_alike
     for index, (these, those) in enumerate(zip(mine, its, strict=True)):
         # Queries may be seen in one of them only.
-        errors = [_size(a.double() - b.double()) for a, b in zip(these, those, strict=False)]
+        errors = [_size(wide(a) - wide(b)) for a, b in zip(these, those, strict=False)]
         for part, (error, wanted) in enumerate(zip(errors, those, strict=False)):
-            size = _size(wanted.double())
+            size = _size(wide(wanted))
             bound = size * (ROUNDINGS * UNIT[dtype]) + SUMS[dtype] * size.max()
             if is_off and not (error <= bound).all():
-                off = _size(noise()[index][part].double() - wanted.double())
+                off = _size(wide(noise()[index][part]) - wide(wanted))
                 bound = bound.maximum(MEAN_MARGIN * off.cummax(0).values)
             ratios = (error / bound).nan_to_num(torch.inf, torch.inf)
             if not (ratio := float(ratios.max() if is_alike else ratios.median())) <= 1:
@@ -133,7 +133,7 @@ def compare_steps(
 
 def _size(x: Tensor) -> Tensor:
     """`[tokens]`: root mean square over all that `[1, ..., tokens, dim]` holds of each."""
-    return x.pow(2).mean(-1).flatten(0, -2).mean(0).sqrt().cpu()
+    return x.pow(2).mean(-1).flatten(0, -2).mean(0).sqrt()
 
 
 def judge(
@@ -156,7 +156,7 @@ def judge(
     if slack is None:
         slack = rounding(its.abs(), its.dtype)
     bound = slack + SUMS[its.dtype] * largest
-    error = (mine.double() - its.double()).abs()
+    error = (wide(mine) - wide(its)).abs()
     if (error <= bound).all():  # never, where something is no number
         return ""
     bound += MARGIN * noise()

@@ -147,12 +147,12 @@ def try_test(model: nn.Module, test: Callable[[nn.Module], SelfTest]) -> SelfTes
         return SelfTest(bypass_reason)
     try:
         with torch.no_grad():
-            proof = test(model)
+            found = test(model)
     except ChunkCacheError as error:
         return SelfTest(f"the self-test failed: {error}")
     except Exception as error:  # a model may fail in any way on a prompt that is not its own
         return SelfTest(NoVerdict(error))
-    return proof
+    return found
 
 
 def known_obstacle(model: nn.Module) -> str:
@@ -241,7 +241,7 @@ def layers_with(
     """Fresh layers with what others hold of their first ids: through a blob, as a hit would."""
     cut = ids.shape[1]
     form = TensorFile.of(layout, ids[0].tolist(), 0, "")
-    parts = form.views(encode(form, row_slice(source, 0, 0, cut)))
+    parts = form.views(form.data(encode(form, row_slice(source, 0, 0, cut))))
     layers = test_layers(model)
     device = next(layer.keys.device for layer in source if isinstance(layer, GrowingLayer))
     allocate_all(layers, layout, 1, cut, device)

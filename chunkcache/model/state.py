@@ -21,6 +21,7 @@ from chunkcache.model.head import run_head_test
 from chunkcache.model.identity import ModelIdentity, digest_config, numerics
 from chunkcache.model.makeup import Lines, Makeup
 from chunkcache.model.moving import find_rotation, verify_rotation
+from chunkcache.model.outline import Outline
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.self_test import (
     NoVerdict,
@@ -30,12 +31,12 @@ from chunkcache.model.self_test import (
     zeros_matter,
 )
 from chunkcache.model.state_test import has_states, measure_states, run_state_test
-from chunkcache.model.weights import PHASES, Parts, Watched, watch
+from chunkcache.model.weights import PHASES, Watched, watch
 from chunkcache.stores import named_urls, open_store
 from chunkcache.stores.base import ChunkStore, Entry
 from chunkcache.stores.locks import ForkSafeLock
 
-SELF_TEST_FORMAT = "proof"
+SELF_TEST_FORMAT = "self-test"
 MOVING_FORMAT = "moving"
 HEAD_FORMAT = "head"
 # A self-test that could not run so often in a row waits so many times what it took.
@@ -61,6 +62,7 @@ class ModelState:
     )
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those alive
     _makeup: Makeup = field(default_factory=Makeup)
+    _outline: Outline | None = None
     _watched: Watched | None = None
     _looks: int = 0
     _edited: set[str] = field(default_factory=set)
@@ -106,31 +108,35 @@ class ModelState:
         """The model's identity now: computed again only when the watch says that it may differ."""
         with self._lock:
             model = self.model
-            parts = list(model.named_modules())
+            outline = self._outline.again(model) if self._outline else Outline(model)
+            self._outline = outline
+            parts = outline.parts
             self._looks += 1
-            watched = watch(model, parts, [self._looks % PHASES])
-            makeup = self._makeup.look(model, parts)
+            watched = watch(model, parts, [self._looks % PHASES], self._watched)
+            makeup = self._makeup.look(model, outline)
             self.foreign = foreign_code(model, parts)
             rest = (numerics(model), digest_config(model), *makeup)
             is_as_before = self._watched is not None and watched.is_like(self._watched)
             if self._identity is None or not is_as_before or rest != self._rest:
                 if self._makeup.strange and rest != self._rest:
-                    makeup = self._settled(makeup, parts)
+                    makeup = self._settled(makeup, outline)
                     rest = (*rest[:2], *makeup)
                 if self._watched is not None:
                     self._edited |= watched.edited_since(self._watched)
                 identity = ModelIdentity.of(model, self._edited, makeup)
                 # All three or, if an interrupt lands before, none.
-                self._watched, self._rest, self._identity = watch(model, parts), rest, identity
+                now = watch(model, parts, before=watched)
+                self._watched, self._rest, self._identity = now, rest, identity
             return self._identity
 
-    def _settled(self, makeup: tuple[Lines, Lines], parts: Parts) -> tuple[Lines, Lines]:
+    def _settled(self, makeup: tuple[Lines, Lines], outline: Outline) -> tuple[Lines, Lines]:
         """The makeup without what code that is strange to us changes in each forward."""
         if self.model.training or self.foreign or self.ranks.size > 1:
             return makeup
         measure_layout(self.model)
-        self._makeup.forget_changes(makeup, self._makeup.look(self.model, parts))
-        return self._makeup.look(self.model, parts)
+        after = outline.again(self.model)
+        self._makeup.forget_changes(makeup, self._makeup.look(self.model, after))
+        return self._makeup.look(self.model, after)
 
     def self_test(self, identity: ModelIdentity, store: ChunkStore) -> SelfTest:
         """Whether K/V of that identity, the model's present one, may be reused.
@@ -267,7 +273,7 @@ def _has_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> bool
         fields = store.read_metadata([str(identity.key(identity.digest, format))])[0] or {}
     except StoreError:
         return False
-    return fields.get("identity") == identity.digest and fields.get("proven") == "yes"
+    return fields.get("identity") == identity.digest and fields.get("passed") == "yes"
 
 
 def _note_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> None:
@@ -275,7 +281,7 @@ def _note_passed(store: ChunkStore, identity: ModelIdentity, format: str) -> Non
         "model": identity.name,
         "identity": identity.digest,
         "parts": json.dumps(dict(identity.parts)),  # to tell in what another model differs
-        "proven": "yes",
+        "passed": "yes",
     }
     key = str(identity.key(identity.digest, format))
     with suppress(StoreError):  # the next process tests again

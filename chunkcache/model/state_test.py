@@ -73,7 +73,7 @@ def _compare(model: nn.Module) -> SelfTest | None:
     states = _through_a_blob(layout, prefix)
     _run(model, ids.flip(1), test_layers(model))  # nothing of it may be left behind
     behind = layers_with(model, layout, prefix, ids[:, :CUT])
-    put_states(behind, layout.states, [states], ids.device)
+    put_states(behind, layout.states, [states], growing(prefix)[0].device)
     logits = [
         _run(model, ids[:, start:stop], behind)
         for start, stop in ((CUT, UNEVEN), (UNEVEN, _TOKENS))
@@ -111,7 +111,7 @@ def _run(model: nn.Module, ids: Tensor, layers: list[Any]) -> Tensor:
 
 def _through_a_blob(layout: KVLayout, layers: Any) -> list[Tensor]:
     form = TensorFile.of(layout, [], 0, "", state_slots)
-    return form.tensors(form.build(take_states(layers)))
+    return form.tensors(form.data(form.build(take_states(layers))))
 
 
 def _noise(model: nn.Module, ids: Tensor, whole: Tensor) -> float:
@@ -141,6 +141,8 @@ def _observe(model: nn.Module) -> SelfTest:
     together = _run(model, ids, whole)
     _run(model, ids[:, :half], prefix)
     layout, states = layout_of(prefix), take_states(prefix)
+    if len({state.device for state in states}) > 1:
+        return SelfTest("the states of this model lie on several devices, which is not supported")
     windows = take_windows(whole, half)
     again = test_layers(model)
     _run(model, ids[:, :half], again)

@@ -13,11 +13,12 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import gcd, isqrt
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ SAMPLED_RUN_BYTES = 64
 WATCHED_MODEL_BYTES = 8 << 20
 PHASES = 4
 WATCHED_TENSOR = 1 << 10  # and at every number of a tensor of so many
+_OF_NUMPY = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
 Parts = list[tuple[str, nn.Module]]
 
@@ -64,11 +66,35 @@ def digest_weights(model: nn.Module, edited: Collection[str] = ()) -> str:
                 done[id(held)] = {
                     part.removeprefix(name): f" {tuple(tensor.shape)} {tensor.dtype} ".encode()
                     + content(tensor.detach(), small or f"{path}.{part}".lstrip(".") in edited)
-                    for part, tensor, _ in _plain(module, {name: held})
+                    for part, tensor, _ in _plain(module, {name: _as_on_cpu(module, name, held)})
                 }
             # Which place shares a tensor with which counts, too.
             lines |= {place + part: line for part, line in done.get(id(held), {}).items()}
     return hashlib.sha256(b"".join(n.encode() + lines[n] for n in sorted(lines))).hexdigest()
+
+
+# A device may compute frequencies that are off by their last bits.
+_FREQUENCY_ROUNDING = 2**-22
+
+
+def _as_on_cpu(module: Any, name: str, held: Tensor) -> Tensor:
+    """A tensor; of RoPE frequencies that a device has computed, those that the CPU computes.
+
+    They are no weights, and would otherwise tell a model's device. What is off by more than their
+    last bits counts as it is.
+    """
+    if held.device.type in ("cpu", "meta") or not name.endswith("inv_freq"):
+        return held
+    try:
+        with torch.device("cpu"):
+            mine: Tensor = getattr(type(module)(module.config), name)
+        there = held.detach().cpu()
+        is_same = there.dtype == mine.dtype and torch.allclose(
+            there, mine, rtol=_FREQUENCY_ROUNDING, atol=0.0
+        )
+    except Exception:  # a class may be made in any way
+        return held
+    return mine if is_same else held
 
 
 def counts_whole(model: nn.Module) -> bool:
@@ -95,13 +121,17 @@ class Watched:
 
     Attributes:
         kinds: Place, type, shape and device of each tensor.
-        memory: Storage, offset and in-place version counter of each tensor, in the same order.
+        memory: Storage, offset, strides and in-place version counter of each tensor, in the same
+            order.
         pulses: xxh3-128 over some numbers of every tensor, by which of them it were.
+        storages: Weak references to the storages by their addresses: as long as there is one,
+            nothing else can come to have that address.
     """
 
     kinds: list[tuple[object, ...]]
     memory: list[tuple[object, ...]]
     pulses: dict[int, bytes]
+    storages: dict[int, StorageWeakRef] = field(default_factory=dict, compare=False, repr=False)
 
     def is_like(self, before: Watched) -> bool:
         """Whether nothing was seen to change."""
@@ -126,18 +156,24 @@ def _name(kind: tuple[object, ...]) -> str:
 
 
 def watch(
-    model: nn.Module, parts: Parts | None = None, phases: Iterable[int] = range(PHASES)
+    model: nn.Module,
+    parts: Parts | None = None,
+    phases: Iterable[int] = range(PHASES),
+    before: Watched | None = None,
 ) -> Watched:
-    """Look at a model's weights without reading them all: 4 ms for 300 tensors and one phase.
+    """Look at a model's weights without reading them all: 5 ms for 300 tensors and one phase.
 
     Args:
         model: The model.
         parts: Its modules by path, for callers that have them.
         phases: Which of the numbers to look at.
+        before: What was seen before, so that storages known from then need not be referred to anew.
     """
     kinds: list[tuple[object, ...]] = []
     memory: list[tuple[object, ...]] = []
-    seen: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
+    known = before.storages if before else {}
+    storages: dict[int, StorageWeakRef] = {}
     for path, module in parts or model.named_modules():
         for table in filter(None, (module._parameters, module._buffers)):
             for name, tensor, elsewhere in _plain(module, table):
@@ -146,13 +182,15 @@ def watch(
                 # seen, so they never compare equal and are hashed again.
                 version = object() if tensor.is_inference() else tensor._version
                 # What is kept elsewhere is loaded anew each time: its numbers must do.
-                place = None if elsewhere else (_storage(tensor), version)
-                memory.append((place, tensor.storage_offset()))
+                place = None if elsewhere else (_storage(tensor, known, storages), version)
+                memory.append((place, tensor.storage_offset(), tensor.stride()))
                 if not tensor.is_meta and tensor.numel():
-                    seen.append(tensor)
-    if sum(tensor.nbytes for tensor in seen) <= WATCHED_MODEL_BYTES:
+                    seen[id(tensor)] = tensor  # tied ones once
+    tensors = list(seen.values())
+    if sum(tensor.nbytes for tensor in tensors) <= WATCHED_MODEL_BYTES:
         phases = [-1]
-    return Watched(kinds, memory, {phase: _pulse(seen, phase) for phase in phases})
+    pulses = {phase: _pulse(tensors, phase) for phase in phases}
+    return Watched(kinds, memory, pulses, storages)
 
 
 @torch.no_grad()
@@ -161,17 +199,33 @@ def _pulse(tensors: list[Tensor], phase: int) -> bytes:
     samples: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         flat = tensor if tensor.is_contiguous() else _in_memory_order(tensor)
-        count = flat.numel()
-        step = 1 if phase < 0 else _step(flat.shape)
-        start, stride = (0, 1) if step == 1 else (phase * step % count, PHASES * step)
-        sample = flat.as_strided(
-            (1 + (count - 1 - start) // stride,), (stride,), flat.storage_offset() + start
+        size, stride, start = _picked(flat.shape, phase)
+        samples[tensor.device, tensor.dtype].append(
+            flat.as_strided(size, stride, flat.storage_offset() + start)
         )
-        samples[tensor.device, tensor.dtype].append(sample)
     digest = xxhash.xxh3_128()
-    for group in samples.values():
-        digest.update(torch.cat(group).view(torch.uint8).cpu().numpy().data)
+    away: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for (device, dtype), group in samples.items():
+        if dtype is torch.bfloat16:  # which NumPy does not have
+            group = [sample.view(torch.int16) for sample in group]
+        if device.type == "cpu" and dtype in _OF_NUMPY:
+            numbers = np.concatenate([sample.numpy() for sample in group])  # half torch.cat's time
+            digest.update(numbers.data)
+        elif device.type == "cpu":
+            digest.update(torch.cat(group).view(torch.uint8).numpy().data)
+        else:
+            away[device].append(torch.cat(group).view(torch.uint8))
+    for pieces in away.values():  # a copy from a device is waited for
+        digest.update(torch.cat(pieces).cpu().numpy().data)
     return digest.digest()
+
+
+@lru_cache(maxsize=4096)
+def _picked(shape: torch.Size, phase: int) -> tuple[tuple[int], tuple[int], int]:
+    """Of a tensor's numbers in memory how many to look at, how far apart, and the first."""
+    count, step = shape.numel(), 1 if phase < 0 else _step(shape)
+    start, stride = (0, 1) if step == 1 else (phase * step % count, PHASES * step)
+    return (1 + (count - 1 - start) // stride,), (stride,), start
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -180,7 +234,6 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return turned if turned.is_contiguous() else tensor.contiguous()
 
 
-@lru_cache(maxsize=1024)
 def _step(shape: torch.Size) -> int:
     """From which number in memory to the next, so that each row and each column has one.
 
@@ -196,10 +249,22 @@ def _step(shape: torch.Size) -> int:
     return next(step for step in range(min(rows, columns), 0, -1) if gcd(step, columns) == 1)
 
 
-def _storage(tensor: Tensor) -> object:
-    """The tensor's memory. A weak reference: an address alone may come to hold another tensor."""
+def _storage(
+    tensor: Tensor, known: dict[int, StorageWeakRef], storages: dict[int, StorageWeakRef]
+) -> int:
+    """The address of the object that holds the tensor's memory, which is noted in `storages`.
+
+    That object lives as long as it is referred to, weakly too; not so its memory, whose address
+    alone may come to be another tensor's. What is still alive and has the address of a `known` one
+    is that.
+    """
     try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        storage = tensor.untyped_storage()
+        address: int = storage._cdata
+        if address not in storages:
+            reference = known.get(address) or StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            storages[address] = reference
+        return address
     except (RuntimeError, NotImplementedError):
         return tensor.data_ptr()
 
@@ -247,10 +312,10 @@ def _unwrapped(module: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[s
     state = getattr(tensor, "quant_state", None)
     nested = getattr(state, "state2", None)
     for holder in (state, nested, tensor, getattr(module, "state", None)):
-        for field in ("absmax", "code", "offset", "SCB"):
-            scale = getattr(holder, field, None)
+        for part in ("absmax", "code", "offset", "SCB"):
+            scale = getattr(holder, part, None)
             if isinstance(scale, Tensor):
-                yield f"{name}.{'nested.' if holder is nested else ''}{field}", scale
+                yield f"{name}.{'nested.' if holder is nested else ''}{part}", scale
 
 
 def _offloaded(module: Any, name: str) -> Tensor:

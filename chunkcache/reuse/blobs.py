@@ -10,13 +10,18 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.codec import Checksum, LayerKV
 from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.transfer import host_memory, is_host
 from chunkcache.stores.base import ChunkStore, Part, Place, batches, nbytes_of
 
+_CPU = torch.device("cpu")
 GONE = "it was gone from the store before it was read"
+NO_MEMORY = "the device has no memory left to bring it there"
 WRONG_SIZE = "the blob is damaged: its length is wrong"
 
 
@@ -31,6 +36,7 @@ class PendingChunk:
         form: The form of the blob.
         nbytes: Bytes that it has.
         runs: Of each layer in turn, where its keys and values belong; empty for memory of its own.
+        device: Where they are wanted.
         kv: Keys and values per layer, once they have come into memory of its own.
         failure: Why it cannot be used, once that is known.
     """
@@ -41,11 +47,14 @@ class PendingChunk:
         form: BlobFormat,
         nbytes: int,
         runs: Sequence[Sequence[memoryview]] = (),
+        device: torch.device = _CPU,
     ) -> None:
         self.chunk_hash, self.form, self.nbytes, self.runs = chunk_hash, form, nbytes, runs
+        self.device = device
         self.kv: list[LayerKV | None] = []
         self.failure = ""
         self._head = memoryview(b"")  # what stands before the tensor data, or all of it
+        self._memory: Tensor | None = None  # that of `_head`, on its way to a device
         self._checksum = Checksum()
         self._checked = 0  # bytes that it was taken of
 
@@ -58,7 +67,10 @@ class PendingChunk:
         """All of it, or what belongs to some of the layers; the header comes with the first."""
         if layers is None or not layers.start:
             size = len(self.form.file.header) if self.runs else self.nbytes
-            self._head = np.empty(size, dtype=np.uint8).data
+            self._memory = None if is_host(self.device) else host_memory(size, self.device)
+            self._head = (
+                np.empty(size, dtype=np.uint8) if self._memory is None else self._memory.numpy()
+            ).data
         if not self.runs:
             return Part(self.form.key, 0, [self._head])
         chosen = self.runs if layers is None else self.runs[layers.start : layers.stop]
@@ -81,7 +93,8 @@ class PendingChunk:
             BlobError: It is not this chunk's, or it is damaged.
         """
         if not self.runs:
-            self.kv, self._head = self.form.decode(self._head), memoryview(b"")
+            self.kv = self.form.decode(self._head, self.device, self._memory)
+            self._head, self._memory = memoryview(b""), None
             return None
         file = self.form.file
         if self._checked == self.nbytes - len(self._head):
@@ -162,6 +175,8 @@ class BlobReader:
             chunk.check()
         except BlobError as error:
             self.reject(chunk, error)
+        except torch.OutOfMemoryError:
+            chunk.failure = NO_MEMORY
 
     def reject(self, chunk: PendingChunk, error: BlobError) -> None:
         """Take note that a blob is not what it must be."""

@@ -7,8 +7,10 @@ each token written behind is added here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -19,7 +21,7 @@ from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers
+from chunkcache.model.self_test import SelfTest, growing_layers, takes
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -28,6 +30,7 @@ from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.reuse.states import States
 from chunkcache.stores.base import Entry
+from chunkcache.stores.locks import OPEN, Latch
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -39,6 +42,11 @@ _NOWHERE = 1 << 62  # behind all columns
 _NOT_TEXT = (
     "attention_mask and position_ids are not those of a text with padding on its left alone, whose "
     "positions count each row's tokens from 0"
+)
+_NOT_NUMBERED = (
+    "there is padding on the left and no position_ids, so that Transformers counts padding as "
+    "tokens, and K/V depend on how much of it there is: pass position_ids that count each row's "
+    "tokens from 0, as generate() does"
 )
 
 
@@ -56,6 +64,7 @@ class Conversation:
         self_test: Whether K/V of the model may be reused, as far as it was looked at.
         keys: Under which keys chunks are found and kept, once the model may have any.
         states: Snapshots of recurrent and convolution states, of a model that has such.
+        marks: Positions at which the user wants such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
         in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
@@ -71,6 +80,7 @@ class Conversation:
         self.keys: KeySpace | None = None
         self._model_keys: KeySpace | None = None  # the same for prompts by themselves
         self.states: States | None = None
+        self.marks: set[int] = set()
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False
@@ -81,6 +91,7 @@ class Conversation:
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
         self._hooks_registered = 0
+        self._may_copy = OPEN  # chunks from a device to the host
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
@@ -90,7 +101,7 @@ class Conversation:
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
         # Decoding steps only note their checks on the device; `may_store` reads them.
-        self._complete: list[int] = []  # chunks per row, when it looked last
+        self._complete: list[int] = []  # chunks of rows that differ, when it looked last
         self._checks: list[Tensor | bool] = []
 
     @property
@@ -304,6 +315,8 @@ class Conversation:
             held: Columns that are held; more than `past` where a whole prompt was given.
             total: Columns when it is done.
         """
+        self.let_copy()
+        self._may_copy = Latch()
         self.beyond = self.beyond or call.beyond
         self.bypass_reason = (
             self.bypass_reason
@@ -343,7 +356,8 @@ class Conversation:
                 return self.beyond
         columns = call.text_columns(past, self.transcript.pads)
         if not self._followed or columns <= min(self.transcript.pads):
-            return _NOT_TEXT
+            unnumbered = call.positions is None and any(self.transcript.pads)
+            return _NOT_NUMBERED if unnumbered and takes(module, "position_ids") else _NOT_TEXT
         if columns < total:
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)
@@ -381,6 +395,7 @@ class Conversation:
 
     def begin_step(self, call: ForwardCall, past: int) -> TrimSpec:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
+        self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
         if self.self_test.steps_differ:
             self._stepped_from = min(self._stepped_from, past)
@@ -392,17 +407,23 @@ class Conversation:
         assert call.ids is not None
         self.transcript.append(call.ids)
         if self.transcript.text_until is None:
-            self._checks.append(call.follows(past, self.transcript.pads))
+            padding = self.transcript.padding(call.place)
+            self._checks.append(call.follows(past, padding))
         self._checks += [self._is_untyped(*item) for item in call.types.items()]
         return NOTHING_TRIMMED
 
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
+        self.context.gauge.look()
         self.check_edited()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
             self.store(self._certain, report)
+
+    def let_copy(self) -> None:
+        """The first token is there: what was computed before it may be copied from the device."""
+        self._may_copy.open()
 
     # ------------------------------------------------------------------ a forward has come back
 
@@ -446,7 +467,7 @@ class Conversation:
         with self.context.store_calls(report):
             entries, replaced = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
-                certain, tail, found,
+                certain, tail, found, self._may_copy,
             )  # fmt: skip
             entries += more()
             size, taken = sum(entry.nbytes for entry in entries), 0
@@ -468,7 +489,7 @@ class Conversation:
             self.bypass_reason = "the model cached more or fewer tokens than it was given"
             return False
         certain, tail = self._storable(certain, tail)
-        lengths = self.transcript.exact_lengths(certain)
+        lengths = self.transcript.distinct_lengths(certain)
         complete = [self.context.grid.complete(length) for length in lengths]
         if complete == self._complete and not tail:
             return False  # no chunk ends here: nearly every step of decoding
@@ -501,7 +522,14 @@ class Conversation:
     @property
     def _followed(self) -> bool:
         """Whether mask, positions and types of all steps since the last look were those of text."""
-        return all(bool(check) for check in self._checks)
+        flags = [check for check in self._checks if isinstance(check, Tensor)]
+        known = all(check for check in self._checks if not isinstance(check, Tensor))
+        known = known and all(
+            bool(torch.stack([*alike]).all())
+            for _, alike in groupby(flags, key=lambda flag: flag.device)
+        )
+        self._checks = [known]  # which is not waited for again
+        return known
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
         """Whether token type ids are zero, and zeros mean nothing to the model."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import row_runs, row_slice
+from chunkcache.kv.transfer import is_host
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.continuations import WINDOW, continuation_entry
 from chunkcache.reuse.keyspace import KeySpace
-from chunkcache.stores.base import Entry, merged
+from chunkcache.stores.base import Entry, LateBlob, merged
+from chunkcache.stores.locks import OPEN, Latch
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, as_text, cut
 from chunkcache.tokens.transcript import Transcript
 
@@ -55,6 +60,7 @@ def harvest(
     certain: int,
     tail: bool = False,
     found: Found = NOTHING_FOUND,
+    may_copy: Latch = OPEN,
 ) -> tuple[list[Entry], list[str]]:
     """Entries for all chunks that are not known yet, and keys of those that they replace.
 
@@ -70,6 +76,7 @@ def harvest(
         certain: Columns that nobody will take back.
         tail: Whether a row's last, shorter chunk is kept.
         found: What the prompt has found that bears on it.
+        may_copy: Opens when copying from a device does not delay an answer.
     """
     chunks: list[Entry] = []
     index: list[Entry] = []
@@ -91,7 +98,7 @@ def harvest(
             behind = previous.hash if previous and previous.stop == chunk.start else ""
             known.add(chunk.hash)
             form = keys.form(tokens[chunk.start : chunk.stop].tolist(), chunk.start, chunk.hash)
-            blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop)
+            blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop, may_copy)
             metadata = _metadata(context, keys, form, tokens, chunk, blob, how, behind)
             pin = context.settings.pin
             chunks.append(Entry(form.key, metadata, blob, pinned=pin, before=before[:number]))
@@ -131,7 +138,7 @@ def _metadata(
     form: BlobFormat,
     tokens: Tokens,
     chunk: Chunk,
-    blob: memoryview,
+    blob: memoryview | LateBlob,
     how: str,
     parent: str,
 ) -> dict[str, str]:
@@ -157,12 +164,27 @@ def _metadata(
     }
 
 
-def blob_of(form: BlobFormat, layers: Sequence[Any], row: int, start: int, stop: int) -> memoryview:
-    """The blob of one row's columns `start` to `stop`, in memory of its own."""
+def blob_of(
+    form: BlobFormat,
+    layers: Sequence[Any],
+    row: int,
+    start: int,
+    stop: int,
+    may_copy: Latch = OPEN,
+) -> memoryview | LateBlob:
+    """The blob of one row's columns `start` to `stop`, in memory of its own.
+
+    Of K/V on a device a copy is taken there, which is brought over when it is asked for.
+    """
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
-    if runs is None:
-        return form.encode(row_slice(layers, row, start, stop))
-    return form.file.copy(runs)
+    if runs is not None:
+        return form.file.copy(runs)
+    kv = row_slice(layers, row, start, stop)
+    away = all(not is_host(part.device) for pair in kv if pair for part in pair)
+    if away and form.nbytes is not None:
+        with suppress(torch.OutOfMemoryError):
+            return LateBlob(form.nbytes, form.encode_later(kv), may_copy)
+    return form.encode(kv)
 
 
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:

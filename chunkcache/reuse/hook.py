@@ -11,7 +11,7 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import RLock
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import GenerationMixin
 from chunkcache.errors import UnsupportedCallError
 from chunkcache.model.head import HeadInput, feed, untap
 from chunkcache.reuse.pieces import PER_TOKEN, TYPES, piece, run_pieces
+from chunkcache.tokens.transcript import Padding
 
 INSTALLING = RLock()  # held by who puts the hook on or takes it off
 NO_LABEL = -100  # of tokens that a loss leaves out
@@ -72,6 +73,7 @@ class ForwardCall:
         embedded: Rows and columns of embeddings that came in place of ids, or `None`.
         types: `[batch, new]` token type ids, by the name of the argument.
         features: Vectors that encoded images and videos bring, or `None` where that is not known.
+        device: Where ids were given that are elsewhere now (see `on_host`), or embeddings.
     """
 
     ids: Tensor | None
@@ -88,6 +90,30 @@ class ForwardCall:
     embedded: tuple[int, int] | None = None
     types: Mapping[str, Tensor] = field(default_factory=dict)
     features: int | None = None
+    device: torch.device | None = None
+
+    def on_host(self) -> ForwardCall:
+        """The same with all that is looked at on the CPU: one copy, and one wait for a GPU."""
+        given = {"ids": self.ids, "positions": self.positions, "mask": self.mask, **self.types}
+        away = {n: x for n, x in given.items() if x is not None and x.device.type != "cpu"}
+        if self.ids is None or not away:
+            return self
+        if (mask := away.pop("mask", None)) is not None and mask.dim() == 2:
+            away["mask"] = mask != 0
+        together = torch.cat([x.reshape(-1).to(self.ids.device).long() for x in away.values()])
+        parts = torch.split(together.cpu(), [x.numel() for x in away.values()])
+        here: dict[str, Any] = {
+            n: part.view(x.shape) for (n, x), part in zip(away.items(), parts, strict=True)
+        }
+        types = {name: here.pop(name, x) for name, x in self.types.items()}
+        return replace(self, types=types, device=self.ids.device, **here)
+
+    @property
+    def place(self) -> torch.device:
+        """Where the caller has put the ids, and so where the model is."""
+        if self.device is not None:
+            return self.device
+        return torch.device("cpu") if self.ids is None else self.ids.device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,7 +135,7 @@ class ForwardCall:
         pads: list[int] = unseen.long().cumprod(dim=1).sum(dim=1).tolist()
         return pads
 
-    def follows(self, past: int, pads: list[int]) -> Tensor | bool:
+    def follows(self, past: int, pads: list[int] | Padding) -> Tensor | bool:
         """Whether mask and positions are those of rows of text with that much left padding.
 
         No gaps, nothing masked on the right, and each row's positions count its tokens from 0. The
@@ -129,17 +155,18 @@ class ForwardCall:
             return past + self.new if sound else 0
         return int(sound.long().cumprod(dim=0).sum())
 
-    def _sound(self, past: int, pads: list[int]) -> Tensor | bool:
+    def _sound(self, past: int, pads: list[int] | Padding) -> Tensor | bool:
         """As `follows`, for each column (`[past + new]`), or one answer for all of them."""
         assert self.ids is not None
-        batch, total = len(pads), past + self.new
+        padding = pads if isinstance(pads, Padding) else Padding.of(pads, self.ids.device)
+        begin = padding.columns
+        batch, total = len(begin), past + self.new
         if self.mask is None and self.positions is None:
-            return not any(pads)
-        begin = torch.tensor(pads, device=self.ids.device)[:, None]
+            return not padding.is_any
         column = torch.arange(total, device=self.ids.device)
         sound = torch.ones_like(column, dtype=torch.bool)
         if self.mask is None:
-            if any(pads):
+            if padding.is_any:
                 return False
         elif tuple(self.mask.shape) != (batch, total):
             return False
@@ -147,7 +174,7 @@ class ForwardCall:
             sound = ((self.mask != 0) == (column >= begin)).all(dim=0)
         if self.positions is None:
             # The default counts columns, padding included.
-            return sound if not any(pads) else False
+            return sound if not padding.is_any else False
         if self.positions.shape[-1] != self.new:
             return False
         column = column[past:]
@@ -366,12 +393,12 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
     wanted = kwargs.get("logits_to_keep")
     keep = _last_wanted(wanted, 0 if ids is None else ids.shape[1])
     beyond = _beyond(module, kwargs, ids is not None, mask)
-    labels = kwargs.get("labels")
+    labels, positions = kwargs.get("labels"), kwargs.get("position_ids")
     others = _why_others(module, kwargs)
     return ForwardCall(
         ids=ids,
-        mask=mask if isinstance(mask, Tensor) else None,
-        positions=kwargs.get("position_ids"),
+        mask=_beside(ids, mask) if isinstance(mask, Tensor) else None,
+        positions=_beside(ids, positions) if isinstance(positions, Tensor) else positions,
         keep=keep,
         whole=others or _why_whole(labels, keep),
         scores=not others and (keep != 1 or labels is not None),
@@ -380,10 +407,16 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
         bypass_reason=TRAINING if module.training else beyond,
         drafts=max(keep - 1, 0) if isinstance(wanted, int) else 0,
         beyond=beyond,
+        device=embeds.device if isinstance(embeds, Tensor) else None,
         embedded=(embeds.shape[0], embeds.shape[1]) if isinstance(embeds, Tensor) else None,
         types={name: kwargs[name] for name in TYPES if isinstance(kwargs.get(name), Tensor)},
         features=_features(kwargs.get("mm_encoder_outputs")),
     )
+
+
+def _beside(ids: Tensor | None, given: Tensor) -> Tensor:
+    """The same where the ids are: Transformers moves a mask that was left on the CPU."""
+    return given if ids is None else given.to(ids.device, non_blocking=True)
 
 
 def _features(encoded: Any) -> int | None:

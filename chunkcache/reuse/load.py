@@ -12,7 +12,8 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from chunkcache.kv.coding import BlobFormat
-from chunkcache.kv.layers import all_runs, growing, peek_all, with_indices
+from chunkcache.kv.layers import all_runs, growing, peek_all, place_all
+from chunkcache.kv.transfer import is_host
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 from chunkcache.tokens.chunking import Chunk
@@ -104,6 +105,7 @@ class ChunkLoader:
 
     def _open(self, chunk: Chunk, rows: list[int], form: BlobFormat, nbytes: int) -> _Read:
         """A chunk to read, straight into its place in its first row where that is possible."""
+        device = self._growing[0].device
         row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
         runs: list[list[memoryview]] = []
         if (
@@ -111,11 +113,11 @@ class ChunkLoader:
             and self._pads[row] + chunk.start + tokens <= self._growing[0].capacity
             # What is held already must not be overwritten by bytes that are not checked yet.
             and chunk.start >= self._plans[row].held
-            and self._growing[0].device.type == "cpu"
+            and is_host(device)
         ):
             column = self._pads[row] + chunk.start
             runs = all_runs(self._growing, row, column, tokens)
-        return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs))
+        return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs, device))
 
     def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:
         """Whether a thread may read these chunks while the model computes, and it is worth it."""
@@ -159,10 +161,11 @@ class ChunkLoader:
             # One token more than is wanted, where the chunk has it: see `covered`.
             stop = min(chunk.stop, self._stops[row] - self._pads[row] + 1)
             inside = slice(begin - chunk.start, stop - chunk.start)
-            for layer, pair in zip(with_indices(self._layers), kv, strict=True):
-                if pair is not None and begin < stop:
-                    column = self._pads[row] + begin
-                    layer.place(row, column, pair[0][:, inside], pair[1][:, inside])
+            if begin < stop:
+                part = [pair and (pair[0][:, inside], pair[1][:, inside]) for pair in kv]
+                place_all(self._layers, row, self._pads[row] + begin, part)
+                if stop - begin == read.pending.form.file.tokens:
+                    self.at_hand.setdefault(chunk.hash, (row, self._pads[row] + begin))
         read.pending.kv = []  # what was made of many blobs need not be kept
 
     def _cut(self, read: _Read, why: str) -> None:

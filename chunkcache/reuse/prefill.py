@@ -38,6 +38,7 @@ from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
 from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.pieces import Pieces, environment
+from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import STATE, Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
@@ -116,7 +117,7 @@ class Prefill:
         self._off_by: float | None = None  # what the check token has shown, where it was a piece
         self._whole = call.whole  # why all is computed
         self._outputs: Outputs | None = None  # where logits of several tokens are wanted
-        self._began = 0.0  # when the model did, in seconds of `perf_counter`
+        self._stopwatch: Stopwatch | None = None  # since the model began
 
     @staticmethod
     def check_model(conversation: Conversation) -> None:
@@ -138,7 +139,7 @@ class Prefill:
                 trim = self.trim()
                 self._report_prompt()
         self.conversation.note_written()
-        self._began = perf_counter()
+        self._stopwatch = Stopwatch(self.call.place)
         return trim
 
     # ------------------------------------------------------------------ what is known
@@ -455,8 +456,7 @@ class Prefill:
     def _make_room(self) -> None:
         layers = self.conversation.layers
         if not self.held:
-            assert self.call.ids is not None
-            device, memory = self.call.ids.device, self.context.state.memory
+            device, memory = self.call.place, self.context.state.memory
             allocate_all(layers, self.keys.layout, len(self.pads), self.total, device, memory)
             return
         reserve_all(layers, self.total)
@@ -468,6 +468,9 @@ class Prefill:
         self.report.bytes_saved += reader.bytes_saved
         reader.bytes_read = reader.bytes_saved = 0
         self.conversation.known -= reader.bad  # so that they are written anew
+        if self.conversation.states:  # which were removed with them
+            for name in reader.bad:
+                self.conversation.states.sizes.pop(name, None)
         for name in reader.bad & self._continuations.keys():
             self.stale |= self._continuations.pop(name).without_it()
 
@@ -513,7 +516,12 @@ class Prefill:
         if self.conversation.states and self._known and len(self.pads) == 1:
             cuts |= set(
                 self.conversation.states.cuts(
-                    self.plans[0].chunks, begin, self._known[0], self.outputs_from, self.total
+                    self.plans[0].chunks,
+                    begin,
+                    self._known[0],
+                    self.outputs_from,
+                    self.total,
+                    self.conversation.marks,
                 )
             )
         return tuple(cut - self.past for cut in sorted(cuts))
@@ -628,17 +636,18 @@ class Prefill:
         if conversation.states:
             conversation.states.take(conversation.layers, self.total)
         is_sound = self.has_arrived()
-        prefill_ms = 1e3 * (perf_counter() - self._began)
-        report.prefill_ms += prefill_ms
+        assert self._stopwatch is not None
+        self._stopwatch.stop()
         if not is_sound or not self._agrees():
+            self._note_time(0)
             return False
         if self._outputs and not self._outputs.are_taken():
             close_layers(conversation.layers)
+            self._note_time(0)
             return False
+        computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
+        self._note_time(computed if self.plans else 0)
         conversation.bypass_reason = conversation.bypass_reason or conversation.distrust
-        if self.plans:
-            computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
-            self.context.gauge.note_computed(computed, prefill_ms)
         report.skipped = conversation.bypass_reason or report.skipped
         conversation.end_forward(self.total)
         if not conversation.bypass_reason:
@@ -647,6 +656,17 @@ class Prefill:
             self.store()
         conversation.end_prompt()
         return True
+
+    def _note_time(self, computed: int) -> None:
+        """Take down how long so many tokens took: now, or once the device tells."""
+        assert self._stopwatch is not None
+        report, gauge = self.report, self.context.gauge
+
+        def note(ms: float) -> None:
+            report.prefill_ms += ms
+            gauge.note_computed(computed, ms)
+
+        gauge.note_computing(self._stopwatch.ms, note)
 
     def has_arrived(self) -> bool:
         """Whether all K/V that the model was promised have come, and are what they must be.
@@ -660,7 +680,8 @@ class Prefill:
             is_sound = background.finish()
         self._background = None  # not before: who is interrupted here still has to stop it
         waited, busy, gauge = background.waited_ms, background.busy_ms, self.context.gauge
-        self._began += waited / 1e3  # which was not computing
+        if self._stopwatch:
+            self._stopwatch.leave_out(waited / 1e3)
         self.report.read_ms += waited
         self.report.overlapped_ms += max(0.0, busy - waited)
         gauge.note_read(self._reader.bytes_read, busy)

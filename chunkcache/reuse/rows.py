@@ -63,8 +63,8 @@ class RowsPrefill(Prefill):
     def _of(self, ids: Tensor, why: str = "") -> Prefill:
         """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
         conversation = Conversation(self.context)
-        conversation.bypass_reason = why
-        call = ForwardCall(ids, None, None, 1, "", "")
+        conversation.bypass_reason, conversation.marks = why, self.conversation.marks
+        call = ForwardCall(ids, None, None, 1, "", "", device=self.call.place)
         return Prefill(conversation, self.module, call, Report(), again=bool(why))
 
     # ------------------------------------------------------------------ into the layers
@@ -72,8 +72,7 @@ class RowsPrefill(Prefill):
     def load(self) -> None:
         """Bring up each row by itself, and put all of them together."""
         layers, layout, begin = self.conversation.layers, self.keys.layout, self.outputs_from
-        assert self.call.ids is not None
-        device, memory = self.call.ids.device, self.context.state.memory
+        device, memory = self.call.place, self.context.state.memory
         done = {prefill: self._done(prefill) for prefill in dict.fromkeys(self._rows) if prefill}
         self._rows = [prefill and done[prefill] for prefill in self._rows]
         allocate_all(layers, layout, len(self.pads), self.total, device, memory)
@@ -104,8 +103,8 @@ class RowsPrefill(Prefill):
 
     def _compute(self, prefill: Prefill) -> bool:
         trim = prefill.begin()
-        ids = prefill.call.ids
-        assert ids is not None
+        assert prefill.call.ids is not None
+        ids = prefill.call.ids.to(self.call.place)
         kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": True}
         kwargs[CACHE] = cache_of(prefill.conversation.layers)
         if takes(self.module, "position_ids"):

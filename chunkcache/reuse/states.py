@@ -9,8 +9,9 @@ convolutions are small and can be cut out of any forward: each chunk has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,13 +53,11 @@ class States:
     Attributes:
         held: States `[...]` of the row by the column that they stand before, the newest last.
         sizes: Bytes of the snapshots that the store has, by the hash of the chunk before them.
-        marks: Columns that the user wants snapshots at, or shortly before.
     """
 
     def __init__(self, context: CacheContext, layout: KVLayout, cuts_windows: bool) -> None:
         self.held: dict[int, list[Tensor]] = {}
         self.sizes: dict[str, int] = {}
-        self.marks: set[int] = set()
         self._context, self._layout, self._cuts_windows = context, layout, cuts_windows
         self._every = spacing(layout, context.settings.state_every)
         self._wanted: list[int] = []  # columns, in order
@@ -97,16 +96,20 @@ class States:
 
         What is held is gone on from where no snapshot is farther on.
         """
-        known = [c.stop for c in self.boundaries(plan.chunks) if self.sizes.get(c.hash)]
-        stop = max((end for end in known if plan.held < end <= min(plan.reach, limit)), default=0)
-        stop = max(stop, plan.held)
-        if stop >= min(plan.reach, limit):
+        ends = self.boundaries(plan.chunks)
+        usable = min(plan.reach, limit)
+        known = [c.stop for c in ends if self.sizes.get(c.hash) and plan.held < c.stop <= usable]
+        stop = max(known, default=plan.held)
+        if usable - stop < ALIGNMENT:
             return plan.cut_at(stop, plan.missing)
-        lost = min(plan.reach, limit) - stop
-        nearest = f"nearest state {stop:,}" if stop else "no state"
-        return plan.cut_at(
-            stop, f"K/V known to {plan.reach:,}, {nearest}: {lost:,} tokens computed again"
+        told = f"K/V known to {plan.reach:,}, " + (
+            f"nearest state {stop:,}" if stop else "no state"
         )
+        told += f": {usable - stop:,} tokens computed again"
+        new = max((c.stop for c in ends if c.stop <= usable), default=0)
+        if new > stop and self._context.settings.write:
+            told += f"; a state is stored at {new:,} now"
+        return replace(plan.cut_at(stop, told), unread=told)
 
     def read(
         self, keys: KeySpace, plan: RowPlan, row: Tokens, handle_error: Callable[[Exception], None]
@@ -133,7 +136,13 @@ class States:
     # ------------------------------------------------------------------ as the model computes
 
     def cuts(
-        self, chunks: Sequence[Chunk], begin: int, known: int, limit: int, total: int
+        self,
+        chunks: Sequence[Chunk],
+        begin: int,
+        known: int,
+        limit: int,
+        total: int,
+        marks: Iterable[int],
     ) -> list[int]:
         """Columns at which a forward from `begin` on is cut to take snapshots.
 
@@ -143,17 +152,19 @@ class States:
             known: How far K/V are known.
             limit: Column from which on outputs are wanted, which come of one piece.
             total: Columns once the prompt is done.
+            marks: Columns that the user wants snapshots at, or shortly before.
         """
         ends = [c.stop for c in self.boundaries(chunks) if begin < c.stop <= limit]
         if self._cuts_windows:
             self._wanted = ends
             return []
-        wanted = {max((end for end in ends if end <= total - LAST_TOKENS), default=0)}
-        wanted |= {max((end for end in ends if end <= mark), default=0) for mark in self.marks}
-        wanted |= {known} & set(ends)
+        final = max((end for end in ends if end <= total - LAST_TOKENS), default=0)
+        wanted = {final}
+        wanted |= {max((end for end in ends if end <= mark), default=0) for mark in marks}
+        wanted.add(max((end for end in ends if end <= known), default=0))
         last = begin
         for end in ends:
-            if end - last >= self._every:
+            if end - last >= self._every and final - end >= self._every // 2:
                 wanted.add(end)
             if end in wanted:
                 last = end

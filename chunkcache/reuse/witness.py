@@ -96,7 +96,10 @@ class Witness:
 
 def _difference(pairs: Sequence[tuple[Tensor, Tensor]], rows: list[int]) -> Tensor:
     """The largest of pairs of `[batch, kv_heads, 1, head_dim]`, in these rows."""
-    old, new = (torch.stack(side)[:, rows].float().flatten(2) for side in zip(*pairs, strict=True))
+    old, new = (torch.stack(side) for side in zip(*pairs, strict=True))
+    if len(rows) < old.shape[1]:
+        old, new = (torch.stack([side[:, row] for row in rows], 1) for side in (old, new))
+    old, new = old.float().flatten(2), new.float().flatten(2)
     size = torch.maximum(old.norm(dim=-1), new.norm(dim=-1))
     largest: Tensor = (new - old).norm(dim=-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
     return largest.max()

@@ -8,6 +8,7 @@ Each may be evicted without the others. Stores know nothing of models or of what
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,36 +20,71 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from chunkcache.errors import PickleError, StoreError
 from chunkcache.keys import VALUES
+from chunkcache.stores.locks import Latch
 
 METADATA, KV_BYTES, OUTPUTS, STATE = VALUES
 EXTRAS = VALUES[2:]  # with `Listed` telling the bytes of each in this order
 T = TypeVar("T")
 READ_BYTES = 64 << 20  # of whole blobs that are read at once
+PATIENCE = 0.25  # seconds
+
+
+class LateBlob:
+    """A blob that is made by whoever needs it first: of K/V that lie on a device, say.
+
+    Args:
+        nbytes: Bytes that it has.
+        make: Makes it, in any thread.
+        is_time: Opens when that disturbs nobody any more who is in a hurry.
+    """
+
+    def __init__(self, nbytes: int, make: Callable[[], memoryview], is_time: Latch) -> None:
+        self.nbytes = nbytes
+        self._make: Callable[[], memoryview] | None = make
+        self._blob = memoryview(b"")
+        self._is_time, self._deadline = is_time, time.monotonic() + PATIENCE
+
+    def wait(self) -> None:
+        """Wait until it is time, at most until `PATIENCE` seconds after it was announced."""
+        self._is_time.wait(self._deadline - time.monotonic())
+
+    def made(self) -> memoryview:
+        """The blob. Two threads that ask at the same time may both make it."""
+        make = self._make
+        if make is not None:
+            self._blob = make()
+            self._make = None
+        return self._blob
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One chunk on its way to a store.
 
-    `key` is the text of a `ChunkKey`, without `@metadata` or `@kv_bytes`. `blob` is the whole
-    blob as one contiguous view of bytes that nobody changes any more; it is empty for entries that
-    are metadata only. With `merge` the fields are added to those that are there, and a blob that is
-    there stays if the entry brings none. A `pinned` entry does not expire, and is evicted last.
-    `before` has the keys of the chunks that stand before it in its prompt, in order: writing it is
-    a use of them, too, and a full store keeps them rather than it.
+    `key` is the text of a `ChunkKey`, without `@metadata` or `@kv_bytes`. `data` is the whole blob
+    as one contiguous view of bytes that nobody changes any more, or what makes it (`LateBlob`); it
+    is empty for entries that are metadata only. With `merge` the fields are added to those that are
+    there, and a blob that is there stays if the entry brings none. A `pinned` entry does not
+    expire, and is evicted last. `before` has the keys of the chunks that stand before it in its
+    prompt, in order: writing it is a use of them, too, and a full store keeps them rather than it.
     """
 
     key: str
     metadata: Mapping[str, str]
-    blob: memoryview
+    data: memoryview | LateBlob
     merge: bool = False
     pinned: bool = False
     before: Sequence[str] = ()
 
     @property
+    def blob(self) -> memoryview:
+        """The whole blob, waited for where it is still to be made."""
+        return self.data.made() if isinstance(self.data, LateBlob) else self.data
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the blob."""
-        return self.blob.nbytes
+        return self.data.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +150,7 @@ def merged(newer: Entry, older: Entry | None) -> Entry:
     return replace(
         older,
         metadata={**older.metadata, **newer.metadata},
-        blob=newer.blob if newer.nbytes else older.blob,
+        data=newer.data if newer.nbytes else older.data,
         pinned=newer.pinned or older.pinned,
         before=newer.before or older.before,
     )

@@ -47,6 +47,9 @@ class Latch:
         """Whether nobody needs to wait any more."""
         return self._opened or self._pid != os.getpid()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Latch:
+        return self
+
     def open(self) -> None:
         """Let all go on who wait. To be called by one thread."""
         if not self._opened:
@@ -60,6 +63,10 @@ class Latch:
             if self._bolt.acquire(timeout=min(left, LOOK_SECONDS)):
                 self._bolt.release()  # for the next one who waits
         return self.is_open
+
+
+OPEN = Latch()
+OPEN.open()
 
 
 class Worker(ABC):

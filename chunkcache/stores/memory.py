@@ -108,7 +108,7 @@ class MemoryStore(StaysHere, ChunkStore):
             there = self._get(entry.key)
             entry = merged(entry, there.entry if there else None)
             entry = replace(
-                entry, metadata=dict(entry.metadata), blob=entry.blob.toreadonly(), merge=False
+                entry, metadata=dict(entry.metadata), data=entry.blob.toreadonly(), merge=False
             )
             kept = _Kept(entry, _cost(entry), self._deadline(entry))
             self._remove(entry.key)

@@ -21,7 +21,7 @@ from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 from chunkcache.errors import StoreError
-from chunkcache.stores.base import ChunkStore, Entry, merged
+from chunkcache.stores.base import ChunkStore, Entry, LateBlob, merged
 from chunkcache.stores.locks import Worker
 from chunkcache.sums import SUMS, Sums
 
@@ -196,6 +196,9 @@ class Queue(Worker):
     def step(self) -> None:
         """Write the oldest entries, and note what became of them."""
         self.take_batch()
+        for entry in self.current.values():
+            if isinstance(entry.data, LateBlob):
+                entry.data.wait()
         taken, failure = self.write_out(list(self.current.values()))
         nbytes = sum(entry.nbytes for entry in self.current.values())
         if failure is not None:

@@ -76,6 +76,7 @@ class RowPlan:
         branch: A stored chunk that agrees with the row in its first tokens only (a continuation);
             it brings the tokens behind `run`.
         run: How far the row's own chunks are known, where there is a branch.
+        unread: Why chunks behind `reach` are not read though the store has them, if that is why.
     """
 
     tokens: int
@@ -86,6 +87,7 @@ class RowPlan:
     rest: str = ""
     branch: Chunk | None = None
     run: int = 0
+    unread: str = ""
 
     def extended(self, branch: Chunk) -> RowPlan:
         """This plan when a stored chunk goes on like the row where its own chunks end."""

@@ -6,17 +6,40 @@ repeat, select), so that K/V are never taken for those of other tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
 UNNAMED = -1  # in place of an id
 
 
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Left padding of rows, on a device.
+
+    Attributes:
+        columns: How many there are in each row, `[rows, 1]`.
+        is_any: Whether there are any; perhaps also where only rows that are gone had any.
+    """
+
+    columns: Tensor
+    is_any: bool
+
+    @classmethod
+    def of(cls, pads: list[int], device: torch.device) -> Padding:
+        """That of rows with so many columns of padding."""
+        if not any(pads):  # which no number has to be brought to the device for
+            return cls(torch.zeros((len(pads), 1), dtype=torch.long, device=device), False)
+        return cls(torch.tensor(pads, device=device)[:, None], True)
+
+
 class Transcript:
     """Token ids of each row, left padding included, as `[batch, columns]`.
 
     Ids are kept on the device they came from and brought to the CPU only when they are read: a
-    step of decoding must not wait for it.
+    step of decoding must not wait for it. So is which rows were taken of others.
 
     Attributes:
         pads: Columns of left padding of each row.
@@ -30,10 +53,39 @@ class Transcript:
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
-        self.pads: list[int] = []
-        self.inexact_from: list[int | None] = []
+        self._pads: list[int] = []
+        self._inexact_from: list[int | None] = []
+        self._rows: Tensor | None = None  # of the two lists, those that are now; if not all
+        self._padding: Padding | None = None
         self.lossy_from: int | None = None
         self.text_until: int | None = None
+
+    @property
+    def pads(self) -> list[int]:
+        self._settle_rows()
+        return self._pads
+
+    @property
+    def inexact_from(self) -> list[int | None]:
+        self._settle_rows()
+        return self._inexact_from
+
+    @inexact_from.setter
+    def inexact_from(self, columns: list[int | None]) -> None:
+        self._settle_rows()
+        self._inexact_from = columns
+
+    def _settle_rows(self) -> None:
+        if self._rows is not None:
+            rows, self._rows = self._rows.tolist(), None
+            self._pads = [self._pads[row] for row in rows]
+            self._inexact_from = [self._inexact_from[row] for row in rows]
+
+    def padding(self, device: torch.device) -> Padding:
+        """The padding of all rows, brought to a device once."""
+        if self._padding is None or self._padding.columns.device != device:
+            self._padding = Padding.of(self.pads, device)
+        return self._padding
 
     @property
     def columns(self) -> int:
@@ -47,15 +99,16 @@ class Transcript:
 
     def start(self, pads: list[int]) -> None:
         """Begin anew with rows that have so many columns of left padding."""
-        self._pieces, self.pads = [], list(pads)
-        self.inexact_from = [None] * len(pads)
-        self.lossy_from = self.text_until = None
+        self._pieces, self._pads = [], list(pads)
+        self._inexact_from = [None] * len(pads)
+        self._rows = self._padding = self.lossy_from = self.text_until = None
 
     def more_padding(self, pads: list[int]) -> None:
         """Rows that are nothing but padding so far may go on with it."""
         columns = self.columns
         pairs = zip(self.pads, pads, strict=True)
-        self.pads = [now if before == columns else before for before, now in pairs]
+        self._pads = [now if before == columns else before for before, now in pairs]
+        self._padding = None
 
     def append(self, ids: Tensor) -> None:
         """Record `[batch, new]` ids."""
@@ -64,7 +117,7 @@ class Transcript:
 
     def append_unnamed(self, columns: int) -> None:
         """Record columns of which there are no ids: those of embeddings."""
-        self.append(torch.full((len(self.pads), columns), UNNAMED))
+        self.append(torch.full((len(self._pads), columns), UNNAMED))
 
     @property
     def is_named(self) -> bool:
@@ -76,8 +129,9 @@ class Transcript:
         if not self._pieces:
             return torch.empty((len(self.pads), 0), dtype=torch.long)
         if len(self._pieces) > 1 or self._pieces[0].device.type != "cpu":
-            joined = torch.cat([p.to(self._pieces[-1].device) for p in self._pieces], dim=1)
-            self._pieces = [joined.cpu()]
+            together = groupby(self._pieces, key=lambda piece: piece.device)
+            brought = [torch.cat([*pieces], dim=1).cpu() for _, pieces in together]
+            self._pieces = [torch.cat(brought, dim=1)]
         return self._pieces[0]
 
     def crop(self, columns: int) -> None:
@@ -86,10 +140,13 @@ class Transcript:
             self.lossy_from = None
         if self.text_until is not None and self.text_until >= columns:
             self.text_until = None
-        if columns < self.columns:
-            self._pieces = [self.ids()[:, :columns]]
-            self.inexact_from = [
-                None if end is None or end >= columns else end for end in self.inexact_from
+        if (spare := self.columns - columns) > 0:
+            while self._pieces and spare >= self._pieces[-1].shape[1]:
+                spare -= self._pieces.pop().shape[1]
+            if spare:
+                self._pieces[-1] = self._pieces[-1][:, :-spare]
+            self._inexact_from = [
+                None if end is None or end >= columns else end for end in self._inexact_from
             ]
 
     def exact_lengths(self, certain: int) -> list[int]:
@@ -97,21 +154,39 @@ class Transcript:
 
         `certain` is the number of columns that nobody will take back.
         """
-        last = certain if self.text_until is None else min(certain, self.text_until)
         return [
-            max((last if end is None else min(end, last)) - pad, 0)
-            for pad, end in zip(self.pads, self.inexact_from, strict=True)
+            self._exact_length(certain, *row)
+            for row in zip(self.pads, self.inexact_from, strict=True)
         ]
+
+    def distinct_lengths(self, certain: int) -> list[int]:
+        """The same of rows that differ, perhaps some that are gone. Waits for nothing."""
+        rows = sorted({*zip(self._pads, self._inexact_from, strict=True)}, key=str)
+        return [self._exact_length(certain, *row) for row in rows]
+
+    def _exact_length(self, certain: int, pad: int, end: int | None) -> int:
+        last = certain if self.text_until is None else min(certain, self.text_until)
+        return max((last if end is None else min(end, last)) - pad, 0)
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be taken more than once."""
-        if not self.pads:
+        if not self._pads:
             return  # nothing is recorded of tokens that nobody may name
-        rows = rows.cpu()
-        self._pieces = [self.ids()[rows]]
-        taken: list[int] = torch.arange(len(self.pads))[rows].tolist()
-        self.pads = [self.pads[row] for row in taken]
-        self.inexact_from = [self.inexact_from[row] for row in taken]
+        if self._pieces:
+            joined = torch.cat([piece.to(rows.device) for piece in self._pieces], dim=1)
+            self._pieces = [joined[rows]]
+        if self._padding is not None:
+            first = self._padding.columns
+            self._padding = Padding(first[rows.to(first.device)], self._padding.is_any)
+        before = self._rows
+        if before is None:
+            before = torch.arange(len(self._pads), device=rows.device)
+        self._rows = before.to(rows.device)[rows]
+        if len({*zip(self._pads, self._inexact_from, strict=True)}) == 1:  # whichever they are
+            self._pads, count = self._pads[:1] * len(self._rows), len(self._rows)
+            self._inexact_from, self._rows = self._inexact_from[:1] * count, None
+        elif rows.device.type == "cpu":
+            self._settle_rows()
 
     def common_columns(self, ids: Tensor, pads: list[int]) -> int:
         """Columns from the first on that are the same in `ids` `[batch, other]` in every row."""

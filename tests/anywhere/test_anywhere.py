@@ -278,7 +278,8 @@ def test_prompts_with_an_image_stand_aside():
         ("gpt2", "layer 0: no known rotation explains how its keys turn"),
         ("bloom", "takes no position_ids"),
         ("opt", "no known rotation"),
-        ("lfm2", "cache layers of a kind that is not supported"),
+        ("lfm2", "a recurrent state is of all tokens before it"),
+        ("deepseek_v32", "the keys of indexed attention choose by position"),
     ],
 )
 def test_models_whose_kv_cannot_be_moved_are_refused(kind, reason):

@@ -82,7 +82,7 @@ def test_what_others_have_stored_stays_as_it_is(tmp_path, redis_server):
             runner.invoke(cli.app, ["doctor", "--store", url, "--model", str(tmp_path / "model")])
         after = set(client.keys())
         assert before <= after
-        assert {name.split(b"@")[0] for name in after - before} <= {b"proof", b"moving"}
+        assert {name.split(b"@")[0] for name in after - before} <= {b"self-test", b"moving"}
         assert {client.ttl(name) for name in after} == {-1}
     with open_store(files) as store:
         assert len(list(catalog.entries(store))) == 3

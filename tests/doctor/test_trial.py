@@ -38,7 +38,15 @@ def test_a_model_that_cannot_be_moved():
     assert "cannot be moved: " in str(found)
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "mamba"])
+def test_a_model_with_states():
+    with MemoryStore() as store:
+        found = examine_model("a model", tiny("qwen3_5_text"), store, quiet)
+    assert found.bypass_reason == ""
+    assert found.state_bytes == 12_288
+    assert "a snapshot of its states has 12,288 bytes" in str(found)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mamba"])
 def test_models_that_are_computed_as_usual(kind):
     with MemoryStore() as store:
         found = examine_model("a model", tiny(kind), store, quiet)

@@ -216,7 +216,7 @@ def test_sliding_layers_are_compared_where_a_plain_cache_has_them() -> None:
     assert (~np.isnan(audit.token_deviation)).sum() == 7
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "hooked"])
+@pytest.mark.parametrize("kind", ["jamba", "hooked"])
 def test_where_the_cache_stands_aside(kind: str) -> None:
     model = build() if kind == "hooked" else tiny(kind)
     if kind == "hooked":

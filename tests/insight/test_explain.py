@@ -273,8 +273,8 @@ def test_a_store_that_dies_half_way(llama) -> None:
 
 def test_models_and_prompts_that_are_not_handled(llama, store) -> None:
     ids = random_ids(150)
-    explanation = RedisChunkCache(tiny("lfm2"), store).explain(ids)
-    assert "not supported" in explanation.skipped
+    explanation = RedisChunkCache(tiny("jamba"), store).explain(ids)
+    assert "begins with no state" in explanation.skipped
     assert explanation.chunks[0].reason == explanation.skipped
     cache = RedisChunkCache(llama, store)
     mask = torch.ones_like(ids)
@@ -338,7 +338,7 @@ def test_what_other_models_are_called_takes_one_line(llama, store) -> None:
 @pytest.mark.parametrize("mode", ["prefix", "anywhere"])
 def test_what_other_caches_have_is_told(mode) -> None:
     store, ids = MemoryStore(), random_ids(300)
-    llama = tiny("llama", max_position_embeddings=2048)  # new: its proof goes into this store
+    llama = tiny("llama", max_position_embeddings=2048)  # new: its verdict goes into this store
     prefill(llama, store, ids, reuse=mode)
 
     def asked(model: Any = llama, **settings: Any) -> set[str]:
@@ -421,7 +421,7 @@ def test_nothing_is_run_and_nothing_is_written(llama, redis_server: Server) -> N
         hook.remove()
         assert not calls
         assert content() == before
-    empty = Scripted()  # a proof is not written either, should it be due
+    empty = Scripted()  # a verdict is not written either, should it be due
     cache = RedisChunkCache(tiny("llama", seed=5).train(), empty)
     cache._context.model.eval()
     assert cache.explain(random_ids(300)).skipped == ""

@@ -84,7 +84,9 @@ def prompt(model: Any, store: ChunkStore, ids: torch.Tensor, **settings: Any) ->
 
 def test_entries_tell_key_metadata_and_size(store: ChunkStore) -> None:
     a, b, other = chunk(1, temperature="0.7"), chunk(2, size=20), chunk(3, temperature="0.8")
-    store.write([a, b, other, anchor(1, a), Entry("proof@m@1@0@x", {"a": "b"}, memoryview(b""))])
+    store.write(
+        [a, b, other, anchor(1, a), Entry("self-test@m@1@0@x", {"a": "b"}, memoryview(b""))]
+    )
     found = {entry.key: entry for entry in entries(store)}
     assert found.keys() == keys(a, b, other)
     assert found[a.key].metadata == a.metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,14 @@ def test_the_error_is_half_a_scale_at_most(numbers: list[float], across: int) ->
     assert (back.double() - x.double()).abs().max() <= bound
 
 
+def _blob(form: TensorFile, layers: Any, start: int, turn: KeyRotation | None) -> memoryview:
+    return form.build(encode_int8(form, layers, start, turn))
+
+
+def _back(form: TensorFile, blob: memoryview, start: int, turn: KeyRotation | None) -> Any:
+    return decode_int8(form, form.data(blob), start, turn)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes_of_every_type(dtype: torch.dtype) -> None:
     """Arithmetic in the type of the numbers would overflow, and 128 wrap to -128."""
@@ -54,7 +63,7 @@ def test_extremes_of_every_type(dtype: torch.dtype) -> None:
     layout = KVLayout(dtype, (LayerShape(1, 8, 1, 8),))
     kv = x.expand(1, 5, 8)
     form = TensorFile.of(layout, range(5), 0, HASH, int8_slots)
-    ((keys, values),) = decode_int8(form, encode_int8(form, [(kv, kv)], 0, None), 0, None)  # type: ignore[misc]
+    ((keys, values),) = _back(form, _blob(form, [(kv, kv)], 0, None), 0, None)
     assert keys.dtype == values.dtype == dtype
     for part in (keys, values):
         assert torch.isfinite(part).all()
@@ -77,10 +86,10 @@ def test_a_number_that_is_none_stays_none() -> None:
 def test_round_trip(layout: KVLayout, tokens: int, start: int) -> None:
     form = TensorFile.of(layout, range(tokens), start, HASH, int8_slots)
     layers = random_kv(layout, tokens)
-    blob = encode_int8(form, layers, start, None)
+    blob = _blob(form, layers, start, None)
     assert blob.nbytes == form.size
     form.check(blob[: len(form.header)], [blob[len(form.header) :]])
-    for back, given_kv in zip(decode_int8(form, blob, start, None), layers, strict=True):
+    for back, given_kv in zip(_back(form, blob, start, None), layers, strict=True):
         assert (back is None) == (given_kv is None)
         if back and given_kv:
             for a, b, across in zip(back, given_kv, (1, 2), strict=True):
@@ -101,13 +110,13 @@ def test_keys_are_turned_to_position_0_and_back(start: int, dtype: torch.dtype) 
         kv and ROTATION.move(kv, index, torch.zeros(20).long(), there)
         for index, kv in enumerate(at_zero)
     ]
-    blob = encode_int8(form, layers, start, ROTATION)
+    blob = _blob(form, layers, start, ROTATION)
     # What is stored is the same wherever the text stands, up to rounding.
-    for stored, kv in zip(decode_int8(form, blob, start, None), at_zero, strict=True):
+    for stored, kv in zip(_back(form, blob, start, None), at_zero, strict=True):
         if stored and kv:
             for mine, its in zip(stored, kv, strict=True):
                 assert (mine - its).abs().max() <= 0.03 * its.abs().max()
-    for back, kv in zip(decode_int8(form, blob, start, ROTATION), layers, strict=True):
+    for back, kv in zip(_back(form, blob, start, ROTATION), layers, strict=True):
         if back and kv:
             for mine, its in zip(back, kv, strict=True):
                 assert mine.dtype == dtype
@@ -127,7 +136,7 @@ def test_large_channels_cost_less_at_position_0() -> None:
     form = TensorFile.of(layout, range(128), 0, HASH, int8_slots)
 
     def error(turn: KeyRotation | None) -> float:
-        (back,) = decode_int8(form, encode_int8(form, [kv], 0, turn), 0, turn)
+        (back,) = _back(form, _blob(form, [kv], 0, turn), 0, turn)
         assert back is not None
         gap = rotation.move(back, 0, there, torch.zeros(128).long())[0] - keys
         return float(gap[..., 32:40].pow(2).mean().sqrt())
@@ -138,9 +147,7 @@ def test_large_channels_cost_less_at_position_0() -> None:
 def test_safetensors_reads_a_blob(tmp_path: Path) -> None:
     layers = random_kv(LAYOUT, 3)
     path = tmp_path / "chunk.safetensors"
-    path.write_bytes(
-        encode_int8(TensorFile.of(LAYOUT, [1, 2, 3], 0, HASH, int8_slots), layers, 0, None)
-    )
+    path.write_bytes(_blob(TensorFile.of(LAYOUT, [1, 2, 3], 0, HASH, int8_slots), layers, 0, None))
     with safe_open(path, "np") as file:
         for index in (0, 2):
             kv = layers[index]

@@ -85,7 +85,7 @@ def test_layers_in_one_memory_are_turned_at_once_and_nothing_else(kind, monkeypa
     rotation = verify_rotation(model, layout)
     form = TensorFile.of(layout, [1, 2, 3, 4, 5], 0, "hash")
     blob = torch.randint(0, 60, (form.size,), dtype=torch.uint8).numpy().data
-    sources = [(k[:, 1:4], v[:, 1:4]) for k, v in form.views(blob)]
+    sources = [(k[:, 1:4], v[:, 1:4]) for k, v in form.views(form.data(blob))]
     layers = growing_layers(model)
     allocate_all(layers, layout, 2, 20, torch.device("cpu"))
     for layer in layers:

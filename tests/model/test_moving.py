@@ -140,18 +140,18 @@ def test_the_tests_leave_no_trace():
     assert not model._forward_hooks
 
 
-def test_of_a_proven_model_only_the_rule_is_found(monkeypatch):
+def test_of_a_model_that_has_passed_only_the_rule_is_found(monkeypatch):
     model = tiny("llama")
     truth = verdict(model)
     monkeypatch.setattr(moving._Lone, "misfit", lambda *args: pytest.fail("was run"))
     for test in ("_far_shift_test", "_scatter_test"):
         monkeypatch.setattr(moving, test, lambda *args: pytest.fail("was run"))
-    found = verdict(model, proven=True)
+    found = verdict(model, passed=True)
     x = torch.randn(2, 4, 16)
     old, new = torch.arange(4), torch.arange(70, 74)
     for mine, its in zip(found.layers, truth.layers, strict=True):
         assert torch.equal(mine.keys.move(x, old, new), its.keys.move(x, old, new))
-    assert "no known rotation" in verdict(tiny("gpt2"), proven=True)  # whatever a store says
+    assert "no known rotation" in verdict(tiny("gpt2"), passed=True)  # whatever a store says
 
 
 # ------------------------------------------------------------------------ rounding is no wrong rule

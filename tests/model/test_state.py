@@ -46,7 +46,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 @pytest.fixture
-def proven(monkeypatch: pytest.MonkeyPatch) -> Counter:
+def tested(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts how often a model is put to the test."""
     counter = Counter(model_state.run_self_test)
     monkeypatch.setattr(model_state, "run_self_test", counter)
@@ -58,7 +58,7 @@ def down() -> Scripted:
     return Scripted(read_metadata=StoreError("no connection"), write=StoreError("no connection"))
 
 
-def proof_of(model: PreTrainedModel, store: ChunkStore) -> SelfTest:
+def verdict_on(model: PreTrainedModel, store: ChunkStore) -> SelfTest:
     state = ModelState.of(model)
     return state.self_test(state.identity(), store)
 
@@ -76,7 +76,7 @@ def test_one_state_per_model() -> None:
 def test_the_state_goes_with_the_model() -> None:
     model = tiny("llama")
     state = weakref.ref(ModelState.of(model))
-    proof_of(model, MemoryStore())
+    verdict_on(model, MemoryStore())
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -263,38 +263,38 @@ def test_several_threads_see_one_identity(hashed: Counter) -> None:
     assert hashed.calls == 1
 
 
-# ------------------------------------------------------------------------ proof
+# ------------------------------------------------------------------------ self-test
 
 
-def test_a_model_is_tested_once(proven: Counter) -> None:
+def test_a_model_is_tested_once(tested: Counter) -> None:
     store = MemoryStore()
     model = tiny("llama")
-    proof = proof_of(model, store)
-    assert proof.bypass_reason == ""
-    assert proof_of(model, store) is proof
+    verdict = verdict_on(model, store)
+    assert verdict.bypass_reason == ""
+    assert verdict_on(model, store) is verdict
     # Another process finds the verdict in the store.
-    assert proof_of(tiny("llama"), store) == proof
-    assert proven.calls == 1
+    assert verdict_on(tiny("llama"), store) == verdict
+    assert tested.calls == 1
     # Other weights are another model.
-    assert proof_of(tiny("llama", seed=1), store) == proof
-    assert proven.calls == 2
+    assert verdict_on(tiny("llama", seed=1), store) == verdict
+    assert tested.calls == 2
 
 
-def test_a_verdict_against_a_model_is_not_kept_in_the_store(proven: Counter) -> None:
+def test_a_verdict_against_a_model_is_not_kept_in_the_store(tested: Counter) -> None:
     store = MemoryStore()
     for _ in range(2):
         model = tiny("mamba")
-        assert proof_of(model, store).bypass_reason
-    assert proven.calls == 2
+        assert verdict_on(model, store).bypass_reason
+    assert tested.calls == 2
     found = ModelState.of(model).identity()
     assert store.read_metadata([str(found.key(found.digest, SELF_TEST_FORMAT))]) == [None]
 
 
-def test_a_store_that_is_down_costs_no_more_than_the_test(proven: Counter) -> None:
+def test_a_store_that_is_down_costs_no_more_than_the_test(tested: Counter) -> None:
     model = tiny("llama")
     for _ in range(2):
-        assert proof_of(model, down()).bypass_reason == ""
-    assert proven.calls == 1
+        assert verdict_on(model, down()).bypass_reason == ""
+    assert tested.calls == 1
 
 
 def stored(
@@ -310,27 +310,27 @@ def stored(
 
 LIES = {
     "nothing": {},
-    "proven, of no model": {"proven": "yes"},
-    "proven, of another model": {"proven": "yes", "identity": "0" * 64},
+    "passed, of no model": {"passed": "yes"},
+    "passed, of another model": {"passed": "yes", "identity": "0" * 64},
     "a layout": {"bypass_reason": "", "layout": "[" * 100_000},
-    "garbage": {"proven": "\x00", "identity": "["},
+    "garbage": {"passed": "\x00", "identity": "["},
 }
 
 
 @pytest.mark.parametrize("fields", LIES.values(), ids=LIES.keys())
 def test_a_stored_verdict_that_lies_is_not_believed(
-    fields: dict[str, str], proven: Counter
+    fields: dict[str, str], tested: Counter
 ) -> None:
-    truth = proof_of(tiny("llama"), MemoryStore())
+    truth = verdict_on(tiny("llama"), MemoryStore())
     model = tiny("llama")
-    assert proof_of(model, stored(model, fields)) == truth
-    assert proven.calls == 2
+    assert verdict_on(model, stored(model, fields)) == truth
+    assert tested.calls == 2
 
 
 def test_a_stored_verdict_is_no_shortcut_for_a_model_known_to_be_unfit() -> None:
     model = tiny("mamba")
     digest = ModelState.of(model).identity().digest
-    found = proof_of(model, stored(model, {"proven": "yes", "identity": digest}))
+    found = verdict_on(model, stored(model, {"passed": "yes", "identity": digest}))
     assert "not supported" in found.bypass_reason
 
 
@@ -396,8 +396,8 @@ def test_a_stored_verdict_does_not_make_a_model_movable() -> None:
     """The rule is found by each process: where there is none, nobody's word helps."""
     model = tiny("gpt2")
     digest = ModelState.of(model).identity().digest
-    proven = {"proven": "yes", "identity": digest}
-    found = mover_of(model, stored(model, proven, MOVING_FORMAT))
+    passed = {"passed": "yes", "identity": digest}
+    found = mover_of(model, stored(model, passed, MOVING_FORMAT))
     assert isinstance(found, str)
     assert "no known rotation" in found
 
@@ -452,23 +452,23 @@ def test_a_test_that_could_not_run_is_tried_again(
 
 
 def test_a_test_that_goes_on_failing_is_tried_at_times_only(
-    proven: Counter, failures: list[Exception], monkeypatch: pytest.MonkeyPatch
+    tested: Counter, failures: list[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(model_state.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(model_state, "run_self_test", taking(1.0, now, proven))
+    monkeypatch.setattr(model_state, "run_self_test", taking(1.0, now, tested))
     model, store = tiny("llama"), MemoryStore()
     failures += [ValueError("never")] * 99
     for _ in range(8):
-        assert "never" in proof_of(model, store).bypass_reason
-    assert proven.calls == 3
+        assert "never" in verdict_on(model, store).bypass_reason
+    assert tested.calls == 3
     now[0] += 51
     for _ in range(8):
-        assert "never" in proof_of(model, store).bypass_reason
-    assert proven.calls == 4
+        assert "never" in verdict_on(model, store).bypass_reason
+    assert tested.calls == 4
     failures.clear()
     now[0] += 51
-    assert proof_of(model, store).bypass_reason == ""
+    assert verdict_on(model, store).bypass_reason == ""
 
 
 def taking(seconds: float, clock: list[float], function: Counter) -> Callable[..., Any]:

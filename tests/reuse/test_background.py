@@ -393,7 +393,7 @@ def test_the_forward_that_was_thrown_away_is_in_the_report(
 ) -> None:
     model, ids = damaged(store, redis_server)
     now = iter(range(10_000))
-    monkeypatch.setattr("chunkcache.reuse.prefill.perf_counter", lambda: next(now))
+    monkeypatch.setattr("chunkcache.reuse.stopwatch.perf_counter", lambda: next(now))
     # Two forwards of a second each, but for what was waited, which another clock has measured.
     assert 1500 < ask(model, ids, store).report.prefill_ms <= 2000
 

@@ -163,8 +163,8 @@ def test_a_forward_that_fails_does_not_end(shared: PreTrainedModel) -> None:
 
 
 def test_positional_arguments_are_bound(shared: PreTrainedModel) -> None:
-    ids, mask = tokens(6), torch.ones(1, 6, dtype=torch.long)
-    positions = torch.arange(6)[None]
+    ids = tokens(6)
+    mask, positions = torch.ones_like(ids), torch.arange(6, device=ids.device)[None]
     recorder = Recorder()
     output = shared(ids, mask, positions, recorder, logits_to_keep=2)
     (call,) = recorder.begun
@@ -436,7 +436,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize(
     "start",
     [
-        lambda _model: {"inputs": tokens(10), "attention_mask": torch.ones(1, 10).long()},
+        lambda _model: {"inputs": tokens(10), "attention_mask": torch.ones_like(tokens(10))},
         lambda model: {"inputs_embeds": model.get_input_embeddings()(tokens(10))},
     ],
     ids=["ids", "embeddings"],

@@ -28,7 +28,7 @@ DENSE = (
 )  # fmt: skip
 EXPERTS = ("qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text")  # torch has none in float64
 IDS = tokens(100, seed=1)
-LABELS = IDS.clone().index_fill(1, torch.arange(3, 40), -100)
+LABELS = IDS.clone().index_fill(1, torch.arange(3, 40, device=IDS.device), -100)
 
 
 @pytest.fixture(scope="module")

@@ -120,15 +120,19 @@ def test_a_setting_that_cannot_work_is_an_error_at_once() -> None:
 TEXT = st.text(min_size=1, max_size=10).filter(lambda text: not {"@", "}"} & set(text))
 
 
-@settings(max_examples=20, deadline=None)
-@given(entries=st.dictionaries(TEXT, st.binary(min_size=1, max_size=200), max_size=6))
-def test_whatever_is_written_is_read(running: Cluster, entries: dict[str, bytes]) -> None:
+def test_whatever_is_written_is_read(running: Cluster) -> None:
     with ClusterStore(running.url) as store:
-        store.write([Entry(key, {"k": "v"}, memoryview(blob)) for key, blob in entries.items()])
-        keys = list(entries)
-        assert blobs(store, *keys) == list(entries.values())
-        assert store.sizes(keys) == [len(blob) for blob in entries.values()]
-        assert store.delete(keys) == len(entries)
+
+        @settings(max_examples=20, deadline=None)
+        @given(entries=st.dictionaries(TEXT, st.binary(min_size=1, max_size=200), max_size=6))
+        def check(entries: dict[str, bytes]) -> None:
+            store.write([Entry(key, {"k": "v"}, memoryview(blob)) for key, blob in entries.items()])
+            keys = list(entries)
+            assert blobs(store, *keys) == list(entries.values())
+            assert store.sizes(keys) == [len(blob) for blob in entries.values()]
+            assert store.delete(keys) == len(entries)
+
+        check()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 9])

@@ -21,7 +21,7 @@ FAMILIES = (
     "qwen3_5_text", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "falcon_h1",
     "granitemoehybrid", "nemotron_h", "bamba", "zamba2", "zaya",
 )  # fmt: skip
-WINDOWS = ("lfm2", "lfm2_moe", "lfm3", "inkling_text")
+WINDOWS = ("lfm2", "lfm2_moe", "lfm3")
 INDEXED = ("deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2")
 ONE_OF_EACH = ("qwen3_5_text", "falcon_h1", "nemotron_h", "lfm2")
 WAYS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_a_plain_run(kind: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
 def test_in_every_way_to_generate(kind: str, way: str) -> None:
     model, store, how = tiny(kind), MemoryStore(), WAYS[way]
     wanted = generate(model, PROMPT, **how)
@@ -87,8 +87,7 @@ def test_in_every_way_to_generate(kind: str, way: str) -> None:
         assert bool(cache.report.reused) == reused
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("kind", "beams"), [("falcon_h1", 1), ("nemotron_h", 2), ("lfm2", 2)])
 def test_rows_of_unequal_length_and_knowledge(kind: str, beams: int) -> None:
     model, store = tiny(kind), MemoryStore()
     generate(model, PROMPT, new(model, store))  # the store knows one of the rows
@@ -103,7 +102,7 @@ def test_rows_of_unequal_length_and_knowledge(kind: str, beams: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "kimi_linear", "lfm2", "inkling_text"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
 def test_in_16_bits(kind: str, dtype: torch.dtype) -> None:
     """A cut at a multiple of what scans compute at once changes nothing but rounding."""
     model, store = tiny(kind, dtype=dtype), MemoryStore()

@@ -506,7 +506,8 @@ class Prefill:
         cuts = self._cuts(begin)
         if states:
             states.expect(self.conversation.layers, begin)
-        return TrimSpec(begin - self.past, cuts, self._number_from, head=head)
+        number_from = self.conversation.number_from(self.call, self.past)
+        return TrimSpec(begin - self.past, cuts, number_from, head=head)
 
     def _cuts(self, begin: int) -> tuple[int, ...]:
         """Columns of the ids given at which a forward from column `begin` on is cut."""
@@ -524,13 +525,12 @@ class Prefill:
                     self.conversation.marks,
                 )
             )
-        return tuple(cut - self.past for cut in sorted(cuts))
-
-    @property
-    def _number_from(self) -> int | None:
-        """The position of the first id given, for models that may not number them right."""
-        is_numbered = self.call.positions is not None or not self.conversation.states
-        return None if is_numbered or any(self.pads) else self.past
+        found, last = [], begin
+        for column in sorted(cuts):
+            if column - last >= self.conversation.least_piece:
+                found.append(column - self.past)
+                last = column
+        return tuple(found)
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)

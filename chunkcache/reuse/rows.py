@@ -41,6 +41,7 @@ class RowsPrefill(Prefill):
 
     def plan(self, dry: bool = False) -> None:
         """See which rows there are; with `dry`, plan each as it will be."""
+        self.report.skipped = self._whole
         ids = self.conversation.transcript.ids()
         distinct: dict[bytes, Prefill | None] = {}
         for row, pad in zip(ids, self.pads, strict=True):
@@ -125,7 +126,7 @@ class RowsPrefill(Prefill):
             known = [*prefill.report.rows[0].spans] if prefill else []
             left = Span(max(begin - pad, 0), self.total - pad, Kind.COMPUTED, reason=WANTED)
             self.spans.append([*known, left])
-        return TrimSpec(begin, (), self._number_from)
+        return TrimSpec(begin, (), self.conversation.number_from(self.call, self.past))
 
     def stop(self) -> None:
         """Give up half-way, after an interrupt: what is held must not be used any more."""

@@ -204,9 +204,14 @@ class Prefill:
         """Column from which on all is computed, since its outputs are wanted."""
         if self._outputs:
             return max(self.held, self._outputs.limit)
-        if self.conversation.states and len(self.pads) > 1:
+        if self.conversation.states and not self._is_one_row:
             return self.held  # rows go on from states at other columns: see `rows.py`
         return self.outputs_from if self._is_in_whole_pieces else self.held
+
+    @property
+    def _is_one_row(self) -> bool:
+        """Whether there is one row without padding: its columns are positions, as snapshots are."""
+        return len(self.pads) == 1 and not self.pads[0]
 
     @property
     def outputs_from(self) -> int:
@@ -514,7 +519,7 @@ class Prefill:
         if not self.conversation.in_pieces or self._outputs or self.call.bypass_reason:
             return ()
         cuts = set(self.pieces.cuts(begin, self.outputs_from))
-        if self.conversation.states and self._known and len(self.pads) == 1:
+        if self.conversation.states and self._known and self._is_one_row:
             cuts |= set(
                 self.conversation.states.cuts(
                     self.plans[0].chunks,
@@ -721,7 +726,7 @@ class Prefill:
             more: Callable[[], list[Entry]] = list
             if self._outputs:
                 more = partial(self._outputs.entries, self.plans, self.conversation.known, certain)
-            elif self.conversation.states and len(self.pads) == 1:
+            elif self.conversation.states and self._is_one_row:
                 more = partial(self._state_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
 

@@ -452,3 +452,24 @@ def test_a_batch_says_why_it_is_computed() -> None:
     with torch.no_grad():
         HYBRID(tokens(70, rows=2), past_key_values=(cache := new(HYBRID, MemoryStore())))
     assert "logits of every token" in cache.report.skipped
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_one_padded_row_over_several_turns(kind: str) -> None:
+    """Its columns are not positions, and no state may be kept as if they were."""
+    model, store = tiny(kind), MemoryStore()
+    row = {
+        "input_ids": torch.cat([torch.zeros(1, 20, dtype=torch.long), PROMPT], 1),
+        "attention_mask": torch.cat([torch.zeros(1, 20), torch.ones(1, 195)], 1).long(),
+    }
+    cache = new(model, store)
+    for _ in range(2):
+        told = generate(model, row, cache)
+        assert torch.equal(told, generate(model, row))
+        ids = torch.cat([told, tokens(140, seed=40)], 1)
+        row = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= 20)[None].long()}
+    text = told[:, 20:]
+    for _ in range(2):
+        fresh = new(model, store)
+        assert torch.equal(generate(model, text, fresh), generate(model, text))
+        assert close(logits(model, text, new(model, store)), logits(model, text))

@@ -82,6 +82,9 @@ class Prefill:
         stale: Index entries to correct: by key, what shall replace them.
     """
 
+    computes_together = True
+    """Whether what one row has to compute is computed in all."""
+
     def __init__(
         self,
         conversation: Conversation,

@@ -8,6 +8,7 @@ together. Copies of a row, as beam search makes them, are computed once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _SUMS = (
 class RowsPrefill(Prefill):
     """See the module, and `Prefill`. Nothing is held when it begins."""
 
+    computes_together = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rows: list[Prefill | None] = []  # what brings up each row; alike for copies
@@ -57,7 +60,9 @@ class RowsPrefill(Prefill):
                 self.sizes |= prefill.sizes
         if dry:
             self.plans = [
-                prefill.plans[0] if prefill else plan_row([], self.total - pad, 0, (), WANTED)
+                replace(prefill.plans[0], tokens=self.total - pad)
+                if prefill
+                else plan_row([], self.total - pad, 0, (), WANTED)
                 for prefill, pad in zip(self._rows, self.pads, strict=True)
             ]
 

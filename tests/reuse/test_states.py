@@ -473,3 +473,13 @@ def test_one_padded_row_over_several_turns(kind: str) -> None:
         fresh = new(model, store)
         assert torch.equal(generate(model, text, fresh), generate(model, text))
         assert close(logits(model, text, new(model, store)), logits(model, text))
+
+
+def test_explain_says_what_each_row_reuses() -> None:
+    store = MemoryStore()
+    generate(HYBRID, PROMPT, new(HYBRID, store))
+    batch = padded(PROMPT, tokens(90, seed=2), joined(TEXT, OTHER), tokens(1, seed=3))
+    told = new(HYBRID, store).explain(batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits(HYBRID, batch, cache := new(HYBRID, store))
+    assert sum(c.tokens for c in told.chunks if c.kind == "reused") == cache.report.reused == 256
+    assert sum(c.tokens for c in told.chunks) == cache.report.prompt_tokens

@@ -9,8 +9,9 @@ print(cache.report)
 ```
 
 Begin with `RedisChunkCache` and its `Report`; `enabled` covers code that calls `generate()` itself,
-`open_store` opens a store for several caches, `add_documents` computes documents ahead of time, and
-`catalog` and `metrics` tell what a store has and what a process has done.
+`open_store` opens a store for several caches, `add_documents` computes documents ahead of time,
+`order` puts them in the order that is known best, and `catalog` and `metrics` tell what a store has
+and what a process has done.
 """
 
 from importlib import import_module
@@ -39,6 +40,7 @@ _HOMES = {
     "enabled": "enable",
     "metrics": "metrics",
     "open_store": "stores",
+    "order": "library.ordering",
     "uninstall": "reuse.hook",
 }
 
@@ -58,6 +60,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from chunkcache.library.documents import DocumentFailure as DocumentFailure
     from chunkcache.library.documents import DocumentsSummary as DocumentsSummary
     from chunkcache.library.documents import add_documents as add_documents
+    from chunkcache.library.ordering import order as order
     from chunkcache.report import Report as Report
     from chunkcache.reuse.hook import uninstall as uninstall
     from chunkcache.settings import Settings as Settings

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from chunkcache.errors import PickleError, SettingError, StoreError, UnsupportedCallError
 from chunkcache.insight.audit import Audit, compare
 from chunkcache.insight.runs import run_both
+from chunkcache.insight.sampling import sample_audit
 from chunkcache.keys import INT8
 from chunkcache.kv.states import state_layers
 from chunkcache.metrics import Meter
@@ -268,6 +269,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             whole = starts and not conversation.continues(call)
             if whole:
                 held, as_plain = conversation.kept_columns(module, call)
+                if self.settings.prepared_only and not as_plain:
+                    held = 0  # it was repaired for what was asked then
         except UnsupportedCallError:
             self._owner.end_forward()  # what is held stays as it was
             raise
@@ -333,7 +336,21 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         else:
             self._meter.read(self.report, prefill is not None)
             self._prefill = None
+            if prefill is not None and self.settings.audit_rate and self.report.moved:
+                self._sample_audit()
         return again
+
+    def _sample_audit(self) -> None:
+        """Audit this prompt, if chance has it."""
+        conversation = self._conversation
+        ids = conversation.transcript.ids()
+        if conversation.bypass_reason or ids.shape[1] != conversation.length:
+            return
+        columns = torch.arange(ids.shape[1])
+        mask = (columns >= torch.tensor(conversation.transcript.pads)[:, None]).long()
+        sample_audit(
+            self._context.model, self.settings, conversation.layers, Prompt(ids.clone(), mask)
+        )
 
     def fail_forward(self) -> None:
         """The forward raised: what is held cannot be used, unless another call owns the cache."""

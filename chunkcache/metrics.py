@@ -22,6 +22,7 @@ from chunkcache.sums import SUMS, Number
 from chunkcache.tokens.plan import Kind
 
 STAGES = ("lookup", "read", "move", "prefill")
+AUDITS = ("rows", "kl", "same_top1", "over_bound", "failed")
 _BYTES = ("bytes_read", "bytes_written", "bytes_dropped")
 
 
@@ -37,7 +38,9 @@ def snapshot() -> dict[str, Any]:
       `sealed` for one under another key);
     - `writes`: entries (chunks, and lists of them) that were `written` in the background, `dropped`
       since a queue was full or the store would not take them, and `failed`;
-    - `write_errors`: how many failed, by cause.
+    - `write_errors`: how many failed, by cause;
+    - `audits`: of sampled prompts (`audit_rate`) how many `rows`, the sum of their `kl` (nats),
+      those with the `same_top1` token and those `over_bound`, and how many audits `failed`.
     """
     sums = SUMS.copy()
 
@@ -56,6 +59,7 @@ def snapshot() -> dict[str, Any]:
         "store_errors": parts("store_errors"),
         "writes": {outcome: sums["writes", outcome] for outcome in OUTCOMES},
         "write_errors": parts("write_errors"),
+        "audits": {part: sums["audits", part] for part in AUDITS},
     }
 
 

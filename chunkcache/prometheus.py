@@ -25,7 +25,9 @@ class Collector(BaseCollector):
     Counters `chunkcache_prompts`, `chunkcache_skipped`, `chunkcache_tokens{kind}`,
     `chunkcache_bytes_read`, `…_written`, `…_dropped`, `chunkcache_store_errors{cause}`,
     `chunkcache_writes{outcome}` and `chunkcache_write_errors{cause}`, each with `_total` behind it,
-    and the summary `chunkcache_seconds{stage}`.
+    and the summary `chunkcache_seconds{stage}`. Of sampled audits the summary `chunkcache_audit_kl`
+    (nats; its count is that of audited rows) and the counter `chunkcache_audits{result}`:
+    `same_top1`, `over_bound`, `failed`.
     """
 
     def collect(self) -> Iterator[Metric]:
@@ -49,6 +51,13 @@ class Collector(BaseCollector):
             for value, number in now[name].items():
                 counter.add_metric([value], number)
             yield counter
+        audits = now["audits"]
+        counter = CounterMetricFamily("chunkcache_audits", "Sampled audits", labels=["result"])
+        for result in ("same_top1", "over_bound", "failed"):
+            counter.add_metric([result], audits[result])
+        yield counter
+        text = "KL of sampled prompts to full runs, nats"
+        yield SummaryMetricFamily("chunkcache_audit_kl", text, audits["rows"], audits["kl"])
         text = "Seconds per prompt by stage"
         summary = SummaryMetricFamily("chunkcache_seconds", text, labels=["stage"])
         for stage, spent in now["seconds"].items():

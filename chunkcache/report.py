@@ -131,6 +131,12 @@ class Report(Counts):
         return not self.approximate and not self.lossy
 
     @property
+    def variants(self) -> dict[str, str]:
+        """Which chunks have served as moved text, by hash: their variant and old position."""
+        moved = (span for span in self._spans() if span.kind is Kind.MOVED)
+        return {span.key: span.origin for span in moved}
+
+    @property
     def chunks(self) -> list[dict[str, Any]]:
         """One mapping per span: row, start, stop, kind, key, origin, reason."""
         return [

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _REPAIR = "head:4"
 PIECE_TOKENS = 512  # with reproducible=True
 REUSE_MODES = ("prefix", "anywhere", "off")
+VARIANTS = ("any", "prepared")
+BACKGROUND = "background"
+AUDIT_PLACES = (BACKGROUND, "call")
 ERROR_MODES = ("compute", "raise")
 OBSERVERS = "observers"
 HOOK_MODES = ("fallback", OBSERVERS)
@@ -39,8 +42,8 @@ _OF_STORE = (
 RESERVED_FIELDS = frozenset(
     (
         "age", "bytes", "codec", "context", "created", "dtype", "identity", "layers", "model",
-        "namespace", "outputs", "parent", "pinned", "positions", "revision", "state", "tags",
-        "token_ids", "tokens",
+        "namespace", "outputs", "parent", "pinned", "positions", "prepared", "revision", "state",
+        "tags", "token_ids", "tokens",
     )
 )  # fmt: skip
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -64,6 +67,15 @@ class Settings:
             (approximate, and reported); `"off"` only writes.
         repair: which moved tokens are computed again: a name as `parse_repair` reads it, or a
             `Repair`.
+        variants: with `reuse="anywhere"`, which K/V of a text may serve: `"any"`, those of earlier
+            prompts too; `"prepared"` only those that `add_documents` has computed, so that an
+            answer never depends on earlier prompts.
+        audit_rate: share of the prompts with moved text that are compared with a full run, 0 to 1;
+            `metrics` tells how far they were off. An audit costs a whole prefill and the memory of
+            the prompt's K/V; there is never more than one at a time.
+        audit_bound: KL in nats, beyond which an audited prompt is logged; 0 for none.
+        audit_in: `"background"` audits in a thread beside the answer, `"call"` before the first
+            token is returned.
         chunk_size: tokens per chunk.
         chunk_overlap: tokens that a chunk shares with the one before it.
         reproducible: cold and warm runs give the same bits: prompts are computed in pieces, and
@@ -113,6 +125,10 @@ class Settings:
 
     reuse: str = "prefix"
     repair: str | Repair = _REPAIR
+    variants: str = "any"
+    audit_rate: float = 0.0
+    audit_bound: float = 0.0
+    audit_in: str = BACKGROUND
     chunk_size: int = 128
     chunk_overlap: int = 0
     reproducible: bool = False
@@ -139,6 +155,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("reuse", self.reuse, REUSE_MODES)
+        _one_of("variants", self.variants, VARIANTS)
+        _one_of("audit_in", self.audit_in, AUDIT_PLACES)
+        for name in ("audit_rate", "audit_bound"):
+            if (value := getattr(self, name)) != 0:
+                _positive(name, value, "number", "or 0 for none")
+        if self.audit_rate > 1:
+            raise SettingError(f"audit_rate={self.audit_rate!r} must be a share, from 0 to 1")
         _one_of("on_error", self.on_error, ERROR_MODES)
         _one_of("hooks", self.hooks, HOOK_MODES)
         _one_of("codec", self.codec, CODECS)
@@ -204,6 +227,11 @@ class Settings:
     def in_pieces(self) -> int:
         """Tokens of a piece, 0 where prompts are computed at once."""
         return self.piece_tokens or (PIECE_TOKENS if self.reproducible else 0)
+
+    @property
+    def prepared_only(self) -> bool:
+        """Whether nothing but prepared documents is reused."""
+        return self.reuse == "anywhere" and self.variants == "prepared"
 
     @property
     def strategy(self) -> Repair:

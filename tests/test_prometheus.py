@@ -16,6 +16,7 @@ from chunkcache.tokens.plan import Kind, Span
 def test_what_prometheus_reads() -> None:
     SUMS.begin()
     SUMS.add(Counter({("writes", "failed"): 8, ("write_errors", "full"): 8}))
+    SUMS.add(Counter({("audits", "rows"): 3, ("audits", "kl"): 0.5, ("audits", "same_top1"): 2}))
     registry = CollectorRegistry()
     registry.register(Collector())  # before there is anything
     spans = [Span(0, 7, Kind.REUSED), Span(7, 10, Kind.COMPUTED)]
@@ -43,6 +44,11 @@ def test_what_prometheus_reads() -> None:
         ("chunkcache_writes_total", "dropped"): 0,
         ("chunkcache_writes_total", "failed"): 8,
         ("chunkcache_write_errors_total", "full"): 8,
+        ("chunkcache_audits_total", "same_top1"): 2,
+        ("chunkcache_audits_total", "over_bound"): 0,
+        ("chunkcache_audits_total", "failed"): 0,
+        ("chunkcache_audit_kl_count",): 3,
+        ("chunkcache_audit_kl_sum",): 0.5,
         ("chunkcache_seconds_count", "lookup"): 1,
         ("chunkcache_seconds_sum", "lookup"): 0.25,
         **{

@@ -35,6 +35,7 @@ PUBLIC = [
     "enabled",
     "metrics",
     "open_store",
+    "order",
     "uninstall",
 ]
 

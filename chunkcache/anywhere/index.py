@@ -3,29 +3,35 @@
 Two round trips more than an exact lookup, for all rows of a batch together: one asks for the
 anchors of the unknown part of the prompt, one for the tokens of the chunks that hold them. Entries
 are hints: tokens are compared here, and blobs are checked when they are read. A prompt that meets
-an entry with too many chunks, or with chunks that are gone, writes it anew without them.
+an entry with too many chunks, or with chunks that are gone, writes it anew without them. Chunks
+that `add_documents` computed are marked in their metadata and in the entries, and counted apart:
+prompts, however many, do not crowd them out.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from chunkcache.anywhere.anchors import REACH, WINDOW, anchors
-from chunkcache.anywhere.matching import Piece, StoredChunk, laid, long_enough
+from chunkcache.anywhere.matching import Match, StoredChunk, laid, long_enough
 from chunkcache.errors import BlobError, SealedBlobError
 from chunkcache.keys import INDEX_FORMAT
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore, Entry, first_position
 from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
 
-# Texts that every prompt has (a system prompt) collect variants; the newest are enough.
+# Texts that every prompt has (a system prompt) collect variants; the newest are enough: so many of
+# those that were prepared, and so many others.
 MOST_VARIANTS = 8
 # And some texts are one window over and over again.
 MOST_PLACES = 32
+_PREPARED = (
+    "prepared"  # the metadata field of such chunks, and the last word of a place in an entry
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +58,14 @@ class Found:
     """What a search found.
 
     Attributes:
-        pieces: Parts of each passage that the store has K/V for, in order.
+        matches: Parts of each passage that the store has K/V for, in order.
         short: Others, in runs that are too short to be moved.
         stale: Index entries that name chunks which are gone, or too many: by key, what shall
             replace them.
     """
 
-    pieces: list[list[Piece]]
-    short: list[list[Piece]]
+    matches: list[list[Match]]
+    short: list[list[Match]]
     stale: dict[str, Entry]
 
 
@@ -96,8 +102,41 @@ def _key(keys: KeySpace, anchor_hash: str) -> str:
     return keys.key(anchor_hash, INDEX_FORMAT)
 
 
-def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Found:
+def prepared_chunk(entry: Entry) -> Entry:
+    """A chunk's entry, marked as computed by `add_documents`. No setting gives it this field."""
+    return replace(entry, metadata={**entry.metadata, _PREPARED: "yes"})
+
+
+def prepared_places(entry: Entry) -> Entry:
+    """An index entry, its chunks marked so."""
+    places = {name: f"{place} {_PREPARED}" for name, place in entry.metadata.items()}
+    return replace(entry, metadata=places)
+
+
+def is_prepared(fields: Mapping[str, str]) -> bool:
+    """Whether a chunk with these metadata was computed by `add_documents`."""
+    return fields.get(_PREPARED) == "yes"
+
+
+def prepared_variants(fields: Mapping[str, str]) -> set[str]:
+    """Hashes of the chunks that an index entry names as such."""
+    return {name for name, place in fields.items() if _is_marked(place)}
+
+
+def _is_marked(place: str) -> bool:
+    return place.endswith(f" {_PREPARED}")
+
+
+def search(
+    store: ChunkStore, keys: KeySpace, passages: Sequence[Passage], prepared: bool = False
+) -> Found:
     """Which parts of the passages the store has K/V for, computed anywhere.
+
+    Args:
+        store: Where to look.
+        keys: Those of the chunks.
+        passages: What to look for.
+        prepared: Find only what `add_documents` has computed.
 
     Raises:
         StoreError: The store failed.
@@ -108,7 +147,15 @@ def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Fo
     entries = store.read_metadata([_key(keys, anchor) for anchor in places])
     answers = [fields or {} for fields in entries]
     newest = [_newest(fields) for fields in answers]
-    hashes = list(dict.fromkeys(name for variants in newest for name in variants))
+    hashes = list(
+        dict.fromkeys(
+            name
+            for fields, variants in zip(answers, newest, strict=True)
+            for name in variants
+            if not prepared or _is_marked(fields[name])
+        )
+    )
+    asked = set(hashes)
     records = store.read_metadata([keys.key(name) for name in hashes]) if hashes else []
     chunks: dict[str, StoredChunk] = {}
     sealed: set[str] = set()  # with another key: not for us, but good for others
@@ -123,34 +170,41 @@ def search(store: ChunkStore, keys: KeySpace, passages: Sequence[Passage]) -> Fo
     for anchor, fields, variants in zip(places, answers, newest, strict=True):
         good = {name: offset for name, offset in variants.items() if name in chunks}
         kept = [name for name in variants if name in good or name in sealed]
-        if len(kept) < min(len(fields), MOST_VARIANTS) or len(fields) > 2 * MOST_VARIANTS:
+        marked = sum(map(_is_marked, fields.values()))
+        enough = sum(min(some, MOST_VARIANTS) for some in (marked, len(fields) - marked))
+        crowded = len(kept) < enough or len(fields) > enough + MOST_VARIANTS
+        if crowded and all(name in asked for name in variants):
             key = _key(keys, anchor)
             rest = {name: fields[name] for name in kept}
             pinned = any(chunks[name].pinned for name in good)
             stale[key] = Entry(key, rest, memoryview(b""), pinned=pinned)
         for number, start in places[anchor]:
             shifts[number] |= {(name, start - offset) for name, offset in good.items()}
-    pieces, short = [], []
+    matches, short = [], []
     for passage, found in zip(passages, shifts, strict=True):
-        candidates = [(chunks[name], shift) for name, shift in sorted(found)]
+        candidates = [
+            (chunks[name], shift)
+            for name, shift in sorted(found)
+            if chunks[name].prepared or not prepared
+        ]
         every = laid(passage.tokens, candidates, passage.start, passage.stop)
-        pieces.append(long_enough(every))
+        matches.append(long_enough(every))
         # Less than a window is alike by chance, and seldom seen.
-        short.append([p for p in long_enough(every, WINDOW) if p not in pieces[-1]])
-    return Found(pieces, short, stale)
+        short.append([p for p in long_enough(every, WINDOW) if p not in matches[-1]])
+    return Found(matches, short, stale)
 
 
-def is_exact(piece: Piece, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
-    """Whether a piece's K/V are exact here: at the same position, behind the same tokens.
+def is_exact(match: Match, tokens: Tokens, grid: Grid, salt: bytes) -> bool:
+    """Whether a match's K/V are exact here: at the same position, behind the same tokens.
 
     A part of a chunk may be so where the rest of it is not, or where a chunk before it is missing.
     Its hash tells, since it covers all that stood before.
     """
-    if piece.start != piece.old_start:
+    if match.start != match.old_start:
         return False
-    then = np.concatenate([tokens[: piece.start], piece.chunk.tokens[piece.offset :]])
+    then = np.concatenate([tokens[: match.start], match.chunk.tokens[match.offset :]])
     chunks = cut(then, grid, salt, tail=True)
-    return bool(chunks) and chunks[-1].hash == piece.chunk.hash
+    return bool(chunks) and chunks[-1].hash == match.chunk.hash
 
 
 def _anchor_places(keys: KeySpace, passages: Sequence[Passage]) -> dict[str, list[tuple[int, int]]]:
@@ -169,8 +223,10 @@ def _anchor_places(keys: KeySpace, passages: Sequence[Passage]) -> dict[str, lis
 def _newest(fields: Mapping[str, str]) -> dict[str, int]:
     """The newest variants that an anchor's entry names: their hashes, and where it is in them."""
     newest = sorted(fields.items(), key=lambda item: item[1].partition(" ")[2])
+    marked = [item for item in newest if _is_marked(item[1])]
+    others = [item for item in newest if not _is_marked(item[1])]
     variants = {}
-    for name, place in newest[-MOST_VARIANTS:]:
+    for name, place in (*marked[-MOST_VARIANTS:], *others[-MOST_VARIANTS:]):
         offset = place.partition(" ")[0]
         if offset.removeprefix("-").isdecimal() and len(offset) < 8:
             variants[name] = int(offset)
@@ -199,4 +255,5 @@ def _read_record(keys: KeySpace, chunk_hash: str, fields: dict[str, str]) -> Sto
         clean=fields.get("context") == "exact",
         created=fields.get("created", ""),
         pinned=fields.get("pinned") == "yes",
+        prepared=is_prepared(fields),
     )

@@ -1,6 +1,6 @@
 """Matching: which parts of a prompt are texts met before, and which stored chunk serves each part.
 
-Pure: candidates in, pieces out. A candidate's tokens are compared one by one, so an anchor's hash
+Pure: candidates in, matches out. A candidate's tokens are compared one by one, so an anchor's hash
 only suggests. Of several stored variants of the same text the one whose old context looks most like
 the new one is taken, since what a moved token remembers of its old context is the error.
 """
@@ -16,6 +16,7 @@ from chunkcache.tokens.chunking import Tokens
 
 # Shorter finds are not worth moving: repairing them costs as much as computing them.
 SHORTEST_RUN = 32
+PREPARED, MET = "prepared", "met in a prompt"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,6 +31,7 @@ class StoredChunk:
         clean: Whether its own context was exact.
         created: When it was stored; later is larger.
         pinned: Whether it was stored to stay.
+        prepared: Whether `add_documents` computed it, behind its prefix and nothing else.
     """
 
     hash: str
@@ -39,17 +41,23 @@ class StoredChunk:
     clean: bool = True
     created: str = ""
     pinned: bool = False
+    prepared: bool = False
+
+    @property
+    def variant(self) -> str:
+        """Which of the variants of its text it is, as reports say it."""
+        return PREPARED if self.prepared else MET
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Piece:
+class Match:
     """Tokens `start` to `stop` of the prompt, equal to those of a chunk from `offset` on."""
 
     start: int
     stop: int
     chunk: StoredChunk
     offset: int
-    # Pieces that continue each other, in the prompt as where they were computed, form one run.
+    # Matches that continue each other, in the prompt as where they were computed, form one run.
     continues: bool = False
     # Tokens right before it that stood there then, too, and where such a run may end.
     before: int = 0
@@ -60,14 +68,14 @@ class Piece:
         """Position of the first token when it was computed."""
         return self.chunk.start + self.offset
 
-    def part(self, start: int, stop: int) -> Piece:
-        """The piece between two positions of the prompt."""
+    def part(self, start: int, stop: int) -> Match:
+        """The match between two positions of the prompt."""
         before = self.before + start - self.start
         offset = self.offset + start - self.start
         return replace(self, start=start, stop=stop, offset=offset, before=before)
 
 
-def grow(tokens: Tokens, chunk: StoredChunk, shift: int) -> list[Piece]:
+def grow(tokens: Tokens, chunk: StoredChunk, shift: int) -> list[Match]:
     """All maximal equal parts when token `i` of the chunk is laid on token `shift + i`."""
     begin, end = max(shift, 0), min(shift + len(chunk.tokens), len(tokens))
     if begin >= end:
@@ -75,15 +83,15 @@ def grow(tokens: Tokens, chunk: StoredChunk, shift: int) -> list[Piece]:
     equal = tokens[begin:end] == chunk.tokens[begin - shift : end - shift]
     edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False]))))
     return [
-        Piece(begin + int(a), begin + int(b), chunk, begin + int(a) - shift)
+        Match(begin + int(a), begin + int(b), chunk, begin + int(a) - shift)
         for a, b in zip(edges[::2], edges[1::2], strict=True)
     ]
 
 
 def cover(
     tokens: Tokens, candidates: Iterable[tuple[StoredChunk, int]], start: int, stop: int
-) -> list[Piece]:
-    """Cover positions `start` to `stop` with pieces of known chunks, without overlap.
+) -> list[Match]:
+    """Cover positions `start` to `stop` with matches of known chunks, without overlap.
 
     As `laid`; runs shorter than `SHORTEST_RUN` are left out.
     """
@@ -92,8 +100,8 @@ def cover(
 
 def laid(
     tokens: Tokens, candidates: Iterable[tuple[StoredChunk, int]], start: int, stop: int
-) -> list[Piece]:
-    """Pieces of known chunks between positions `start` and `stop`, in order, without overlap.
+) -> list[Match]:
+    """Matches of known chunks between positions `start` and `stop`, in order, without overlap.
 
     Args:
         tokens: The whole prompt.
@@ -101,89 +109,91 @@ def laid(
         start: Where to begin; what stands before is known exactly.
         stop: Where to end.
     """
-    found = _linked([piece for chunk, shift in candidates for piece in grow(tokens, chunk, shift)])
-    found = [piece for piece in found if piece.stop > start and piece.start < stop]
-    chosen: list[Piece] = []
+    found = _linked([match for chunk, shift in candidates for match in grow(tokens, chunk, shift)])
+    found = [match for match in found if match.stop > start and match.start < stop]
+    chosen: list[Match] = []
     position, at = start, 0
-    open_pieces: list[Piece] = []
+    open_matches: list[Match] = []
     while position < stop:
         while at < len(found) and found[at].start <= position:
-            open_pieces.append(found[at])
+            open_matches.append(found[at])
             at += 1
-        open_pieces = [piece for piece in open_pieces if piece.stop > position]
-        if not open_pieces:
+        open_matches = [match for match in open_matches if match.stop > position]
+        if not open_matches:
             if at == len(found):
                 break
             position = max(position, found[at].start)
             continue
         last = chosen[-1] if chosen else None
-        best = max(open_pieces, key=lambda piece: _merit(piece, position, last))
-        piece = best.part(position, min(best.stop, stop))
-        chosen.append(replace(piece, continues=_continues(piece, last)))
-        position = piece.stop
+        best = max(open_matches, key=lambda match: _merit(match, position, last))
+        match = best.part(position, min(best.stop, stop))
+        chosen.append(replace(match, continues=_continues(match, last)))
+        position = match.stop
     return chosen
 
 
-def _merit(piece: Piece, position: int, last: Piece | None) -> tuple[object, ...]:
-    part = piece.part(position, piece.stop)
+def _merit(match: Match, position: int, last: Match | None) -> tuple[object, ...]:
+    part = match.part(position, match.stop)
     return (
         _continues(part, last),  # the whole run before it was its context then, too
         part.before,
-        piece.run_stop,
-        piece.stop,
-        piece.chunk.clean,
-        piece.chunk.created,
+        match.run_stop,
+        match.stop,
+        match.chunk.clean,
+        match.chunk.created,
     )
 
 
-def _linked(pieces: list[Piece]) -> list[Piece]:
-    """The pieces by their start, with `before` and `run_stop`.
+def _linked(matches: list[Match]) -> list[Match]:
+    """The matches by their start, with `before` and `run_stop`.
 
     Those that belong together are the last part of a chunk and the first of the one that stood
     behind it then.
     """
-    order = sorted(pieces, key=lambda piece: (piece.start, piece.stop))
+    order = sorted(matches, key=lambda match: (match.start, match.stop))
     ends: dict[tuple[str, int], int] = {}
-    for number, piece in enumerate(order):
-        before = ends.get((piece.chunk.parent, piece.start), 0) if not piece.offset else 0
-        order[number] = replace(piece, before=before)
-        if piece.offset + piece.stop - piece.start == len(piece.chunk.tokens):
-            ends[piece.chunk.hash, piece.stop] = before + piece.stop - piece.start
+    for number, match in enumerate(order):
+        before = ends.get((match.chunk.parent, match.start), 0) if not match.offset else 0
+        order[number] = replace(match, before=before)
+        if match.offset + match.stop - match.start == len(match.chunk.tokens):
+            ends[match.chunk.hash, match.stop] = before + match.stop - match.start
     starts: dict[tuple[str, int], int] = {}
     for number in reversed(range(len(order))):
-        piece = order[number]
-        run_stop = piece.stop
-        if piece.offset + piece.stop - piece.start == len(piece.chunk.tokens):
-            run_stop = starts.get((piece.chunk.hash, piece.stop), piece.stop)
-        order[number] = replace(piece, run_stop=run_stop)
-        if not piece.offset and piece.chunk.parent:
-            place = piece.chunk.parent, piece.start
+        match = order[number]
+        run_stop = match.stop
+        if match.offset + match.stop - match.start == len(match.chunk.tokens):
+            run_stop = starts.get((match.chunk.hash, match.stop), match.stop)
+        order[number] = replace(match, run_stop=run_stop)
+        if not match.offset and match.chunk.parent:
+            place = match.chunk.parent, match.start
             starts[place] = max(starts.get(place, 0), run_stop)
     return order
 
 
-def _continues(piece: Piece, last: Piece | None) -> bool:
-    """Whether the piece stood right behind the last one when both were computed."""
-    if last is None or last.stop != piece.start:
+def _continues(match: Match, last: Match | None) -> bool:
+    """Whether the match stood right behind the last one when both were computed."""
+    if last is None or last.stop != match.start:
         return False
-    if last.chunk is piece.chunk:
-        return last.offset + last.stop - last.start == piece.offset
+    if last.chunk is match.chunk:
+        return last.offset + last.stop - last.start == match.offset
     ended = last.offset + last.stop - last.start == len(last.chunk.tokens)
-    return ended and piece.offset == 0 and piece.chunk.parent == last.chunk.hash
+    return ended and match.offset == 0 and match.chunk.parent == last.chunk.hash
 
 
-def runs(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces grouped into runs that moved together."""
-    grouped: list[list[Piece]] = []
-    for piece in pieces:
+def runs(matches: list[Match]) -> list[list[Match]]:
+    """Matches grouped into runs that moved together."""
+    grouped: list[list[Match]] = []
+    for match in matches:
         # One before it may have been lost on the way.
-        if piece.continues and grouped and grouped[-1][-1].stop == piece.start:
-            grouped[-1].append(piece)
+        if match.continues and grouped and grouped[-1][-1].stop == match.start:
+            grouped[-1].append(match)
         else:
-            grouped.append([piece])
+            grouped.append([match])
     return grouped
 
 
-def long_enough(pieces: list[Piece], tokens: int = SHORTEST_RUN) -> list[Piece]:
-    """The pieces of runs of so many tokens and more."""
-    return [piece for run in runs(pieces) if run[-1].stop - run[0].start >= tokens for piece in run]
+def long_enough(matches: list[Match], tokens: int = SHORTEST_RUN) -> list[Match]:
+    """The matches of runs of so many tokens and more."""
+    return [
+        match for run in runs(matches) if run[-1].stop - run[0].start >= tokens for match in run
+    ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from chunkcache.anywhere.index import Passage
-from chunkcache.anywhere.matching import Piece
+from chunkcache.anywhere.matching import Match
 from chunkcache.repair import Mask
 from chunkcache.tokens.plan import (
     NOT_IN_STORE,
@@ -21,6 +21,7 @@ from chunkcache.tokens.plan import (
 )
 
 UNREADABLE = "its chunk could not be read"
+NOT_PREPARED = "not among the prepared documents that the store has"
 
 
 @dataclass
@@ -29,46 +30,48 @@ class MovedText:
 
     Attributes:
         passage: The passage.
-        found: Pieces whose blob the store has, long enough to be moved.
-        lost: Pieces of chunks whose blob is gone or damaged.
-        short: Pieces too short to be moved.
-        exact: Pieces of `found` and `lost` whose K/V are exact where they stand.
-        wanted: Pieces of `found` that save the model a column: these are read.
-        placed: Pieces of `wanted` whose K/V are in place.
+        found: Matches whose blob the store has, long enough to be moved.
+        lost: Matches of chunks whose blob is gone or damaged.
+        short: Matches too short to be moved.
+        exact: Matches of `found` and `lost` whose K/V are exact where they stand.
+        missing: Why the store has nothing of other tokens.
+        wanted: Matches of `found` that save the model a column: these are read.
+        placed: Matches of `wanted` whose K/V are in place.
         again: `[tokens]`, True for moved tokens to compute again.
     """
 
     passage: Passage
-    found: list[Piece]
-    lost: list[Piece]
-    short: list[Piece]
-    exact: set[Piece]
-    wanted: list[Piece] = field(default_factory=list)
-    placed: list[Piece] = field(default_factory=list)
+    found: list[Match]
+    lost: list[Match]
+    short: list[Match]
+    exact: set[Match]
+    missing: str = NOT_IN_STORE
+    wanted: list[Match] = field(default_factory=list)
+    placed: list[Match] = field(default_factory=list)
     again: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
-    def known(self) -> list[Piece]:
-        """All pieces whose text the store has, in order, whether their blobs are there or not."""
-        return sorted([*self.found, *self.lost], key=lambda piece: piece.start)
+    def known(self) -> list[Match]:
+        """All matches whose text the store has, in order, whether their blobs are there or not."""
+        return sorted([*self.found, *self.lost], key=lambda match: match.start)
 
-    def moving(self) -> list[Piece]:
-        """Pieces in place whose K/V are approximate there."""
-        return [piece for piece in self.placed if piece not in self.exact]
+    def moving(self) -> list[Match]:
+        """Matches in place whose K/V are approximate there."""
+        return [match for match in self.placed if match not in self.exact]
 
     def moved(self) -> Mask:
-        """`[tokens]`, True where such a piece is."""
+        """`[tokens]`, True where such a match is."""
         return self._covered(self.moving())
 
-    def unknown(self, pieces: Sequence[Piece]) -> Mask:
-        """`[tokens]`, True where neither the exact beginning nor one of these pieces is."""
-        mask = ~self._covered(pieces)
+    def unknown(self, matches: Sequence[Match]) -> Mask:
+        """`[tokens]`, True where neither the exact beginning nor one of these matches is."""
+        mask = ~self._covered(matches)
         mask[: self.passage.start] = False
         return mask
 
-    def _covered(self, pieces: Sequence[Piece]) -> Mask:
+    def _covered(self, matches: Sequence[Match]) -> Mask:
         mask = np.zeros(len(self.passage.tokens), dtype=bool)
-        for piece in pieces:
-            mask[piece.start : piece.stop] = True
+        for match in matches:
+            mask[match.start : match.stop] = True
         return mask
 
     def not_found(self) -> list[tuple[int, int]]:
@@ -87,36 +90,36 @@ class MovedText:
         """What becomes of the tokens from `passage.start` on when these are computed."""
         spans: list[Span] = []
         position, end = self.passage.start, len(self.passage.tokens)
-        for piece in self.found:
-            if piece.start > position:
-                spans += self._gap(position, piece.start)
-            position, key = piece.stop, piece.chunk.hash
-            if piece not in self.placed:
-                why = UNREADABLE if piece in self.wanted else OTHER_ROW
-                spans.append(Span(piece.start, piece.stop, Kind.COMPUTED, key, reason=why))
+        for match in self.found:
+            if match.start > position:
+                spans += self._gap(position, match.start)
+            position, key = match.stop, match.chunk.hash
+            if match not in self.placed:
+                why = UNREADABLE if match in self.wanted else OTHER_ROW
+                spans.append(Span(match.start, match.stop, Kind.COMPUTED, key, reason=why))
                 continue
-            if piece in self.exact:
-                reused = Span(piece.start, piece.stop, Kind.REUSED, key, "store")
+            if match in self.exact:
+                reused = Span(match.start, match.stop, Kind.REUSED, key, "store")
                 spans += computed_too([reused], computed)
                 continue
-            for begin, stop, value in stretches(computed[piece.start : piece.stop]):
+            for begin, stop, value in stretches(computed[match.start : match.stop]):
                 kind = Kind.RECOMPUTED if value else Kind.MOVED
-                origin = f"position {piece.old_start + begin}"
-                spans.append(Span(piece.start + begin, piece.start + stop, kind, key, origin))
+                origin = f"{match.chunk.variant}, position {match.old_start + begin}"
+                spans.append(Span(match.start + begin, match.start + stop, kind, key, origin))
         if position < end:
             spans += self._gap(position, end)
         return spans
 
     def _gap(self, start: int, stop: int) -> list[Span]:
-        """Tokens between pieces, and which of them were found but cannot be moved."""
+        """Tokens between matches, and which of them were found but cannot be moved."""
         spans: list[Span] = []
         known = [(p, TOO_SHORT) for p in self.short] + [(p, UNREADABLE) for p in self.lost]
-        for piece, why in sorted(known, key=lambda item: item[0].start):
-            if start <= piece.start < stop:
-                if piece.start > start:
-                    spans.append(Span(start, piece.start, Kind.COMPUTED, reason=NOT_IN_STORE))
-                spans.append(Span(piece.start, piece.stop, Kind.COMPUTED, reason=why))
-                start = piece.stop
+        for match, why in sorted(known, key=lambda item: item[0].start):
+            if start <= match.start < stop:
+                if match.start > start:
+                    spans.append(Span(start, match.start, Kind.COMPUTED, reason=self.missing))
+                spans.append(Span(match.start, match.stop, Kind.COMPUTED, reason=why))
+                start = match.stop
         if start < stop:
-            spans.append(Span(start, stop, Kind.COMPUTED, reason=NOT_IN_STORE))
+            spans.append(Span(start, stop, Kind.COMPUTED, reason=self.missing))
         return spans

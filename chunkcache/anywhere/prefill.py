@@ -20,9 +20,9 @@ from torch import Tensor
 
 from chunkcache.anywhere.index import Passage, is_exact, search
 from chunkcache.anywhere.matching import SHORTEST_RUN, runs
-from chunkcache.anywhere.moved import MovedText
+from chunkcache.anywhere.moved import NOT_PREPARED, MovedText
 from chunkcache.anywhere.probes import Probes
-from chunkcache.anywhere.relocate import fill_pieces
+from chunkcache.anywhere.relocate import fill_matches
 from chunkcache.errors import RepairError, StoreError, UnsupportedModelError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.kv.rope import KeyRotation
@@ -34,7 +34,7 @@ from chunkcache.reuse.hook import TrimSpec
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.stores.base import Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, keyed_hash
-from chunkcache.tokens.plan import Kind, computed_too
+from chunkcache.tokens.plan import NOT_IN_STORE, Kind, computed_too
 
 
 class AnywherePrefill(Prefill):
@@ -67,6 +67,23 @@ class AnywherePrefill(Prefill):
                 self._handle(error)
         super().plan(dry)
         self._search()
+
+    def _look_up(self, rows: Sequence[Sequence[Chunk]], held: Sequence[int]) -> str:
+        """As in `Prefill`. Of prepared documents alone, the beginning is found by its text, too.
+
+        What earlier prompts have left where this one begins would be exact, but where documents
+        are moved otherwise: then the answer would depend on who asked what before.
+        """
+        why = super()._look_up(rows, held)
+        if not self.context.settings.prepared_only:
+            return why
+        self.conversation.known |= self.sizes.keys()  # which need not be written again
+        self.sizes = {}
+        return why if self.lookup_failed else NOT_PREPARED
+
+    def _follow_branches(self, dry: bool) -> None:
+        if not self.context.settings.prepared_only:
+            super()._follow_branches(dry)
 
     @property
     def _reads_together(self) -> bool:
@@ -108,13 +125,13 @@ class AnywherePrefill(Prefill):
         if self._loader.failed:
             self._search()  # behind what is left of them
         began = perf_counter()
-        placed = fill_pieces(
+        placed = fill_matches(
             self._reader, self.conversation.layers, self._rotation,
             [(text.passage, text.wanted) for text in self.moved],
             self.sizes, self.forms, self._loader.at_hand,
         )  # fmt: skip
         for text in self.moved:
-            text.placed = [piece for piece in text.wanted if piece in placed]
+            text.placed = [match for match in text.wanted if match in placed]
         self._count_read()
         self.report.move_ms += 1e3 * (perf_counter() - began)
         if any(text.placed for text in self.moved):
@@ -233,24 +250,28 @@ def find_moved(
         StoreError: The store failed.
     """
     context, keys, sizes = prefill.context, prefill.keys, prefill.sizes
-    found = search(context.store, keys, passages)
-    chunks = {piece.chunk.hash: piece.chunk for pieces in found.pieces for piece in pieces}
+    prepared = context.settings.prepared_only
+    found = search(context.store, keys, passages, prepared)
+    chunks = {match.chunk.hash: match.chunk for matches in found.matches for match in matches}
     names = [name for name in chunks if name not in sizes]
     if names:
         nbytes = context.store.sizes([keys.key(name) for name in names])
         sizes |= dict(zip(names, nbytes, strict=True))
+        # Exact ones among them are not written again, which would make them a prompt's.
+        prefill.conversation.known |= {name for name in names if sizes[name]}
     for name, chunk in chunks.items():
         if name not in prefill.forms:
             prefill.note_form(name, keys.form(chunk.tokens.tolist(), chunk.start, name))
     moved = [
         MovedText(
             passage,
-            [piece for piece in pieces if sizes[piece.chunk.hash]],
-            [piece for piece in pieces if not sizes[piece.chunk.hash]],
+            [match for match in matches if sizes[match.chunk.hash]],
+            [match for match in matches if not sizes[match.chunk.hash]],
             short,
-            {p for p in pieces if is_exact(p, passage.tokens, context.grid, keys.salt)},
+            {p for p in matches if is_exact(p, passage.tokens, context.grid, keys.salt)},
+            NOT_PREPARED if prepared else NOT_IN_STORE,
         )
-        for passage, pieces, short in zip(passages, found.pieces, found.short, strict=True)
+        for passage, matches, short in zip(passages, found.matches, found.short, strict=True)
     ]
     return moved, found.stale
 

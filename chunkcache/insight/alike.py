@@ -106,9 +106,9 @@ def matches(
             row, own = rows[number], at + offset
             is_there = at >= 0 and np.array_equal(row[own : own + WINDOW], window)
             place = own if is_there else first
-            piece = next(p for p in grow(row, chunk, place - offset) if p.start <= place < p.stop)
+            part = next(p for p in grow(row, chunk, place - offset) if p.start <= place < p.stop)
             found[number] = Match(
-                key, fields, number, piece.start, piece.stop, piece.offset, at, len(tokens)
+                key, fields, number, part.start, part.stop, part.offset, at, len(tokens)
             )
         if len(found) == len(rows):
             break

@@ -117,7 +117,7 @@ class Audit:
 def compare(full: Run, cached: Run, mask: Tensor, report: Report) -> Audit:
     """What two runs of a prompt with this mask, `[batch, tokens]`, differ in."""
     pairs = list(zip(full.logits, cached.logits, strict=True))
-    kl = torch.stack([_divergence(a, b) for a, b in pairs], dim=1)
+    kl = torch.stack([divergence(a, b) for a, b in pairs], dim=1)
     top1 = torch.stack([a.argmax(-1) == b.argmax(-1) for a, b in pairs], dim=1)
     by_layer, by_token = _deviations(full.kv, cached.kv, mask != 0)
     return Audit(
@@ -133,7 +133,7 @@ def compare(full: Run, cached: Run, mask: Tensor, report: Report) -> Audit:
     )
 
 
-def _divergence(full: Tensor, cached: Tensor) -> Tensor:
+def divergence(full: Tensor, cached: Tensor) -> Tensor:
     """KL(full || cached) of `[batch, vocabulary]` logits, `[batch]`."""
     log_p, log_q = full.double().log_softmax(-1), cached.double().log_softmax(-1)
     p = log_p.exp()

@@ -31,11 +31,13 @@ class Finding(Span):
         bytes: Bytes of the chunk's blob in the store, 0 if it is not there.
         old_start: Where the first token stood when the K/V in the store were computed, if that
             chunk was found by its text.
+        variant: Which of the variants of its text that chunk is, likewise.
     """
 
     row: int = 0
     bytes: int = 0
     old_start: int | None = None
+    variant: str = ""
 
     @property
     def hit(self) -> bool:
@@ -47,7 +49,8 @@ class Finding(Span):
         if self.old_start is None:
             return replace(self, start=start, stop=stop)
         old = self.old_start + start - self.start
-        return replace(self, start=start, stop=stop, old_start=old, origin=f"position {old}")
+        origin = f"{self.variant}, position {old}" if self.variant else f"position {old}"
+        return replace(self, start=start, stop=stop, old_start=old, origin=origin)
 
 
 @dataclass(frozen=True, slots=True)

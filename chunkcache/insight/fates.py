@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from chunkcache.anywhere.matching import Piece, StoredChunk
+from chunkcache.anywhere.matching import Match, StoredChunk
+from chunkcache.anywhere.moved import NOT_PREPARED
 from chunkcache.gain import NO_GAIN
 from chunkcache.insight.elsewhere import Sighting
 from chunkcache.insight.explanation import Finding
@@ -44,7 +45,7 @@ class RowFate:
         pad: Columns of padding before it.
         plan: The row's chunks, and how far they are known.
         known: How many tokens from the start could be reused.
-        pieces: What was found by its text behind those.
+        matches: What was found by its text behind those.
         exact: Those of them whose K/V would be taken as they are.
         damaged: Hashes of chunks whose blob cannot be sound; they count as missing.
         short: What was found by its text too, in runs that are too short to be moved.
@@ -59,10 +60,10 @@ class RowFate:
     pad: int
     plan: RowPlan
     known: int
-    pieces: list[Piece]
-    exact: set[Piece]
+    matches: list[Match]
+    exact: set[Match]
     damaged: Collection[str] = ()
-    short: Sequence[Piece] = ()
+    short: Sequence[Match] = ()
     seen: Sequence[Sighting] = ()
     repeats: Sequence[tuple[int, int]] = ()
     continuation: Continuation | None = None
@@ -71,23 +72,23 @@ class RowFate:
     def _may_move(self) -> bool:
         return self.context.settings.reuse == "anywhere"
 
-    def _moving(self) -> list[Piece]:
-        return [p for p in self.pieces if self._may_move and self.sizes[p.chunk.hash]]
+    def _moving(self) -> list[Match]:
+        return [p for p in self.matches if self._may_move and self.sizes[p.chunk.hash]]
 
     def unknown(self) -> Mask:
         """`[tokens]`, True where this row alone would have to be computed."""
         mask = np.ones(self.plan.tokens, dtype=bool)
         mask[: self.known] = False
-        for piece in self._moving():
-            mask[piece.start : piece.stop] = False
+        for match in self._moving():
+            mask[match.start : match.stop] = False
         return mask
 
     def missing(self) -> Mask:
         """`[tokens]`, True where nothing in the store is known to be of use."""
         mask = np.ones(self.plan.tokens, dtype=bool)
         mask[: self.known] = False
-        for piece in self.pieces:
-            mask[piece.start : piece.stop] = False
+        for match in self.matches:
+            mask[match.start : match.stop] = False
         for chunk in self.plan.chunks:
             if self.sizes[chunk.hash] or chunk.hash in self.damaged:
                 mask[chunk.start : chunk.stop] = False
@@ -111,25 +112,26 @@ class RowFate:
         """Where the tokens of this row, `[tokens]`, part from stored ones, the text going on."""
         if not decode:
             return []
-        pieces = list(self.pieces)
+        matches = list(self.matches)
         if self.continuation:
             chunk, its, *_ = self.continuation
             stored = StoredChunk(chunk.hash, chunk.start, its)
-            pieces.insert(0, Piece(chunk.start, chunk.stop, stored, 0))
-        return find_seams(tokens, pieces, decode, self.row)
+            matches.insert(0, Match(chunk.start, chunk.stop, stored, 0))
+        return find_seams(tokens, matches, decode, self.row)
 
     def findings(self, computed: Mask) -> list[Finding]:
         """The fate of every token, in order, when these columns are computed."""
         end, here = self.plan.tokens, computed[self.pad :]
         chunks = self.plan.chunks[::-1]  # of two that overlap, the first serves
         exact = [c for c in self.plan.known()[::-1] if c.start < self.known]
-        missing = [self._chunk(c, NOT_IN_STORE) for c in chunks if not self.sizes[c.hash]]
+        absent = NOT_PREPARED if self.context.settings.prepared_only else NOT_IN_STORE
+        missing = [self._chunk(c, absent) for c in chunks if not self.sizes[c.hash]]
         gap = NO_GAIN if self.plan.missing == NO_GAIN else self.plan.unread or GAP_BEFORE
         there = [self._chunk(c, gap) for c in chunks if self.sizes[c.hash]]
-        by_text = [self._piece(piece, here) for piece in self.pieces]
+        by_text = [self._match(match, here) for match in self.matches]
         # What is said later of a token hides what was said before.
         said = [
-            self._told(0, end, self.plan.rest or NOT_IN_STORE),
+            self._told(0, end, self.plan.rest or absent),
             *missing,
             *(self._told(a, b, REPEATED) for a, b in self.repeats if self._may_move),
             *(self._told(s.start, s.stop, s.reason) for s in self.seen),
@@ -165,32 +167,32 @@ class RowFate:
             chunk.start, chunk.stop, kind, chunk.hash, origin, why, row=self.row, bytes=size
         )
 
-    def _piece(self, piece: Piece, here: Mask) -> Finding:
-        size, why = self.sizes[piece.chunk.hash], self._why_not_exact(piece)
+    def _match(self, match: Match, here: Mask) -> Finding:
+        size, why = self.sizes[match.chunk.hash], self._why_not_exact(match)
         kind = Kind.COMPUTED
         if not size:
-            why = WRONG_SIZE if piece.chunk.hash in self.damaged else BLOB_GONE
+            why = WRONG_SIZE if match.chunk.hash in self.damaged else BLOB_GONE
         elif not self._may_move:
             why += WOULD_MOVE
-        elif here[piece.start : piece.stop].all():
+        elif here[match.start : match.stop].all():
             why = OTHER_ROW
-        elif piece in self.exact:
+        elif match in self.exact:
             kind, why = Kind.REUSED, ""
         else:
             kind = Kind.MOVED
         return Finding(
-            piece.start, piece.stop, kind, piece.chunk.hash, "", why,
-            row=self.row, bytes=size, old_start=piece.old_start,
+            match.start, match.stop, kind, match.chunk.hash, "", why,
+            row=self.row, bytes=size, old_start=match.old_start, variant=match.chunk.variant,
         )  # fmt: skip
 
-    def _why_not_exact(self, piece: Piece) -> str:
+    def _why_not_exact(self, match: Match) -> str:
         """Why text that is in the store is not found under a key of this prompt."""
-        if piece.old_start != piece.start:
+        if match.old_start != match.start:
             return OTHER_POSITION
-        if not piece.chunk.clean:
+        if not match.chunk.clean:
             return INEXACT_CONTEXT
-        stop = piece.chunk.start + len(piece.chunk.tokens)
+        stop = match.chunk.start + len(match.chunk.tokens)
         for chunk in self.plan.chunks:
-            if (chunk.start, chunk.stop) == (piece.chunk.start, stop):
-                return GAP_BEFORE if chunk.hash == piece.chunk.hash else OTHER_CONTEXT
+            if (chunk.start, chunk.stop) == (match.chunk.start, stop):
+                return GAP_BEFORE if chunk.hash == match.chunk.hash else OTHER_CONTEXT
         return OTHER_CUT

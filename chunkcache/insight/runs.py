@@ -80,18 +80,18 @@ def _run(
     """The prompt, then the continuation token by token, as `generate()` does."""
     with torch.no_grad():
         started = perf_counter()
-        logits = [_last_logits(model, cache, prompt, prompt.ids.shape[1])]
+        logits = [last_logits(model, cache, prompt, prompt.ids.shape[1])]
         prompt_ms = 1e3 * (perf_counter() - started)
         kv = [_held(layer) for layer in cache.layers]
         fed = [prompt.ids[:, :0]]
         for step in range(new_tokens if given is None else given.shape[1]):
             fed.append(logits[-1].argmax(-1, keepdim=True) if given is None else given[:, [step]])
             prompt = prompt.followed_by(fed[-1])
-            logits.append(_last_logits(model, cache, prompt, 1))
+            logits.append(last_logits(model, cache, prompt, 1))
     return Run(logits, torch.cat(fed, dim=1), kv, prompt_ms)
 
 
-def _last_logits(model: nn.Module, cache: DynamicCache, text: Prompt, new: int) -> Tensor:
+def last_logits(model: nn.Module, cache: DynamicCache, text: Prompt, new: int) -> Tensor:
     """`[batch, vocabulary]` behind a text of which all but the last `new` columns are cached."""
     arguments: dict[str, Any] = {"attention_mask": text.mask}
     if takes(model, "position_ids"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from chunkcache.anywhere.matching import Piece
+from chunkcache.anywhere.matching import Match
 from chunkcache.tokens.chunking import Tokens
 
 LOOK = 8  # tokens on each side of a border that are compared as text
@@ -43,30 +43,32 @@ class Seam:
         )
 
 
-def find_seams(tokens: Tokens, pieces: Iterable[Piece], decode: Decode, row: int = 0) -> list[Seam]:
+def find_seams(
+    tokens: Tokens, matches: Iterable[Match], decode: Decode, row: int = 0
+) -> list[Seam]:
     """The seams at the borders of what was found of a prompt, in order.
 
     Args:
         tokens: `[tokens]`, the row's token ids.
-        pieces: What was found of them by its text.
+        matches: What was found of them by its text.
         decode: The tokenizer's.
         row: The row's number.
     """
     found = {}
-    for piece in pieces:
-        there, offset = piece.chunk.tokens, piece.offset
-        end = offset + piece.stop - piece.start
-        behind = _differing(tokens[piece.stop : piece.stop + LOOK], there[end : end + LOOK], decode)
+    for match in matches:
+        there, offset = match.chunk.tokens, match.offset
+        end = offset + match.stop - match.start
+        behind = _differing(tokens[match.stop : match.stop + LOOK], there[end : end + LOOK], decode)
         if behind:
-            found[piece.stop] = Seam(row, piece.stop, *behind)
+            found[match.stop] = Seam(row, match.stop, *behind)
         before = _differing(
-            tokens[max(piece.start - LOOK, 0) : piece.start][::-1],
+            tokens[max(match.start - LOOK, 0) : match.start][::-1],
             there[max(offset - LOOK, 0) : offset][::-1],
             decode,
             backwards=True,
         )
         if before:
-            position = piece.start - len(before[0])
+            position = match.start - len(before[0])
             found.setdefault(position, Seam(row, position, *before))
     return [found[position] for position in sorted(found)]
 

@@ -15,13 +15,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from chunkcache.anywhere.index import MOST_VARIANTS, index_entries
+from chunkcache.anywhere.index import (
+    MOST_VARIANTS,
+    index_entries,
+    is_prepared,
+    prepared_chunk,
+    prepared_places,
+    prepared_variants,
+)
 from chunkcache.cache import RedisChunkCache
 from chunkcache.errors import SettingError, StoreError, UnsupportedCallError
+from chunkcache.keys import INDEX_FORMAT
 from chunkcache.model.check import check_model
 from chunkcache.model.self_test import forward, takes
 from chunkcache.model.state import ModelState
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.continuations import staying
 from chunkcache.reuse.harvest import created_now
 from chunkcache.reuse.hook import TRAINING
 from chunkcache.reuse.prompt import Prompt
@@ -54,6 +63,35 @@ class Document:
     index: list[Entry]
     incomplete: bool = True
     unindexed: list[Entry] = field(default_factory=list)
+
+
+class PreparedChunks(PatientStore):
+    """A store in which a run over documents marks what it writes.
+
+    No longer chunk of a prompt replaces it, and none serves in its place.
+    """
+
+    def read_metadata(self, keys: Sequence[str]) -> list[dict[str, str] | None]:
+        # Not what goes on like a document: that may be a prompt's.
+        rest = [key for key in keys if not _is_of_index(key)]
+        found = dict(zip(rest, super().read_metadata(rest), strict=True)) if rest else {}
+        return [found.get(key) for key in keys]
+
+    def write(self, entries: Sequence[Entry]) -> int:
+        return super().write(
+            [
+                prepared_chunk(entry)
+                if entry.nbytes
+                else staying(entry)
+                if _is_of_index(entry.key)
+                else entry
+                for entry in entries
+            ]
+        )
+
+
+def _is_of_index(key: str) -> bool:
+    return key.startswith(f"{INDEX_FORMAT}@")
 
 
 class Compiler:
@@ -90,6 +128,7 @@ class Compiler:
         if not cache.settings.write:
             raise SettingError("write=False is not for add_documents, which only writes")
         self.store, self.settings = PatientStore(cache.store), cache.settings
+        self._prepared = PreparedChunks(cache.store)
         self.batch_tokens = batch_tokens
         self.computed = 0
         self._grid = Grid(self.settings.chunk_size, self.settings.chunk_overlap)
@@ -104,6 +143,11 @@ class Compiler:
         self._exact = {**settings, "reuse": "prefix", "on_error": "raise"}
         self._aside = ""
 
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of K/V handed to the store."""
+        return self._prepared.bytes_written
+
     def document(self, prefix: Tokens, ids: Tokens) -> Document:
         """A document `[tokens]` behind a prefix `[tokens]`."""
         row, begin = np.concatenate([prefix, ids]), len(prefix)
@@ -114,7 +158,8 @@ class Compiler:
         for chunk in chunks:
             # Of the document's own tokens only: by what all documents begin with, none is found.
             shifted = Chunk(chunk.start - begin, chunk.stop - begin, chunk.hash)
-            index += index_entries(self._keys, shifted, ids, created, self.settings.pin)
+            entries = index_entries(self._keys, shifted, ids, created, self.settings.pin)
+            index += map(prepared_places, entries)
         return Document(row, begin, chunks, index)
 
     def look(self, documents: Sequence[Document]) -> list[Document]:
@@ -127,14 +172,16 @@ class Compiler:
         sizes = self._ask(self.store.sizes, keys.values())
         index = {entry.key for doc in documents for entry in doc.index}
         fields = self._ask(self.store.read_metadata, [*keys.values(), *index])
-        # A blob whose metadata was evicted is not found anywhere; being there, it would not be
-        # written again.
-        if halves := [key for key in keys.values() if sizes[key] and not fields[key]]:
-            self.store.delete(halves)
-        named = {name for key in index for name in fields[key] or ()}
+        there = {key for key in keys.values() if is_prepared(fields[key] or {})}
+        # A blob whose metadata were evicted is not found anywhere, and that of a prompt is none of
+        # ours; being there, it would not be written again.
+        if others := [key for key in keys.values() if sizes[key] and key not in there]:
+            self.store.delete(others)
+        named = {name for key in index for name in prepared_variants(fields[key] or {})}
         for doc in documents:
-            found = (sizes[keys[c.hash]] and fields[keys[c.hash]] for c in doc.chunks)
-            doc.incomplete = not all(found)
+            doc.incomplete = not all(
+                sizes[keys[c.hash]] and keys[c.hash] in there for c in doc.chunks
+            )
             doc.unindexed = [
                 entry for entry in doc.index if _lacks(entry, fields[entry.key] or {}, named)
             ]
@@ -180,7 +227,7 @@ class Compiler:
     @torch.no_grad()
     def _run(self, batch: Sequence[Document]) -> None:
         """One prefill, from which the cache keeps every chunk."""
-        cache = RedisChunkCache(self.model, self.store, **self._exact)
+        cache = RedisChunkCache(self.model, self._prepared, **self._exact)
         width = len(batch[0].row)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -205,8 +252,9 @@ def _lacks(entry: Entry, there: Mapping[str, str], named: Collection[str]) -> bo
     entries lead to this one.
     """
     (chunk_hash,) = entry.metadata
-    crowded = len(there) >= MOST_VARIANTS
-    return chunk_hash not in there and not (crowded and chunk_hash in named)
+    variants = prepared_variants(there)
+    crowded = len(variants) >= MOST_VARIANTS
+    return chunk_hash not in variants and not (crowded and chunk_hash in named)
 
 
 def batches(documents: Sequence[Document], most_tokens: int) -> Iterator[list[Document]]:

@@ -98,8 +98,9 @@ def add_documents(
     tokenizer does not join them with what stands beside them, as between empty lines. A document
     of fewer than 32 tokens is never moved.
 
-    What the store has is not computed again. So a run that was killed is started again as it was
-    and goes on where it ended, and a document that is there in part is completed.
+    What such a run has left in the store is not computed again. So one that was killed is started
+    again as it was and goes on where it ended, and a document that is there in part is completed.
+    What is stored is marked: caches with `variants="prepared"` move nothing else.
 
     Args:
         model: The model, in evaluation mode. A PEFT or compiled wrapper is looked through.
@@ -176,7 +177,7 @@ class _Adding:
             self.skipped,
             self.tokens,
             self.compiler.computed,
-            self.compiler.store.bytes_written,
+            self.compiler.bytes_written,
             tuple(sorted(self.failures, key=lambda failure: failure.document)),
             self.stopped,
         )

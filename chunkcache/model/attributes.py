@@ -38,6 +38,7 @@ _INERT = frozenset(vars(nn.Module())) | frozenset(
         "is_quantized",
         "kernel_config",
         "kwargs",
+        "long_inv_freq",  # of longrope: out of the configuration, at its first forward
         "loss_function",
         "loss_type",
         "max_seq_len_cached",

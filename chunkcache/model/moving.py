@@ -34,6 +34,7 @@ from chunkcache.model.self_test import (
     growing_layers,
     probe_ids,
     rounded_layers,
+    switches_at,
     takes,
 )
 
@@ -102,6 +103,8 @@ def _known_reason(model: nn.Module) -> str:
         return "the model is shared by several processes (tensor parallel)"
     if not takes(model, "position_ids"):
         return _NO_POSITIONS
+    if switches_at(model):
+        return "RoPE type 'longrope' depends on the prompt's length"
     layers = growing_layers(model) or []
     if state_layers(layers):
         return "a recurrent state is of all tokens before it, wherever they are moved to"

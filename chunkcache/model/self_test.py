@@ -47,6 +47,7 @@ from chunkcache.model.compiled import is_compiled
 from chunkcache.model.queries import Queries
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.rounding import MARGIN, RoundedLayer, Steps, compare_steps, spread
+from chunkcache.model.weights import LONGROPE
 
 # Logits may be off by so much of the largest, however little a model makes of rounding, and never
 # by more, however much it makes: wrong K/V are off by 10 % and more.
@@ -165,7 +166,8 @@ def known_obstacle(model: nn.Module) -> str:
         kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
         return f"cache layers of a kind that is not supported: {', '.join(sorted(kinds)) or 'none'}"
     for part in _rope_parts(getattr(text_config, "rope_parameters", None)):
-        if part.get("rope_type", "default") in _LENGTH_DEPENDENT_ROPE:
+        kind = part.get("rope_type", "default")
+        if kind in _LENGTH_DEPENDENT_ROPE and not switches_at(model):
             return f"RoPE type {part['rope_type']!r} depends on the prompt's length"
     # LLM.int8() (https://arxiv.org/abs/2208.07339): a column of activations that has an outlier in
     # any token is computed in 16 bits for all, so K/V depend on tokens that come later.
@@ -173,6 +175,20 @@ def known_obstacle(model: nn.Module) -> str:
     if getattr(quantisation, "load_in_8bit", False) and quantisation.llm_int8_threshold > 0:
         return "8-bit weights with outliers depend on later tokens: set llm_int8_threshold=0"
     return ""
+
+
+def switches_at(model: nn.Module) -> int:
+    """Tokens from which on a prompt is computed with other RoPE frequencies, 0 where that is none.
+
+    So it is with longrope (https://arxiv.org/abs/2402.13753) in Transformers: all tokens of a
+    forward take the longer ones if one of its positions is behind the first training's length.
+    """
+    config: Any = model.config
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if parameters.get("rope_type") != LONGROPE:
+        return 0
+    first = parameters.get("original_max_position_embeddings") or 0
+    return first if first >= _LONG else 0  # or the self-test has seen no shorter prompt
 
 
 def _rope_parts(parameters: Any) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ SAMPLED_RUN_BYTES = 64
 # at some in every row and column of each tensor, a part of them each time.
 WATCHED_MODEL_BYTES = 8 << 20
 PHASES = 4
+LONGROPE = "longrope"
 WATCHED_TENSOR = 1 << 10  # and at every number of a tensor of so many
 _OF_NUMPY = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
@@ -95,6 +96,11 @@ def _as_on_cpu(module: Any, name: str, held: Tensor) -> Tensor:
     except Exception:  # a class may be made in any way
         return held
     return mine if is_same else held
+
+
+def changes_frequencies(module: Any) -> bool:
+    """Whether a RoPE module sets its frequencies anew in each forward, out of its configuration."""
+    return getattr(module, "rope_type", None) == LONGROPE
 
 
 def counts_whole(model: nn.Module) -> bool:
@@ -284,7 +290,7 @@ def _plain(
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, plain tensor, and whether it is kept elsewhere, of all that a module computes with."""
     for name, tensor in table.items():
-        if tensor is None:
+        if tensor is None or (name == "inv_freq" and changes_frequencies(module)):
             continue
         if type(tensor) is nn.Parameter and not tensor.is_meta:  # most are
             yield name, tensor, False

@@ -11,6 +11,7 @@ when they are read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +95,15 @@ def continuation_entry(
     text = (_PINNED if pinned else "") + keys.codec.hide(as_text(tokens.tolist()), key)
     fields = {chunk.hash: f"0 {created} {text}"}
     return Entry(key, fields, memoryview(b""), merge=True, pinned=pinned)
+
+
+def staying(entry: Entry) -> Entry:
+    """The entry of a chunk that a longer one of the same text does not replace."""
+    fields = {}
+    for name, place in entry.metadata.items():
+        offset, created, text = place.split(" ", 2)
+        fields[name] = f"{offset} {created} {_PINNED}{text.removeprefix(_PINNED)}"
+    return replace(entry, metadata=fields)
 
 
 def find_continuations(

@@ -21,7 +21,7 @@ from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers, takes
+from chunkcache.model.self_test import SelfTest, growing_layers, switches_at, takes
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -95,8 +95,11 @@ class Conversation:
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
-        # The first column that was computed by itself, where that gives other K/V than a prompt.
+        # The first column whose K/V are not those of a prompt: computed by itself, where that makes
+        # a difference, or behind K/V with other RoPE frequencies.
         self._stepped_from = _NOWHERE
+        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
+        self._is_long = False  # whether RoPE frequencies are those of long prompts
         self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
@@ -111,6 +114,10 @@ class Conversation:
             if isinstance(layer, CacheLayerMixin):
                 return int(layer.get_seq_length())
         return self._fed  # recurrent layers do not count
+
+    def is_as_a_prompt(self, columns: int) -> bool:
+        """Whether K/V of the first columns are those that a prompt of these tokens has."""
+        return columns <= self._stepped_from
 
     @property
     def least(self) -> int:
@@ -142,6 +149,7 @@ class Conversation:
         changed = self._identity not in (None, identity)
         self._identity, self._foreign_code = identity, foreign_code
         self._numerics = numerics(self.context.model)
+        self._switch = switches_at(self.context.model)
         if foreign_code:  # which may go again: no verdict on the model
             self.self_test = SelfTest(foreign_code)
             return changed
@@ -156,16 +164,19 @@ class Conversation:
                 )
         return changed
 
-    def name_batch(self) -> None:
-        """Where bits shall be the same, have chunks of a batch found by the very same batch alone.
+    def choose_keys(self) -> None:
+        """Have chunks found by those prompts alone whose tokens are computed alike.
 
-        What other rows hold, and where each begins, decides in which products a row is computed.
+        Long prompts may have other RoPE frequencies. Where bits shall be the same, a batch is by
+        itself: what other rows hold, and where each begins, decides in which products a row is
+        computed.
         """
-        if self.context.pieces.reproducible and self._model_keys is not None:
-            rows, pads = self.transcript.ids(), self.transcript.pads
-            is_alone = len(pads) == 1 and not pads[0]
-            batch = b"" if is_alone else repr(pads).encode() + rows.numpy().tobytes()
-            self.keys = self._model_keys.of_batch(batch)
+        assert self._model_keys is not None
+        mark = b"long " if self._is_long else b""
+        rows, pads = self.transcript.ids(), self.transcript.pads
+        if self.context.pieces.reproducible and (len(pads) > 1 or pads[0]):
+            mark += repr(pads).encode() + rows.numpy().tobytes()
+        self.keys = self._model_keys.apart(mark)
 
     @property
     def distrust(self) -> str:
@@ -293,6 +304,8 @@ class Conversation:
             common = min(common, *(end for end in ends if end is not None))
         if self.context.pieces.reproducible:
             common = self.context.pieces.floor(min(common, self.whole_pieces))
+        if self._is_long != (0 < self._switch < call.new - min(pads)):
+            return 0
         if self.states and (common < self.length or self._stepped_from < common):
             common = self.states.nearest(min(common, self._stepped_from))
         return max(0, common)
@@ -371,7 +384,23 @@ class Conversation:
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)
         self.in_pieces = True
+        return self._why_too_long(held, total)
+
+    def _why_too_long(self, held: int, total: int) -> str:
+        """Look whether RoPE frequencies are those of long prompts; why that cannot be handled."""
+        is_long = self._is_long_at(total)
+        if held and is_long != self._is_long:  # what comes now is behind K/V of the others
+            self._stepped_from = min(self._stepped_from, held)
+            return ""
+        self._is_long = is_long
+        if is_long:  # pieces that end before the switch would have others
+            self.in_pieces = False
+            if self.context.pieces.reproducible or self.states:
+                return f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
         return ""
+
+    def _is_long_at(self, columns: int) -> bool:
+        return 0 < self._switch < columns - min(self.transcript.pads, default=0)
 
     def empty(self) -> None:
         """Hold nothing, in layers that fit the model."""

@@ -41,11 +41,10 @@ class KeySpace:
         """The codec's name if K/V come back rounded, else `""`."""
         return "" if self.codec.is_exact(self.layout.dtype) else self.codec.name
 
-    def of_batch(self, batch: bytes) -> KeySpace:
-        """The same for one batch alone, known by what its rows are; for one row, all of it."""
-        return (
-            replace(self, salt=keyed_hash(self.salt, b"chunkcache/batch", batch)) if batch else self
-        )
+    def apart(self, mark: bytes) -> KeySpace:
+        """The same for prompts that share chunks with those of the same mark alone, if any."""
+        salt = keyed_hash(self.salt, b"chunkcache/apart", mark) if mark else self.salt
+        return replace(self, salt=salt)
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str

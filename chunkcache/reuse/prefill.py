@@ -154,7 +154,7 @@ class Prefill:
         if not conversation.bypass_reason:
             assert self.call.ids is not None
             conversation.transcript.append(self.call.ids[:, self.held - self.past :])
-            conversation.name_batch()
+            conversation.choose_keys()
         return conversation.bypass_reason
 
     def plan(self, dry: bool = False) -> None:
@@ -209,6 +209,8 @@ class Prefill:
             return max(self.held, self._outputs.limit)
         if self.conversation.states and not self._is_one_row:
             return self.held  # rows go on from states at other columns: see `rows.py`
+        if not self.conversation.is_as_a_prompt(self.held):
+            return self.held
         return self.outputs_from if self._is_in_whole_pieces else self.held
 
     @property

@@ -185,14 +185,14 @@ def test_of_two_variants_the_one_with_the_longer_common_context_is_moved():
     origins = [
         s["origin"] for s in cache.report.chunks if s["kind"] == "moved" and s["start"] >= 261
     ]
-    assert origins[0] == "position 256"
+    assert origins[0] == "met in a prompt, position 256"
     cache = anywhere(model, store, repair="none")
     logits(model, joined(5, d, b, 9), cache)
     origins = [
         s["origin"] for s in cache.report.chunks if s["kind"] == "moved" and s["start"] > 261
     ]
     assert origins
-    assert "position 256" not in origins
+    assert "met in a prompt, position 256" not in origins
 
 
 def test_hits_do_not_decay():

@@ -77,12 +77,12 @@ def keep(place, row, *, created="1", salt=None, grid=GRID, **more):
     return chunks
 
 
-def find_pieces(place, tokens, start, stop):
-    return search(place.store, place, [Passage(tokens, start, stop)]).pieces[0]
+def find_matches(place, tokens, start, stop):
+    return search(place.store, place, [Passage(tokens, start, stop)]).matches[0]
 
 
-def covered(pieces):
-    return sum(piece.stop - piece.start for piece in pieces)
+def covered(matches):
+    return sum(match.stop - match.start for match in matches)
 
 
 @given(
@@ -101,7 +101,7 @@ def test_nearly_all_of_a_repeated_text_is_found(seed, order, later, size):
     keep(place, np.concatenate(first), grid=Grid(size))
     parts = [part for n, gap in later for part in (noise.integers(0, 50_000, gap), documents[n])]
     prompt = np.concatenate([*parts, noise.integers(0, 50_000, 20)])
-    found = covered(find_pieces(place, prompt, 0, len(prompt) - 1))
+    found = covered(find_matches(place, prompt, 0, len(prompt) - 1))
     assert found >= 0.97 * sum(len(documents[n]) for n, _ in later)
 
 
@@ -113,7 +113,7 @@ def test_rows_of_a_batch_share_two_round_trips():
     before = len(place.store.calls)
     found = search(place.store, place, [Passage(row, 0, len(row) - 1) for row in rows])
     assert len(place.store.calls) == before + 2
-    assert all(covered(pieces) >= 490 for pieces in found.pieces)
+    assert all(covered(matches) >= 490 for matches in found.matches)
     assert not found.stale
     search(place.store, place, [Passage(text(300, 77), 0, 299)])
     assert len(place.store.calls) == before + 3  # no chunk to ask for
@@ -126,16 +126,16 @@ def test_only_what_was_asked_for_is_covered():
     a = text(400, 1)
     keep(place, a)
     prompt = np.concatenate([text(10, 2), a])
-    pieces = find_pieces(place, prompt, 100, 300)
-    assert (pieces[0].start, pieces[-1].stop) == (100, 300)
-    assert pieces[0].old_start == 90
+    matches = find_matches(place, prompt, 100, 300)
+    assert (matches[0].start, matches[-1].stop) == (100, 300)
+    assert matches[0].old_start == 90
 
 
 def test_salts_are_worlds_of_their_own():
     store, a = MemoryStore(), text(300)
     keep(origin(store), a)
-    assert find_pieces(origin(store), a, 0, 300)
-    assert not find_pieces(origin(store, b"other"), a, 0, 300)
+    assert find_matches(origin(store), a, 0, 300)
+    assert not find_matches(origin(store, b"other"), a, 0, 300)
 
 
 def test_a_hash_that_lies_about_its_tokens_is_no_match():
@@ -145,7 +145,7 @@ def test_a_hash_that_lies_about_its_tokens_is_no_match():
         fields = place.store.read_metadata([place.key(chunk.hash)])[0]
         wrong = json.dumps(text(chunk.stop - chunk.start, 5).tolist())
         place.store.write([Entry(place.key(chunk.hash), {**fields, "token_ids": wrong}, NOTHING)])
-    assert find_pieces(place, a, 0, 300) == []
+    assert find_matches(place, a, 0, 300) == []
 
 
 RECORDS = {
@@ -168,7 +168,7 @@ def test_records_that_make_no_sense_are_misses(fields):
     a = text(300)
     keep(place, a, **fields)
     found = search(place.store, place, [Passage(a, 0, 299)])
-    assert found.pieces == [[]]
+    assert found.matches == [[]]
     assert all(not entry.metadata for entry in found.stale.values())
 
 
@@ -180,7 +180,7 @@ def test_places_that_make_no_sense_are_misses(place_text):
         for entry in index_entries(place, chunk, a, "1"):
             place.store.write([Entry(entry.key, {chunk.hash: place_text}, NOTHING)])
     found = search(place.store, place, [Passage(a, 0, 299)])
-    assert found.pieces == [[]]
+    assert found.matches == [[]]
     assert found.stale
     assert all(not entry.metadata for entry in found.stale.values())
 
@@ -192,8 +192,8 @@ def test_what_stands_where_it_stood_behind_the_same_text_is_exact(overlap):
     keep(place, a, grid=grid)
 
     def exact(prompt, start=0):
-        pieces = find_pieces(place, prompt, start, len(prompt))
-        return [(p.start, p.stop) for p in pieces if is_exact(p, prompt, grid, b"salt")]
+        matches = find_matches(place, prompt, start, len(prompt))
+        return [(p.start, p.stop) for p in matches if is_exact(p, prompt, grid, b"salt")]
 
     ends = np.concatenate([a[:245], text(90, 2)])
     assert max(stop for _, stop in exact(ends)) == 245
@@ -203,7 +203,7 @@ def test_what_stands_where_it_stood_behind_the_same_text_is_exact(overlap):
     other[10] += 1
     assert exact(other, 64) == []  # one token before it is another
     assert exact(np.concatenate([text(5, 3), a])) == []
-    assert not any(is_exact(p, ends, grid, b"other") for p in find_pieces(place, ends, 0, 245))
+    assert not any(is_exact(p, ends, grid, b"other") for p in find_matches(place, ends, 0, 245))
 
 
 # ------------------------------------------------------------------------ entries stay good
@@ -232,13 +232,13 @@ def test_entries_of_lost_chunks_are_put_right():
     lost = [chunk.hash for chunk in kept[1:3]]
     place.store.delete([place.key(name) for name in lost])
     found = mend(place, [Passage(a, 0, 399)])
-    assert covered(found.pieces[0]) == 399
+    assert covered(found.matches[0]) == 399
     names = {name for fields in entries_of(place.store).values() for name in fields or {}}
     assert names.isdisjoint(lost)
     assert not search(place.store, place, [Passage(a, 0, 399)]).stale
     # And when all are gone, so are the entries.
     place.store.delete([key for key in entries_in(place.store) if key.startswith("safetensors")])
-    assert mend(place, [Passage(a, 0, 399)]).pieces == [[]]
+    assert mend(place, [Passage(a, 0, 399)]).matches == [[]]
     asked = {e.key for c in cut(a, Grid(), b"salt") for e in index_entries(place, c, a, "")}
     assert not any(place.store.read_metadata(sorted(asked)))
 
@@ -251,7 +251,7 @@ def test_entries_with_too_many_variants_keep_the_newest():
         if n == 2 * MOST_VARIANTS - 1:
             assert not search(place.store, place, [Passage(a, 0, 100)]).stale
     found = mend(place, [Passage(a, 0, 100)])
-    assert covered(found.pieces[0]) == 100
+    assert covered(found.matches[0]) == 100
     for fields in entries_of(place.store).values():
         newest = sorted(int(value.split()[1]) for value in fields.values())
         assert newest == list(range(2 * MOST_VARIANTS, 3 * MOST_VARIANTS))
@@ -273,7 +273,7 @@ def test_one_window_over_and_over_is_looked_for_in_a_few_places():
     same = next(n for n in range(99) if anchors(np.full(WINDOW, n), b"salt"))
     prompt = np.concatenate([text(20, 1), np.full(3000, same)])
     keep(place, np.concatenate([text(100, 3), prompt[20:320]]))
-    assert covered(find_pieces(place, prompt, 0, 3000)) >= 100
+    assert covered(find_matches(place, prompt, 0, 3000)) >= 100
     for rows in (1, 2):
         places = _anchor_places(place, [Passage(prompt, 0, 3000)] * rows)
         assert max(map(len, places.values())) == MOST_PLACES * rows

@@ -16,21 +16,21 @@ def test_covers_are_sound(tokens, given_chunks, start):
     stop = len(tokens)
     start = min(start, stop)
     candidates = [(StoredChunk(str(i), 7 * i, c), s) for i, (c, s) in enumerate(given_chunks)]
-    pieces = cover(tokens, candidates, start, stop)
+    matches = cover(tokens, candidates, start, stop)
     position = start
-    for piece in pieces:
-        assert position <= piece.start < piece.stop <= stop
-        position = piece.stop
-        length = piece.stop - piece.start
-        theirs = piece.chunk.tokens[piece.offset : piece.offset + length]
-        assert (tokens[piece.start : piece.stop] == theirs).all()
-    assert all(run[-1].stop - run[0].start >= SHORTEST_RUN for run in runs(pieces))
+    for match in matches:
+        assert position <= match.start < match.stop <= stop
+        position = match.stop
+        length = match.stop - match.start
+        theirs = match.chunk.tokens[match.offset : match.offset + length]
+        assert (tokens[match.start : match.stop] == theirs).all()
+    assert all(run[-1].stop - run[0].start >= SHORTEST_RUN for run in runs(matches))
 
 
 @given(small, small, st.integers(-150, 200))
 def test_growing_finds_every_equal_token(tokens, chunk, shift):
-    pieces = grow(tokens, StoredChunk("x", 0, chunk), shift)
-    found = {i for piece in pieces for i in range(piece.start, piece.stop)}
+    matches = grow(tokens, StoredChunk("x", 0, chunk), shift)
+    found = {i for match in matches for i in range(match.start, match.stop)}
     assert found == {
         i
         for i in range(len(tokens))
@@ -45,9 +45,9 @@ def test_the_variant_with_the_longer_common_context_wins():
     other = StoredChunk("other", 0, text, created="9")
     first = StoredChunk("before", 0, before)
     tokens = np.concatenate([before, text])
-    pieces = cover(tokens, [(other, 64), (near, 64), (first, 0)], 0, 128)
-    assert [piece.chunk.hash for piece in pieces] == ["before", "near"]
-    assert pieces[1].continues
+    matches = cover(tokens, [(other, 64), (near, 64), (first, 0)], 0, 128)
+    assert [match.chunk.hash for match in matches] == ["before", "near"]
+    assert matches[1].continues
     assert [p.chunk.hash for p in cover(text, [(other, 0), (near, 0)], 0, 64)] == ["other"]
 
 
@@ -90,11 +90,11 @@ def test_the_variant_whose_run_goes_on_wins_then_the_clean_then_the_newest():
     assert [p.chunk.hash for p in cover(tokens, candidates, 0, 64)] == ["4"]
 
 
-def test_a_run_ends_where_a_piece_was_lost():
+def test_a_run_ends_where_a_match_was_lost():
     text = np.arange(192)
-    pieces = cover(text, list(zip(chain(*np.split(text, 3)), (0, 64, 128), strict=True)), 0, 192)
-    assert [len(run) for run in runs(pieces)] == [3]
-    assert [len(run) for run in runs([pieces[0], pieces[2]])] == [1, 1]
+    matches = cover(text, list(zip(chain(*np.split(text, 3)), (0, 64, 128), strict=True)), 0, 192)
+    assert [len(run) for run in runs(matches)] == [3]
+    assert [len(run) for run in runs([matches[0], matches[2]])] == [1, 1]
 
 
 def test_one_chunk_serves_several_places_and_parts():
@@ -104,10 +104,10 @@ def test_one_chunk_serves_several_places_and_parts():
     changed = text.copy()
     changed[60] = 1000
     tokens = np.concatenate([text, changed])
-    pieces = cover(
+    matches = cover(
         tokens, [(StoredChunk("x", 0, text), 0), (StoredChunk("x", 0, text), 128)], 0, 256
     )
-    assert [(p.start, p.stop, p.offset) for p in pieces] == [
+    assert [(p.start, p.stop, p.offset) for p in matches] == [
         (0, 128, 0),
         (128, 188, 0),
         (189, 256, 61),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chunkcache.anywhere.index import Passage
-from chunkcache.anywhere.matching import Piece, StoredChunk
-from chunkcache.anywhere.relocate import fill_pieces
+from chunkcache.anywhere.matching import Match, StoredChunk
+from chunkcache.anywhere.relocate import fill_matches
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
 from chunkcache.kv.coding import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all
@@ -66,11 +66,11 @@ class Filling:
             KeySpace(Identity(), LAYOUT, b"", codec),
             BlobReader(self.store, self.troubles.append),
         )
-        chunks = {piece.chunk.hash: piece.chunk for _, pieces in wanted for piece in pieces}
+        chunks = {match.chunk.hash: match.chunk for _, matches in wanted for match in matches}
         names = [keys.key(name) for name in chunks]
         sizes = dict(zip(chunks, self.store.inner.sizes(names), strict=True))
         forms = {n: keys.form(c.tokens.tolist(), c.start, n) for n, c in chunks.items()}
-        placed = fill_pieces(reader, self.layers, ROTATION, wanted, sizes, forms, at_hand or {})
+        placed = fill_matches(reader, self.layers, ROTATION, wanted, sizes, forms, at_hand or {})
         return placed, reader.bytes_read
 
     def holds(self, row, column, kv, part, old, new):
@@ -97,13 +97,13 @@ def test_a_chunk_is_read_once_for_all_rows_and_places():
     a, kv = chunk(store, "a", 40)
     twins = Passage(np.arange(100), 0, 90, rows=(0, 2))
     other = Passage(np.arange(95), 0, 85, rows=(1,), pad=5)
-    pieces = [Piece(3, 23, a, 0), Piece(50, 60, a, 10)]
-    moved = Piece(30, 45, a, 5)
+    matches = [Match(3, 23, a, 0), Match(50, 60, a, 10)]
+    moved = Match(30, 45, a, 5)
     filling = Filling(store)
-    placed, bytes_read = filling.fill([(twins, pieces), (other, [moved])])
+    placed, bytes_read = filling.fill([(twins, matches), (other, [moved])])
     assert store.asked("fetch") == ["safetensors@m@1@0@a"]
     assert bytes_read == store.sizes(["safetensors@m@1@0@a"])[0]
-    assert placed == {*pieces, moved}
+    assert placed == {*matches, moved}
     for row in (0, 2):
         assert filling.holds(row, 3, kv, slice(0, 20), 40, 3)
         assert filling.holds(row, 50, kv, slice(10, 20), 50, 50)
@@ -120,7 +120,7 @@ def test_what_is_in_the_layers_is_not_read():
     for layer, pair in zip(filling.layers, kv, strict=True):
         layer.place(1, 10, *pair)
     passage = Passage(np.arange(100), 0, 90, rows=(0,))
-    placed, bytes_read = filling.fill([(passage, [Piece(60, 80, a, 0)])], {"a": (1, 10)})
+    placed, bytes_read = filling.fill([(passage, [Match(60, 80, a, 0)])], {"a": (1, 10)})
     assert (len(placed), bytes_read, store.asked("fetch")) == (1, 0, [])
     assert filling.holds(0, 60, kv, slice(0, 20), 8, 60)
     assert filling.holds(1, 10, kv, slice(0, 20), 8, 8)
@@ -139,9 +139,9 @@ def test_a_blob_that_is_not_what_it_must_be_is_a_hole(harm):
     store.write([Entry("safetensors@m@1@0@a", {}, memoryview(bytes(blob)))])
     filling = Filling(store)
     passage = Passage(np.arange(100), 0, 90)
-    pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
-    placed, _ = filling.fill([(passage, pieces)])
-    assert placed == {pieces[1]}
+    matches = [Match(0, 20, a, 0), Match(20, 40, b, 0)]
+    placed, _ = filling.fill([(passage, matches)])
+    assert placed == {matches[1]}
     assert filling.untouched(0, *range(20))
     assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
     assert [type(error) for error in filling.troubles] == [BlobError]
@@ -155,9 +155,9 @@ def test_a_blob_sealed_with_another_key_is_a_hole_and_stays():
         chunk(store, "b", 20, seed=2, codec=ours),
     )
     filling = Filling(store)
-    pieces = [Piece(0, 20, a, 0), Piece(20, 40, b, 0)]
-    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)], codec=ours)
-    assert placed == {pieces[1]}
+    matches = [Match(0, 20, a, 0), Match(20, 40, b, 0)]
+    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), matches)], codec=ours)
+    assert placed == {matches[1]}
     assert filling.holds(0, 20, kv, slice(0, 20), 20, 20)
     assert [type(error) for error in filling.troubles] == [SealedBlobError]
     assert all(store.sizes([f"safetensors+sealed@m@1@0@{name}" for name in "ab"]))
@@ -167,9 +167,9 @@ def test_a_store_that_fails_half_way_leaves_holes():
     store = Scripted(answer=fail_at(1, StoreError("gone")))
     (a, kv), (b, _) = chunk(store, "a", 0, seed=1), chunk(store, "b", 20, seed=2)
     filling = Filling(store)
-    pieces = [Piece(30, 50, a, 0), Piece(50, 70, b, 0)]
-    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), pieces)])
-    assert placed == {pieces[0]}
+    matches = [Match(30, 50, a, 0), Match(50, 70, b, 0)]
+    placed, _ = filling.fill([(Passage(np.arange(100), 0, 90), matches)])
+    assert placed == {matches[0]}
     assert filling.holds(0, 30, kv, slice(0, 20), 0, 30)
     assert filling.untouched(0, *range(50, 70))
     assert [str(error) for error in filling.troubles] == ["gone"]
@@ -180,7 +180,7 @@ def test_a_chunk_that_went_is_a_hole_and_no_trouble():
     a, _ = chunk(store, "a", 0)
     store.delete(["safetensors@m@1@0@a"])
     filling = Filling(store)
-    assert filling.fill([(Passage(np.arange(100), 0, 90), [Piece(3, 23, a, 0)])]) == (set(), 0)
+    assert filling.fill([(Passage(np.arange(100), 0, 90), [Match(3, 23, a, 0)])]) == (set(), 0)
     assert filling.troubles == []
     assert filling.fill([(Passage(np.arange(100), 0, 90), [])]) == (set(), 0)
     assert len(store.asked("fetch")) == 1  # nothing to read, nothing asked
@@ -190,7 +190,7 @@ def test_a_move_by_nothing_changes_no_bit():
     store = Scripted()
     a, kv = chunk(store, "a", 30)
     filling = Filling(store)
-    filling.fill([(Passage(np.arange(100), 0, 90), [Piece(30, 50, a, 0)])])
+    filling.fill([(Passage(np.arange(100), 0, 90), [Match(30, 50, a, 0)])])
     for layer, (keys, values) in zip(filling.layers, kv, strict=True):
         assert isinstance(layer, GrowingLayer)
         assert torch.equal(layer.keys[0, :, 30:50], keys)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from chunkcache import RedisChunkCache
-from chunkcache.anywhere.matching import Piece, StoredChunk
+from chunkcache.anywhere.matching import Match, StoredChunk
 from chunkcache.insight.seams import Seam, find_seams
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny
@@ -31,7 +31,7 @@ def seams(tokenizer: Tokenizer, here: list[int], stored: list[int], start: int, 
     assert here[start:stop] == stored[at : at + stop - start]
     chunk = StoredChunk("f" * 64, 0, np.array(stored))
     found = find_seams(
-        np.array(here), [Piece(start, stop, chunk, at)], lambda ids: tokenizer.decode(ids), 1
+        np.array(here), [Match(start, stop, chunk, at)], lambda ids: tokenizer.decode(ids), 1
     )
     return [(seam.position, seam.here, seam.stored) for seam in found]
 

@@ -67,7 +67,9 @@ def by_text(store):
     index = [key for key in store.entries if key.startswith("anchor@")]
     told = zip(index, store.read_metadata(index), strict=True)
     return [
-        key for key, fields in told if all(len(place.split()) == 2 for place in fields.values())
+        key
+        for key, fields in told
+        if all(place.split()[2:] in ([], ["prepared"]) for place in fields.values())
     ]
 
 
@@ -199,14 +201,31 @@ def test_a_document_that_prompts_have_crowded_out_is_indexed():
     assert all(names & fields.keys() for fields in store.read_metadata(index))
 
 
-def test_what_a_prompt_in_prefix_mode_has_left_becomes_findable():
-    tool = compiler()
-    row = torch.from_numpy(np.concatenate([PREFIX, *texts(300)]))[None]
-    with torch.no_grad():
-        tool.model(row, past_key_values=RedisChunkCache(tool.model, tool.store.store))
-    assert add(tool, texts(300)) == []
-    assert tool.computed == 0
-    assert any(key.startswith("anchor@") for key in tool.store.store.entries)
+def test_what_a_prompt_has_left_is_computed_again(valkey_server):
+    """What is prepared is of a run over documents, not even by rounding of what prompts hold."""
+    row = torch.from_numpy(np.concatenate([PREFIX, *texts(300), *texts(40)]))[None]
+    with open_store(valkey_server.unix_url) as store:
+        tool = compiler(store=store)
+
+        def ask():
+            with torch.no_grad():
+                tool.model(row, past_key_values=RedisChunkCache(tool.model, store))
+            store.flush()
+
+        ask()
+        assert add(tool, texts(300)) == [1]
+        assert tool.computed == len(PREFIX) + 300
+        tail = tool.document(PREFIX, *texts(300)).chunks[-1]
+        ask()
+        assert add(tool, texts(300)) == []  # the prompt's longer chunk has not replaced the tail
+        store.delete([key for key in catalog_keys(store) if key.endswith(tail.hash)])
+        ask()
+        assert add(tool, texts(300)) == [1]
+        assert tool.computed == len(PREFIX) + 300 + tail.stop - tail.start
+
+
+def catalog_keys(store):
+    return [entry.key for page in store.scan() for entry in page]
 
 
 def test_a_blob_that_lost_its_metadata_is_written_anew(valkey_server):

@@ -284,6 +284,20 @@ def test_one_by_one_is_another_thing_for_some() -> None:
     assert cache.report.reused == 128
 
 
+def test_nothing_is_read_behind_tokens_computed_one_by_one() -> None:
+    """A plain cache goes on from these, too."""
+    model, store = tiny("nemotron_h"), MemoryStore()
+    cache = new(model, store)
+    told = generate(model, PROMPT, cache, max_new_tokens=30)
+    generate(model, joined(told, OTHER, OTHER), new(model, store))
+    held = cache.get_seq_length()
+    rest = joined(told, OTHER, OTHER)[:, held:]
+    mask = torch.ones(1, held + rest.shape[1], dtype=torch.long)
+    with torch.no_grad():
+        model(rest, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    assert cache.report.reused == held
+
+
 def test_two_tokens_at_least_are_computed() -> None:
     """One by itself would be another thing."""
     model, store = tiny("nemotron_h"), MemoryStore()

@@ -274,18 +274,18 @@ def test_what_does_not_expire_stays_under_volatile_policies(server: Server) -> N
 def test_states_leave_with_their_chunks_and_also_alone(server: Server) -> None:
     """What is left of a chunk whose K/V a server has evicted must not keep others out."""
     store = RedisStore(bound(server, 12), read_timeout=5.0)
-    for number in range(6):
+    for number in range(7):
         chunk = entry("a", number)
         store.write([chunk, replace(chunk, key=chunk.key + STATE, merge=True)])
-    store.sizes(keys_of("a", 6))
+    store.sizes(keys_of("a", 7))
     time.sleep(1.1)  # servers count seconds
     with server.client() as client:
         client.config_resetstat()
         ask(store, "x", 2)
-        both = [client.exists(f"{key}@kv_bytes", key + STATE) for key in keys_of("a", 6)]
+        both = [client.exists(f"{key}@kv_bytes", key + STATE) for key in keys_of("a", 7)]
         assert both == sorted(both, reverse=True)
         assert set(both) == {0, 2}
-        client.delete(*(f"{key}@kv_bytes" for key in keys_of("a", 6)))
+        client.delete(*(f"{key}@kv_bytes" for key in keys_of("a", 7)))
         ask(store, "b", 10)
         assert sum(size > 0 for size in store.sizes(keys_of("b", 10))) >= 9
         assert client.info("stats")["evicted_keys"] == 0  # it was we who deleted

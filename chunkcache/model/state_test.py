@@ -19,7 +19,6 @@ from chunkcache.kv.codec import KVLayout, TensorFile, state_slots
 from chunkcache.kv.layers import growing
 from chunkcache.kv.rope import UNIT
 from chunkcache.kv.states import (
-    CONV,
     RECURRENT,
     keep_windows,
     put_states,
@@ -79,7 +78,7 @@ def _compare(model: nn.Module) -> SelfTest | None:
     if not layout.states:
         return SelfTest("this model keeps its states in its modules and not in the cache")
     states = _through_a_blob(layout, prefix)
-    if any(_ignores(model, ids, layout, prefix, states, kind) for kind in (CONV, RECURRENT)):
+    if _ignores(model, ids, layout, prefix, states):
         return SelfTest(
             "this model's scan begins with no state wherever several tokens are computed"
         )
@@ -110,19 +109,19 @@ def _compare(model: nn.Module) -> SelfTest | None:
 
 
 def _ignores(
-    model: nn.Module, ids: Tensor, layout: KVLayout, prefix: Any, states: list[Tensor], kind: str
+    model: nn.Module, ids: Tensor, layout: KVLayout, prefix: Any, states: list[Tensor]
 ) -> bool:
-    """Whether tokens behind a prefix are the same whatever its states of a kind are.
+    """Whether tokens behind a prefix are the same whatever its recurrent states are.
 
     What a state does to logits may be less than rounding; that it does nothing, rounding cannot
     hide.
     """
-    if not any(f".{kind}." in shape.name for shape in layout.states):
+    if not any(f".{RECURRENT}." in shape.name for shape in layout.states):
         return False
     runs = []
     for more in (0, 1):
         changed = [
-            state + more if f".{kind}." in shape.name else state
+            state + more if f".{RECURRENT}." in shape.name else state
             for shape, state in zip(layout.states, states, strict=True)
         ]
         behind = layers_with(model, layout, prefix, ids[:, :CUT])

@@ -133,6 +133,11 @@ class RowsPrefill(Prefill):
             self.spans.append([*known, left])
         return TrimSpec(begin, (), self.conversation.number_from(self.call, self.past))
 
+    def store(self) -> None:
+        """As in `Prefill`; but each row has stored its whole pieces, if these alone are stored."""
+        if not self.pieces.reproducible:
+            super().store()
+
     def stop(self) -> None:
         """Give up half-way, after an interrupt: what is held must not be used any more."""
         for prefill in self._rows:

@@ -14,6 +14,7 @@ from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.state_test import run_state_test
 from chunkcache.reuse.states import ALIGNMENT, States, spacing
+from chunkcache.reuse.witness import Witness
 from chunkcache.stores.base import STATE, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -497,3 +498,21 @@ def test_explain_says_what_each_row_reuses() -> None:
     logits(HYBRID, batch, cache := new(HYBRID, store))
     assert sum(c.tokens for c in told.chunks if c.kind == "reused") == cache.report.reused == 256
     assert sum(c.tokens for c in told.chunks) == cache.report.prompt_tokens
+
+
+def test_whole_pieces_of_a_batch_are_stored_once() -> None:
+    store, batch = MemoryStore(), padded(tokens(200, seed=1), tokens(150, seed=2))
+    logits(HYBRID, batch, RedisChunkCache(HYBRID, store, reproducible=True, piece_tokens=64))
+    keys = [entry.key for page in store.scan("safetensors") for entry in page]
+    assert len(keys) == 3 + 2
+
+
+def test_states_to_go_back_to_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a prompt is computed again, behind what was held, though snapshots came since."""
+    store, ids = MemoryStore(), tokens(480)
+    generate(HYBRID, ids[:, :250], new(HYBRID, store, state_every=64))
+    cache = new(HYBRID, store, state_every=64)
+    logits(HYBRID, ids[:, :100], cache)
+    monkeypatch.setattr(Witness, "difference", lambda _: 9.0)
+    assert close(logits(HYBRID, ids[:, 100:], cache), logits(HYBRID, ids))
+    assert "not those that the model computes" in cache.report.skipped

@@ -286,12 +286,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 call = replace(call, scores=False)
             if call.scores:
                 tap(module)
-            alone = call.shape[0] == 1 and (past or not call.pads()[0])
-            kind = (
-                self._prefill_type
-                if alone or held or not state_layers(self.layers)
-                else RowsPrefill
-            )
+            kind = self._prefill_type if held else self._kind_of_new(call)
             self._prefill = kind(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,
@@ -303,6 +298,11 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if self._records_past:  # a prompt's layers may be new ones
             self.activate_past_recording()
         return trim
+
+    def _kind_of_new(self, call: ForwardCall) -> type[Prefill]:
+        """The kind of prefill of a call behind nothing that is held."""
+        alone = call.shape[0] == 1 and not call.pads()[0]
+        return self._prefill_type if alone or not state_layers(self.layers) else RowsPrefill
 
     def end_piece(self, columns: int) -> None:
         """Look at a piece of the forward."""
@@ -421,7 +421,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             check_decoder(tokenizer)
         decode = None if tokenizer is None else tokenizer.decode
         prompt = Prompt.of(input_ids, attention_mask)
-        return explain(self._reading, self._prefill_type, prompt, decode, elsewhere)
+        kind = self._kind_of_new(prompt.as_call(self._context.model))
+        return explain(self._reading, kind, prompt, decode, elsewhere)
 
     def audit(
         self,

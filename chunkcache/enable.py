@@ -212,7 +212,7 @@ class _Cover:
             return self.generate(*args, **kwargs)
         cache = RedisChunkCache(self.model, context.store, **context.settings)
         try:
-            return self.generate(*args, **kwargs, **{CACHE: cache})
+            return self.generate(*args, **{**kwargs, CACHE: cache})
         except BaseException:  # whose traceback holds the cache: nobody will use it
             ModelState.of(self.model).caches.discard(cache)
             raise

@@ -49,7 +49,7 @@ def test_every_generate_inside_uses_the_cache(model, store):
         assert torch.equal(model.generate(IDS, **HOW), plain)
         assert context.report.computed == 300
         assert context.flush()
-        for inputs in ({"input_ids": IDS}, {"inputs": IDS}):
+        for inputs in ({"input_ids": IDS}, {"inputs": IDS}, {"inputs": IDS, CACHE: None}):
             assert torch.equal(model.generate(**inputs, **HOW), plain)
             assert context.report.computed < 50
     assert is_as_before(model)

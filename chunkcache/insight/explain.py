@@ -41,7 +41,7 @@ def explain(
 
     Args:
         context: That of the cache.
-        prefill_type: `Prefill`, or `AnywherePrefill`: whose plan the cache would follow.
+        prefill_type: The kind of prefill that the cache would use, whose plan is followed.
         prompt: The prompt.
         decode: The tokenizer's, to find where the same text has other tokens.
         elsewhere: Go through the whole store for what is not found (see `elsewhere.py`).
@@ -93,17 +93,19 @@ def _explain(
             looks = [replace(look, seen=row) for look, row in zip(looks, seen, strict=True)]
         except StoreError as error:
             context.handle_store_error(error, prefill.report)
-    # Rows go through the model together: what one has to compute is computed in all.
-    computed = np.zeros(prompt.ids.shape[1], dtype=bool)
+    computed = np.zeros(prompt.ids.shape, dtype=bool)
     for look in looks:
-        computed[look.pad :] |= look.unknown()
+        computed[look.row, look.pad :] = look.unknown()
+    if prefill.computes_together:
+        computed[:] = computed.any(axis=0)
     exact, whole, moved = (
-        set().union(*sets) for sets in zip(*(look.reads(computed) for look in looks), strict=True)
+        set().union(*sets)
+        for sets in zip(*(look.reads(computed[look.row]) for look in looks), strict=True)
     )
     # What serves whole is at hand for moving; what serves in part is read again.
     reads = [*exact, *(moved - whole)]
     return Explanation(
-        tuple(finding for look in looks for finding in look.findings(computed)),
+        tuple(finding for look in looks for finding in look.findings(computed[look.row])),
         sum(sizes[name] for name in reads),
         skipped=prefill.report.skipped,
         lossy=prefill.keys.lossy,

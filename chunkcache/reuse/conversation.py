@@ -128,6 +128,11 @@ class Conversation:
         return 2 if self.states else 1
 
     @property
+    def least_piece(self) -> int:
+        """Tokens that a piece of a prompt has at least."""
+        return 2 if self.self_test.steps_differ else 1
+
+    @property
     def is_new(self) -> bool:
         """Whether no forward has been given it yet."""
         return not (self._fed or self.length or self.transcript.pads or self.bypass_reason)
@@ -372,6 +377,10 @@ class Conversation:
             unnumbered = call.positions is None and any(self.transcript.pads)
             return _NOT_NUMBERED if unnumbered and takes(module, "position_ids") else _NOT_TEXT
         if columns < total:
+            if (
+                self.states
+            ):  # which only a forward from the first token on keeps from what is masked
+                return _NOT_TEXT
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)
         self.in_pieces = True
@@ -439,7 +448,12 @@ class Conversation:
             padding = self.transcript.padding(call.place)
             self._checks.append(call.follows(past, padding))
         self._checks += [self._is_untyped(*item) for item in call.types.items()]
-        return NOTHING_TRIMMED
+        return TrimSpec(number_from=self.number_from(call, past))
+
+    def number_from(self, call: ForwardCall, past: int) -> int | None:
+        """The position of the first id given, for models that may not number them right."""
+        is_numbered = call.positions is not None or not self.states
+        return None if is_numbered or any(self.transcript.pads) else past
 
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""

@@ -82,6 +82,9 @@ class Prefill:
         stale: Index entries to correct: by key, what shall replace them.
     """
 
+    computes_together = True
+    """Whether what one row has to compute is computed in all."""
+
     def __init__(
         self,
         conversation: Conversation,
@@ -204,11 +207,16 @@ class Prefill:
         """Column from which on all is computed, since its outputs are wanted."""
         if self._outputs:
             return max(self.held, self._outputs.limit)
-        if self.conversation.states and len(self.pads) > 1:
+        if self.conversation.states and not self._is_one_row:
             return self.held  # rows go on from states at other columns: see `rows.py`
         if not self.conversation.is_as_a_prompt(self.held):
             return self.held
         return self.outputs_from if self._is_in_whole_pieces else self.held
+
+    @property
+    def _is_one_row(self) -> bool:
+        """Whether there is one row without padding: its columns are positions, as snapshots are."""
+        return len(self.pads) == 1 and not self.pads[0]
 
     @property
     def outputs_from(self) -> int:
@@ -508,14 +516,15 @@ class Prefill:
         cuts = self._cuts(begin)
         if states:
             states.expect(self.conversation.layers, begin)
-        return TrimSpec(begin - self.past, cuts, self._number_from, head=head)
+        number_from = self.conversation.number_from(self.call, self.past)
+        return TrimSpec(begin - self.past, cuts, number_from, head=head)
 
     def _cuts(self, begin: int) -> tuple[int, ...]:
         """Columns of the ids given at which a forward from column `begin` on is cut."""
         if not self.conversation.in_pieces or self._outputs or self.call.bypass_reason:
             return ()
         cuts = set(self.pieces.cuts(begin, self.outputs_from))
-        if self.conversation.states and self._known and len(self.pads) == 1:
+        if self.conversation.states and self._known and self._is_one_row:
             cuts |= set(
                 self.conversation.states.cuts(
                     self.plans[0].chunks,
@@ -526,13 +535,12 @@ class Prefill:
                     self.conversation.marks,
                 )
             )
-        return tuple(cut - self.past for cut in sorted(cuts))
-
-    @property
-    def _number_from(self) -> int | None:
-        """The position of the first id given, for models that may not number them right."""
-        is_numbered = self.call.positions is not None or not self.conversation.states
-        return None if is_numbered or any(self.pads) else self.past
+        found, last = [], begin
+        for column in sorted(cuts):
+            if column - last >= self.conversation.least_piece:
+                found.append(column - self.past)
+                last = column
+        return tuple(found)
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)
@@ -723,7 +731,7 @@ class Prefill:
             more: Callable[[], list[Entry]] = list
             if self._outputs:
                 more = partial(self._outputs.entries, self.plans, self.conversation.known, certain)
-            elif self.conversation.states and len(self.pads) == 1:
+            elif self.conversation.states and self._is_one_row:
                 more = partial(self._state_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
 

@@ -8,6 +8,7 @@ together. Copies of a row, as beam search makes them, are computed once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _SUMS = (
 class RowsPrefill(Prefill):
     """See the module, and `Prefill`. Nothing is held when it begins."""
 
+    computes_together = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rows: list[Prefill | None] = []  # what brings up each row; alike for copies
@@ -41,6 +44,7 @@ class RowsPrefill(Prefill):
 
     def plan(self, dry: bool = False) -> None:
         """See which rows there are; with `dry`, plan each as it will be."""
+        self.report.skipped = self._whole
         ids = self.conversation.transcript.ids()
         distinct: dict[bytes, Prefill | None] = {}
         for row, pad in zip(ids, self.pads, strict=True):
@@ -56,7 +60,9 @@ class RowsPrefill(Prefill):
                 self.sizes |= prefill.sizes
         if dry:
             self.plans = [
-                prefill.plans[0] if prefill else plan_row([], self.total - pad, 0, (), WANTED)
+                replace(prefill.plans[0], tokens=self.total - pad)
+                if prefill
+                else plan_row([], self.total - pad, 0, (), WANTED)
                 for prefill, pad in zip(self._rows, self.pads, strict=True)
             ]
 
@@ -125,7 +131,12 @@ class RowsPrefill(Prefill):
             known = [*prefill.report.rows[0].spans] if prefill else []
             left = Span(max(begin - pad, 0), self.total - pad, Kind.COMPUTED, reason=WANTED)
             self.spans.append([*known, left])
-        return TrimSpec(begin, (), self._number_from)
+        return TrimSpec(begin, (), self.conversation.number_from(self.call, self.past))
+
+    def store(self) -> None:
+        """As in `Prefill`; but each row has stored its whole pieces, if these alone are stored."""
+        if not self.pieces.reproducible:
+            super().store()
 
     def stop(self) -> None:
         """Give up half-way, after an interrupt: what is held must not be used any more."""

@@ -62,6 +62,7 @@ class States:
         self._every = spacing(layout, context.settings.state_every)
         self._wanted: list[int] = []  # columns, in order
         self._begin = 0  # of the forward that runs
+        self._past = 0  # column to which such a forward may have to be gone back
         self._taken: set[int] = set()  # columns whose snapshot is new
         self._bad: set[str] = set()
 
@@ -77,6 +78,7 @@ class States:
         """The same ahead of `past` columns, to which it may have to be gone back."""
         if past and past not in self.held:
             self.held[past] = take_states(layers)
+        self._past = past
         self.put(layers, column, growing(layers)[0].device)
 
     def forget(self, columns: int = 0) -> None:
@@ -98,7 +100,9 @@ class States:
         """
         ends = self.boundaries(plan.chunks)
         usable = min(plan.reach, limit)
-        known = [c.stop for c in ends if self.sizes.get(c.hash) and plan.held < c.stop <= usable]
+        known = [
+            c.stop for c in plan.chunks if self.sizes.get(c.hash) and plan.held < c.stop <= usable
+        ]
         stop = max(known, default=plan.held)
         if usable - stop < ALIGNMENT:
             return plan.cut_at(stop, plan.missing)
@@ -154,6 +158,7 @@ class States:
             total: Columns once the prompt is done.
             marks: Columns that the user wants snapshots at, or shortly before.
         """
+        self._taken.clear()  # of an earlier forward, which has stored them or may not
         ends = [c.stop for c in self.boundaries(chunks) if begin < c.stop <= limit]
         if self._cuts_windows:
             self._wanted = ends
@@ -193,7 +198,8 @@ class States:
         if self._cuts_windows:
             keep_windows(layers, ())
         most = _KEPT_WINDOWS if self._cuts_windows else _KEPT
-        self.held = dict(list(self.held.items())[-max(most, len(self._taken)) :])
+        recent = {self._past, *list(self.held)[-max(most, len(self._taken)) :]}
+        self.held = {at: states for at, states in self.held.items() if at in recent}
 
     def entries(
         self,

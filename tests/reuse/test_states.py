@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from chunkcache import RedisChunkCache
 from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
+from chunkcache.kv.layers import GrowingLayer
+from chunkcache.model.state_test import run_state_test
 from chunkcache.reuse.states import ALIGNMENT, States, spacing
+from chunkcache.reuse.witness import Witness
 from chunkcache.stores.base import STATE, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -379,3 +383,135 @@ def test_boundaries_are_where_scans_are_cut() -> None:
     assert [chunk.stop for chunk in States.boundaries(chunks)] == [64, 128, 192, 256]
     chunks = cut(tokens(300)[0].numpy(), Grid(50), b"salt")
     assert [chunk.stop for chunk in States.boundaries(chunks)] == [50, 100, 150, 200, 250, 300]
+
+
+# ------------------------------------------------------------------ what a plain prefill gives
+
+
+def kv_error(cache: RedisChunkCache, model: Any, ids: Tensor) -> float:
+    """How far the K/V that a cache object holds are from those of a plain prefill."""
+    plain = DynamicCache(config=model.config)
+    logits(model, ids, plain)  # type: ignore[arg-type]
+    return max(
+        float((ours.keys - its.keys).abs().max() / its.keys.abs().max())
+        for ours, its in zip(cache.layers, plain.layers, strict=True)
+        if isinstance(ours, GrowingLayer)
+    )
+
+
+def test_single_steps_by_hand_need_no_positions_either() -> None:
+    """Or K/V at position 0 would be stored for every token."""
+    model, store = tiny("bamba"), MemoryStore()
+    cache = new(model, store)
+    with torch.no_grad():
+        for at in range(100):
+            model(PROMPT[:, at : at + 1], past_key_values=cache, use_cache=True)
+    assert kv_error(cache, model, PROMPT[:, :100]) < 1e-4
+    for _ in range(3):
+        assert torch.equal(generate(model, PROMPT, new(model, store)), generate(model, PROMPT))
+
+
+def test_no_piece_of_one_token_where_that_is_another_thing() -> None:
+    model, store = tiny("nemotron_h"), MemoryStore()
+    cache = new(model, store, piece_tokens=64)
+    generate(model, PROMPT[:, :127], cache, max_new_tokens=1)
+    generate(model, PROMPT, cache, max_new_tokens=1)
+    assert kv_error(cache, model, PROMPT) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("holes", ["inside", "on the right"])
+def test_masks_with_holes_fall_back(kind: str, holes: str) -> None:
+    """A state takes in what is masked, but in a forward from the first token on."""
+    model, store = tiny(kind), MemoryStore()
+    ids = torch.cat([PROMPT, tokens(195, seed=5)])
+    mask = torch.ones_like(ids)
+    mask[0, slice(140, 160) if holes == "inside" else slice(150, None)] = 0
+    for rows in (1, 2):
+        prompt = {"input_ids": ids[:rows], "attention_mask": mask[:rows]}
+        for _ in range(2):
+            cache = new(model, store)
+            assert torch.equal(generate(model, prompt, cache), generate(model, prompt))
+            assert "attention_mask" in cache.report.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["jamba", "zamba"])
+def test_a_scan_without_a_state_is_seen_however_little_it_does(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model = tiny(kind, dtype=dtype, initializer_range=0.05)
+    assert "begins with no state" in run_state_test(model).bypass_reason
+
+
+def test_snapshots_that_are_not_written_do_not_pile_up() -> None:
+    cache, history = new(HYBRID, MemoryStore(), write=False), tokens(70)
+    for turn in range(5):
+        history = joined(generate(HYBRID, history, cache), tokens(60, seed=turn))
+    assert cache._conversation.states is not None
+    assert len(cache._conversation.states.held) <= 3
+
+
+def test_snapshots_between_other_chunks_serve_longer_prompts() -> None:
+    """100 tokens a chunk: a long prompt has ends at multiples of 64, a short one has not."""
+    store, ids = MemoryStore(), tokens(1700)
+    logits(HYBRID, ids[:, :1500], first := new(HYBRID, store, chunk_size=100))
+    first.flush()
+    later = new(HYBRID, store, chunk_size=100)
+    assert close(logits(HYBRID, ids, later), logits(HYBRID, ids))
+    assert later.report.reused == 1400
+
+
+def test_a_batch_says_why_it_is_computed() -> None:
+    with torch.no_grad():
+        HYBRID(tokens(70, rows=2), past_key_values=(cache := new(HYBRID, MemoryStore())))
+    assert "logits of every token" in cache.report.skipped
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_one_padded_row_over_several_turns(kind: str) -> None:
+    """Its columns are not positions, and no state may be kept as if they were."""
+    model, store = tiny(kind), MemoryStore()
+    row = {
+        "input_ids": torch.cat([torch.zeros(1, 20, dtype=torch.long), PROMPT], 1),
+        "attention_mask": torch.cat([torch.zeros(1, 20), torch.ones(1, 195)], 1).long(),
+    }
+    cache = new(model, store)
+    for _ in range(2):
+        told = generate(model, row, cache)
+        assert torch.equal(told, generate(model, row))
+        ids = torch.cat([told, tokens(140, seed=40)], 1)
+        row = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= 20)[None].long()}
+    text = told[:, 20:]
+    for _ in range(2):
+        fresh = new(model, store)
+        assert torch.equal(generate(model, text, fresh), generate(model, text))
+        assert close(logits(model, text, new(model, store)), logits(model, text))
+
+
+def test_explain_says_what_each_row_reuses() -> None:
+    store = MemoryStore()
+    generate(HYBRID, PROMPT, new(HYBRID, store))
+    batch = padded(PROMPT, tokens(90, seed=2), joined(TEXT, OTHER), tokens(1, seed=3))
+    told = new(HYBRID, store).explain(batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits(HYBRID, batch, cache := new(HYBRID, store))
+    assert sum(c.tokens for c in told.chunks if c.kind == "reused") == cache.report.reused == 256
+    assert sum(c.tokens for c in told.chunks) == cache.report.prompt_tokens
+
+
+def test_whole_pieces_of_a_batch_are_stored_once() -> None:
+    store, batch = MemoryStore(), padded(tokens(200, seed=1), tokens(150, seed=2))
+    logits(HYBRID, batch, RedisChunkCache(HYBRID, store, reproducible=True, piece_tokens=64))
+    keys = [entry.key for page in store.scan("safetensors") for entry in page]
+    assert len(keys) == 3 + 2
+
+
+def test_states_to_go_back_to_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a prompt is computed again, behind what was held, though snapshots came since."""
+    store, ids = MemoryStore(), tokens(480)
+    generate(HYBRID, ids[:, :250], new(HYBRID, store, state_every=64))
+    cache = new(HYBRID, store, state_every=64)
+    logits(HYBRID, ids[:, :100], cache)
+    monkeypatch.setattr(Witness, "difference", lambda _: 9.0)
+    assert close(logits(HYBRID, ids[:, 100:], cache), logits(HYBRID, ids))
+    assert "not those that the model computes" in cache.report.skipped

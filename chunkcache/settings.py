@@ -210,6 +210,11 @@ class Settings:
                 f"{name}={getattr(self, name)!r} excludes reuse='anywhere', which computes what is "
                 "missing in one scattered forward: set reuse='prefix'"
             )
+        if self.piece_tokens == 1:
+            raise SettingError(
+                "piece_tokens=1 is too few: some models compute a token by itself otherwise than "
+                "among others. Set it to 2 or more (256 and more are fast), or to 0 for no pieces"
+            )
         if not self.reproducible:
             return
         if self.codec.removesuffix(ZSTD) != PLAIN:

@@ -287,6 +287,7 @@ def test_a_store_that_is_not_believed_changes_nothing(monkeypatch: pytest.Monkey
     [
         ({"reproducible": 1}, "reproducible=1"),
         ({"piece_tokens": -1}, "piece_tokens=-1"),
+        ({"piece_tokens": 1}, "piece_tokens=1 is too few"),
         ({"reproducible": True, "reuse": "anywhere"}, "reuse='prefix'"),
         ({"piece_tokens": 64, "reuse": "anywhere"}, "reuse='prefix'"),
         ({"reproducible": True, "codec": "safetensors-int8"}, "codec"),

@@ -26,6 +26,7 @@ from chunkcache.kv.states import (
     take_states,
     take_windows,
 )
+from chunkcache.model.check import CACHE
 from chunkcache.model.rounding import MARGIN, SUMS
 from chunkcache.model.self_test import (
     BOUNDS,
@@ -125,7 +126,7 @@ def _ignores(
             for shape, state in zip(layout.states, states, strict=True)
         ]
         behind = layers_with(model, layout, prefix, ids[:, :CUT])
-        put_states(behind, layout.states, [changed], ids.device)
+        put_states(behind, layout.states, [changed], growing(prefix)[0].device)
         runs.append(_run(model, ids[:, CUT : CUT + 2], behind))
     error = float((runs[1] - runs[0]).abs().max() / runs[0].abs().max())
     return error <= UNIT[layout.dtype]
@@ -156,7 +157,7 @@ def _noise(model: nn.Module, ids: Tensor, whole: Tensor) -> float:
         noise = (torch.rand(embeds.shape, generator=source) * 2 - 1).to(embeds.device)
         noisy = embeds * (1 + 2 * UNIT[embeds.dtype] * noise).to(embeds.dtype)
         try:
-            out = model(inputs_embeds=noisy, past_key_values=DynamicCache(config=config))
+            out = model(inputs_embeds=noisy, **{CACHE: DynamicCache(config=config)})
         except Exception:  # not all take embeddings; then the least bound holds
             return 0.0
         largest = max(largest, float((out.logits - whole).abs().max()))

@@ -64,7 +64,6 @@ class States:
         self._begin = 0  # of the forward that runs
         self._past = 0  # column to which such a forward may have to be gone back
         self._taken: set[int] = set()  # columns whose snapshot is new
-        self._bad: set[str] = set()
 
     def nearest(self, columns: int) -> int:
         """The last of the first `columns` at which a snapshot is held, or 0."""
@@ -133,7 +132,6 @@ class States:
         reader.discard()
         if pending.failure:
             self.sizes.pop(chunk.hash)
-            self._bad.add(chunk.hash)
             return None, reader.bytes_read
         return pending.states, reader.bytes_read
 

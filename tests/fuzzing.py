@@ -288,7 +288,7 @@ def make_metadata(source: Random) -> tuple[str, dict[str, dict[str, str]]]:
 def feed_metadata(given: tuple[str, dict[str, dict[str, str]]]) -> None:
     codec, good = INDEXED[given[0]]
     found = search(Answers(given[1]), keys_of(codec), [Passage(ROW, 0, len(ROW))])
-    for piece in found.pieces[0]:
+    for piece in found.matches[0]:
         its = piece.chunk.tokens[piece.offset : piece.offset + piece.stop - piece.start]
         assert np.array_equal(ROW[piece.start : piece.stop], its), "another text"
     for key, entry in found.stale.items():

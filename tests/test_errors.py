@@ -68,7 +68,14 @@ SETTINGS = [
     ({"refresh_ttl": "no"}, "refresh_ttl", "must be True or False"),
     ({"min_gain": -1}, "min_gain", "or 0 to read always"),
     ({"pin": None}, "pin", "must be True or False"),
-    ({"chunksize": 7}, "chunksize", "the settings are reuse, repair, chunk_size"),
+    ({"variants": "x"}, "variants", 'use "any" or "prepared"'),
+    ({"audit_rate": 2}, "audit_rate", "from 0 to 1"),
+    ({"audit_bound": -1}, "audit_bound", "or 0 for none"),
+    ({"audit_in": "x"}, "audit_in", 'use "background" or "call"'),
+    ({"reproducible": 1}, "reproducible", "must be True or False"),
+    ({"piece_tokens": 1}, "piece_tokens", "Set it to 2 or more"),
+    ({"state_every": -1}, "state_every", "of at least 0"),
+    ({"chunksize": 7}, "chunksize", "the settings are reuse, repair, variants"),
 ]
 URLS = [
     ("localhost:6379", "scheme", "for instance redis://localhost:6379/0"),

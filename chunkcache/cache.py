@@ -301,8 +301,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def _kind_of_new(self, call: ForwardCall) -> type[Prefill]:
         """The kind of prefill of a call behind nothing that is held."""
-        alone = call.shape[0] == 1 and not call.pads()[0]
-        return self._prefill_type if alone or not state_layers(self.layers) else RowsPrefill
+        if not state_layers(self.layers) or (call.shape[0] == 1 and not call.pads()[0]):
+            return self._prefill_type
+        return RowsPrefill
 
     def end_piece(self, columns: int) -> None:
         """Look at a piece of the forward."""

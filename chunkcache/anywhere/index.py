@@ -29,9 +29,8 @@ from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut, from_text
 MOST_VARIANTS = 8
 # And some texts are one window over and over again.
 MOST_PLACES = 32
-_PREPARED = (
-    "prepared"  # the metadata field of such chunks, and the last word of a place in an entry
-)
+# The metadata field of such chunks, and the last word of a place in an entry.
+_PREPARED = "prepared"
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,19 +103,21 @@ class Codec:
 
         Arguments are those of `form`; the layout is that of outputs.
         """
-        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
-        exact = replace(self, name=plain, rotation=None)
         file = TensorFile.of(layout, tokens, start, chunk_hash, output_slots, OUTPUTS_LAYOUT)
-        return BlobFormat(exact, layout, start, key, file)
+        return BlobFormat(self._exact, layout, start, key, file)
 
     def state_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str, key: str
     ) -> BlobFormat:
         """The form of the states behind one chunk, whose numbers are kept as they are."""
-        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
-        exact = replace(self, name=plain, rotation=None)
         file = TensorFile.of(layout, tokens, start, chunk_hash, state_slots, STATES_LAYOUT)
-        return BlobFormat(exact, layout, start, key, file)
+        return BlobFormat(self._exact, layout, start, key, file)
+
+    @property
+    def _exact(self) -> Codec:
+        """The same, but that numbers are kept as they are."""
+        plain = PLAIN + (ZSTD if self.name.endswith(ZSTD) else "")
+        return replace(self, name=plain, rotation=None)
 
     def hide(self, text: str, key: str) -> str:
         """Text for the metadata under a key that only those may read who can read the blob."""

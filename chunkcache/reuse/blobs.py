@@ -103,6 +103,17 @@ class PendingChunk:
         return file.check(self._head, [view for run in self.runs for view in run])
 
 
+class PendingTensors(PendingChunk):
+    """The same of a value beside a chunk's K/V: `tensors`, in order, once they have come."""
+
+    tensors: Sequence[Tensor] = ()
+
+    def check(self) -> None:
+        """As in `PendingChunk`."""
+        self.tensors = self.form.decode_tensors(self._head)
+        self._head = memoryview(b"")
+
+
 class _Target(Place):
     """Where a part of a blob goes. Its checksum is taken while it is in the processor's cache."""
 
@@ -162,6 +173,16 @@ class BlobReader:
                 for chunk in batch[done:]:
                     chunk.failure = str(error)
                     yield chunk
+
+    def read_tensors(self, values: Sequence[PendingTensors]) -> None:
+        """Bring values, but for those whose size tells that they are damaged; these are removed."""
+        for value in values:
+            if not value.form.may_have(value.nbytes):
+                self.reject(value, BlobError(WRONG_SIZE))
+        with closing(self.read([value for value in values if not value.failure])) as answers:
+            for _ in answers:
+                pass
+        self.discard()
 
     def conclude(self, chunk: PendingChunk, is_here: bool) -> None:
         """Check a chunk that has come, or take note that it has not."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from chunkcache.errors import StoreError, UnsupportedCallError
-from chunkcache.kv.layers import are_edited, growing, note_all_written
+from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
 from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
@@ -304,7 +304,7 @@ class Conversation:
             common = min(common, *(end for end in ends if end is not None))
         if self.context.pieces.reproducible:
             common = self.context.pieces.floor(min(common, self.whole_pieces))
-        if self._is_long != (0 < self._switch < call.new - min(pads)):
+        if self._is_long != self._is_long_at(call.new, pads):
             return 0
         if self.states and (common < self.length or self._stepped_from < common):
             common = self.states.nearest(min(common, self._stepped_from))
@@ -377,9 +377,7 @@ class Conversation:
             unnumbered = call.positions is None and any(self.transcript.pads)
             return _NOT_NUMBERED if unnumbered and takes(module, "position_ids") else _NOT_TEXT
         if columns < total:
-            if (
-                self.states
-            ):  # which only a forward from the first token on keeps from what is masked
+            if self.states:  # what is masked is kept from them in a forward of all tokens alone
                 return _NOT_TEXT
             known = self.transcript.text_until
             self.transcript.text_until = columns if known is None else min(known, columns)
@@ -388,7 +386,7 @@ class Conversation:
 
     def _why_too_long(self, held: int, total: int) -> str:
         """Look whether RoPE frequencies are those of long prompts; why that cannot be handled."""
-        is_long = self._is_long_at(total)
+        is_long = self._is_long_at(total, self.transcript.pads)
         if held and is_long != self._is_long:  # what comes now is behind K/V of the others
             self._stepped_from = min(self._stepped_from, held)
             return ""
@@ -399,8 +397,8 @@ class Conversation:
                 return f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
         return ""
 
-    def _is_long_at(self, columns: int) -> bool:
-        return 0 < self._switch < columns - min(self.transcript.pads, default=0)
+    def _is_long_at(self, columns: int, pads: list[int]) -> bool:
+        return 0 < self._switch < columns - min(pads, default=0)
 
     def empty(self) -> None:
         """Hold nothing, in layers that fit the model."""
@@ -585,7 +583,7 @@ class Conversation:
         """Hold the first columns alone again, at which a snapshot of the states is held."""
         assert self.states is not None
         crop_kv(self.layers, columns)
-        self.states.put(self.layers, columns, growing(self.layers)[0].device)
+        self.states.put(self.layers, columns)
         self.crop(columns)
 
     def crop(self, columns: int) -> None:

@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
 from chunkcache.model.head import HeadInput, feed, untap
-from chunkcache.reuse.pieces import PER_TOKEN, TYPES, piece, run_pieces
+from chunkcache.reuse.pieces import PER_TOKEN, TYPES, chosen, piece, run_pieces
 from chunkcache.tokens.transcript import Padding
 
 INSTALLING = RLock()  # held by who puts the hook on or takes it off
@@ -503,17 +503,8 @@ def trim(kwargs: dict[str, Any], rest: TrimSpec) -> dict[str, Any]:
     if rest.head is not None and kwargs.get("logits_to_keep") is not None:
         kwargs = {**kwargs, "logits_to_keep": 0}
     if rest.columns is not None:
-        new = kwargs["input_ids"].shape[1]
-        scattered = {
-            name: kwargs[name][..., rest.columns]
-            for name in PER_TOKEN
-            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
-        }
-        scattered |= {"position_ids": rest.positions, "attention_mask": rest.mask}
-        keep = kwargs.get("logits_to_keep")
-        if isinstance(keep, Tensor):  # counted from the end, which stays where it is
-            scattered["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
-        return {**kwargs, **scattered}
+        scattered = {"position_ids": rest.positions, "attention_mask": rest.mask}
+        return chosen(kwargs, rest.columns) | scattered
     return piece(kwargs, rest.skip) if rest.skip and not rest.cuts else kwargs
 
 

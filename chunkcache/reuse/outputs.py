@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from contextlib import closing
 
 import torch
 from torch import Tensor
 
-from chunkcache.errors import BlobError
 from chunkcache.kv.codec import KVLayout
 from chunkcache.model.head import HeadInput
-from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
+from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.hook import NO_LABEL, ForwardCall
 from chunkcache.reuse.keyspace import KeySpace
@@ -139,29 +137,22 @@ class Outputs:
         shape = len(self._transcript.pads), stop - self._wanted, width
         # Of padding nothing is known, and no number may look as if it were.
         self._before = torch.full(shape, torch.nan, dtype=self._layout.dtype)
-        sound = [read for read in reads if not read.failure]
-        with closing(self._reader.read(sound)) as answers:
-            for _ in answers:
-                pass
-        self._reader.discard()
+        self._reader.read_tensors(reads)
         for read in reads:
             for row, chunk in users[read.chunk_hash]:
                 if not read.failure:
-                    self._place(row, chunk, read.hidden, stop)
+                    self._place(row, chunk, read.tensors[0], stop)
                     continue
                 self.sizes.pop(read.chunk_hash, None)  # so that they are written anew
                 first = self._transcript.pads[row] + chunk.start
                 self.limit = max(self._wanted, min(self.limit, first))
         return self._reader.bytes_read
 
-    def _pending(self, row: int, chunk: Chunk) -> _Pending:
+    def _pending(self, row: int, chunk: Chunk) -> PendingTensors:
         form = self._keys.output_form(
             self._layout, self._tokens(row, chunk), chunk.start, chunk.hash
         )
-        pending = _Pending(chunk.hash, form, self.sizes[chunk.hash])
-        if not form.may_have(pending.nbytes):
-            self._reader.reject(pending, BlobError(WRONG_SIZE))
-        return pending
+        return PendingTensors(chunk.hash, form, self.sizes[chunk.hash])
 
     def _tokens(self, row: int, chunk: Chunk) -> list[int]:
         pad = self._transcript.pads[row]
@@ -233,14 +224,3 @@ class Outputs:
                 pin = self._context.settings.pin
                 entries.append(Entry(form.key, told, blob, True, pin, [*before]))
         return entries
-
-
-class _Pending(PendingChunk):
-    """The outputs of one chunk: `hidden`, `[tokens, hidden]`, once they have come."""
-
-    hidden: Tensor
-
-    def check(self) -> None:
-        """As in `PendingChunk`."""
-        (self.hidden,) = self.form.decode_tensors(self._head)
-        self._head = memoryview(b"")

@@ -79,19 +79,25 @@ def run_pieces(
 
 def piece(kwargs: dict[str, Any], start: int, stop: int | None = None) -> dict[str, Any]:
     """The arguments for columns `start` to `stop` of the ids given, or for all from `start` on."""
-    new = kwargs["input_ids"].shape[1]
+    part = chosen(kwargs, slice(start, stop))
+    if stop is not None:
+        if part.get("logits_to_keep") is not None:
+            part["logits_to_keep"] = 1  # nobody looks at them
+        if isinstance(mask := part.get("attention_mask"), Tensor):
+            behind = kwargs["input_ids"].shape[1] - stop
+            part["attention_mask"] = mask[:, : mask.shape[1] - behind]
+    return part
+
+
+def chosen(kwargs: dict[str, Any], columns: slice | Tensor) -> dict[str, Any]:
+    """The arguments for some columns of the ids given, the last among them; with the whole mask."""
+    new, keep = kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")
     part: dict[str, Any] = {
-        name: kwargs[name][..., start:stop]
+        name: kwargs[name][..., columns]
         for name in PER_TOKEN
         if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[-1] == new
     }
-    keep, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
-    if stop is not None:
-        if keep is not None:
-            part["logits_to_keep"] = 1  # nobody looks at them
-        if isinstance(mask, Tensor):
-            part["attention_mask"] = mask[:, : mask.shape[1] - (new - stop)]
-    elif isinstance(keep, Tensor):  # counted from the end, which stays where it is
+    if isinstance(keep, Tensor):  # counted from the end, which stays where it is
         part["logits_to_keep"] = torch.where(keep < 0, keep, keep - new)
     return {**kwargs, **part}
 

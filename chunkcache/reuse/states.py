@@ -10,18 +10,15 @@ convolutions are small and can be cut out of any forward: each chunk has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from chunkcache.errors import BlobError
 from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.layers import growing
 from chunkcache.kv.states import keep_windows, put_states, take_states, take_windows
-from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
+from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry
@@ -56,7 +53,7 @@ class States:
     """
 
     def __init__(self, context: CacheContext, layout: KVLayout, cuts_windows: bool) -> None:
-        self.held: dict[int, list[Tensor]] = {}
+        self.held: dict[int, Sequence[Tensor]] = {}
         self.sizes: dict[str, int] = {}
         self._context, self._layout, self._cuts_windows = context, layout, cuts_windows
         self._every = spacing(layout, context.settings.state_every)
@@ -69,8 +66,9 @@ class States:
         """The last of the first `columns` at which a snapshot is held, or 0."""
         return max((column for column in self.held if column <= columns), default=0)
 
-    def put(self, layers: Sequence[Any], column: int, device: torch.device) -> None:
+    def put(self, layers: Sequence[Any], column: int) -> None:
         """Have layers hold a snapshot that is held here."""
+        device = growing(layers)[0].device
         put_states(layers, self._layout.states, [self.held[column]], device)
 
     def go_to(self, layers: Sequence[Any], column: int, past: int) -> None:
@@ -78,7 +76,7 @@ class States:
         if past and past not in self.held:
             self.held[past] = take_states(layers)
         self._past = past
-        self.put(layers, column, growing(layers)[0].device)
+        self.put(layers, column)
 
     def forget(self, columns: int = 0) -> None:
         """What is held behind the first columns is no longer."""
@@ -105,10 +103,8 @@ class States:
         stop = max(known, default=plan.held)
         if usable - stop < ALIGNMENT:
             return plan.cut_at(stop, plan.missing)
-        told = f"K/V known to {plan.reach:,}, " + (
-            f"nearest state {stop:,}" if stop else "no state"
-        )
-        told += f": {usable - stop:,} tokens computed again"
+        nearest = f"nearest state {stop:,}" if stop else "no state"
+        told = f"K/V known to {plan.reach:,}, {nearest}: {usable - stop:,} tokens computed again"
         new = max((c.stop for c in ends if c.stop <= usable), default=0)
         if new > stop and self._context.settings.write:
             told += f"; a state is stored at {new:,} now"
@@ -116,24 +112,18 @@ class States:
 
     def read(
         self, keys: KeySpace, plan: RowPlan, row: Tokens, handle_error: Callable[[Exception], None]
-    ) -> tuple[list[Tensor] | None, int]:
+    ) -> tuple[Sequence[Tensor] | None, int]:
         """The snapshot where the plan ends, `None` if it cannot be had; and bytes read."""
         chunk = next(c for c in plan.chunks if c.stop == plan.reach)
         ids = row[chunk.start : chunk.stop].tolist()
         form = keys.state_form(ids, chunk.start, chunk.hash)
         reader = BlobReader(self._context.store, handle_error)
-        pending = _PendingState(chunk.hash, form, self.sizes[chunk.hash])
-        if form.may_have(pending.nbytes):
-            with closing(reader.read([pending])) as answers:
-                for _ in answers:
-                    pass
-        else:
-            reader.reject(pending, BlobError(WRONG_SIZE))
-        reader.discard()
+        pending = PendingTensors(chunk.hash, form, self.sizes[chunk.hash])
+        reader.read_tensors([pending])
         if pending.failure:
             self.sizes.pop(chunk.hash)
             return None, reader.bytes_read
-        return pending.states, reader.bytes_read
+        return pending.tensors, reader.bytes_read
 
     # ------------------------------------------------------------------ as the model computes
 
@@ -222,14 +212,3 @@ class States:
             self.sizes[chunk.hash] = blob.nbytes
         self._taken.clear()
         return entries
-
-
-class _PendingState(PendingChunk):
-    """The states behind one chunk: `states`, once they have come."""
-
-    states: list[Tensor]
-
-    def check(self) -> None:
-        """As in `PendingChunk`."""
-        self.states = self.form.decode_tensors(self._head)
-        self._head = memoryview(b"")

@@ -218,7 +218,7 @@ def entries_in(store):
     return dict(zip(keys, store.read_metadata(keys), strict=True))
 
 
-def mend(place, passages):
+def searched(place, passages):
     found = search(place.store, place, passages)
     place.store.write(list(found.stale.values()))
     return found
@@ -231,14 +231,14 @@ def test_entries_of_lost_chunks_are_put_right():
     kept = keep(place, np.concatenate([text(30, 2), a]), created="2")
     lost = [chunk.hash for chunk in kept[1:3]]
     place.store.delete([place.key(name) for name in lost])
-    found = mend(place, [Passage(a, 0, 399)])
+    found = searched(place, [Passage(a, 0, 399)])
     assert covered(found.matches[0]) == 399
     names = {name for fields in entries_of(place.store).values() for name in fields or {}}
     assert names.isdisjoint(lost)
     assert not search(place.store, place, [Passage(a, 0, 399)]).stale
     # And when all are gone, so are the entries.
     place.store.delete([key for key in entries_in(place.store) if key.startswith("safetensors")])
-    assert mend(place, [Passage(a, 0, 399)]).matches == [[]]
+    assert searched(place, [Passage(a, 0, 399)]).matches == [[]]
     asked = {e.key for c in cut(a, Grid(), b"salt") for e in index_entries(place, c, a, "")}
     assert not any(place.store.read_metadata(sorted(asked)))
 
@@ -250,7 +250,7 @@ def test_entries_with_too_many_variants_keep_the_newest():
         keep(place, a, created=f"{n:03}", salt=b"%d" % n)
         if n == 2 * MOST_VARIANTS - 1:
             assert not search(place.store, place, [Passage(a, 0, 100)]).stale
-    found = mend(place, [Passage(a, 0, 100)])
+    found = searched(place, [Passage(a, 0, 100)])
     assert covered(found.matches[0]) == 100
     for fields in entries_of(place.store).values():
         newest = sorted(int(value.split()[1]) for value in fields.values())

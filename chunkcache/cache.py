@@ -31,6 +31,8 @@ from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.rows import RowsPrefill
+from chunkcache.reuse.scoring import ScoringPrefill
+from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
@@ -286,7 +288,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                 call = replace(call, scores=False)
             if call.scores:
                 tap(module)
-            kind = self._prefill_type if held else self._kind_of_new(call)
+            kind = self._kind_of(call, held)
             self._prefill = kind(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,
@@ -299,11 +301,14 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self.activate_past_recording()
         return trim
 
-    def _kind_of_new(self, call: ForwardCall) -> type[Prefill]:
-        """The kind of prefill of a call behind nothing that is held."""
-        if not state_layers(self.layers) or (call.shape[0] == 1 and not call.pads()[0]):
-            return self._prefill_type
-        return RowsPrefill
+    def _kind_of(self, call: ForwardCall, held: int = 0) -> type[Prefill]:
+        """The kind of prefill of a call behind so many columns that are held."""
+        if state_layers(self.layers):
+            is_one_row = call.shape[0] == 1 and not call.pads()[0]
+            return StatefulPrefill if held or is_one_row else RowsPrefill
+        if call.scores and self._prefill_type is Prefill:
+            return ScoringPrefill
+        return self._prefill_type
 
     def end_piece(self, columns: int) -> None:
         """Look at a piece of the forward."""
@@ -422,7 +427,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             check_decoder(tokenizer)
         decode = None if tokenizer is None else tokenizer.decode
         prompt = Prompt.of(input_ids, attention_mask)
-        kind = self._kind_of_new(prompt.as_call(self._context.model))
+        kind = self._kind_of(prompt.as_call(self._context.model))
         return explain(self._reading, kind, prompt, decode, elsewhere)
 
     def audit(

@@ -44,6 +44,8 @@ class AnywherePrefill(Prefill):
         moved: What is known of the distinct rows by their text.
     """
 
+    no_outputs = "reuse='anywhere' keeps no outputs"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.moved: list[MovedText] = []

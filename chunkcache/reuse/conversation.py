@@ -68,7 +68,9 @@ class Conversation:
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
         in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
-        whole_pieces: Columns from the first on that were computed in whole pieces, or read as such.
+        prompt_until: So many columns, from the first on, have the K/V of a prompt. What is behind
+            was computed by itself where that makes a difference, behind K/V with other RoPE
+            frequencies, or, where bits shall be the same, not in whole pieces.
         surplus: Columns that the layers hold beyond the tokens given: some models cache more.
     """
 
@@ -84,7 +86,7 @@ class Conversation:
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False
-        self.whole_pieces = 0
+        self.prompt_until = self._not_limited
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
@@ -95,9 +97,6 @@ class Conversation:
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
-        # The first column whose K/V are not those of a prompt: computed by itself, where that makes
-        # a difference, or behind K/V with other RoPE frequencies.
-        self._stepped_from = _NOWHERE
         self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
         self._is_long = False  # whether RoPE frequencies are those of long prompts
         self._certain = 0  # those of them that assisted generation will not take back
@@ -117,7 +116,12 @@ class Conversation:
 
     def is_as_a_prompt(self, columns: int) -> bool:
         """Whether K/V of the first columns are those that a prompt of these tokens has."""
-        return columns <= self._stepped_from
+        return columns <= self.prompt_until
+
+    @property
+    def _not_limited(self) -> int:
+        """The largest `prompt_until` of columns of which nothing is known yet."""
+        return 0 if self.context.pieces.reproducible else _NOWHERE
 
     @property
     def least(self) -> int:
@@ -302,12 +306,11 @@ class Conversation:
                 return 0
             ends = call.text_columns(0, pads), self.transcript.text_until
             common = min(common, *(end for end in ends if end is not None))
-        if self.context.pieces.reproducible:
-            common = self.context.pieces.floor(min(common, self.whole_pieces))
+        common = self.context.pieces.usable(min(common, self.prompt_until))
         if self._is_long != self._is_long_at(call.new, pads):
             return 0
-        if self.states and (common < self.length or self._stepped_from < common):
-            common = self.states.nearest(min(common, self._stepped_from))
+        if self.states and common < self.length:
+            common = self.states.nearest(common)
         return max(0, common)
 
     def _begins_like(self, call: ForwardCall) -> bool:
@@ -387,15 +390,15 @@ class Conversation:
     def _why_too_long(self, held: int, total: int) -> str:
         """Look whether RoPE frequencies are those of long prompts; why that cannot be handled."""
         is_long = self._is_long_at(total, self.transcript.pads)
+        reproducible = self.context.pieces.reproducible
+        other = f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
         if held and is_long != self._is_long:  # what comes now is behind K/V of the others
-            self._stepped_from = min(self._stepped_from, held)
-            return ""
+            self.prompt_until = min(self.prompt_until, held)
+            return other if reproducible else ""
         self._is_long = is_long
         if is_long:  # pieces that end before the switch would have others
             self.in_pieces = False
-            if self.context.pieces.reproducible or self.states:
-                return f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
-        return ""
+        return other if is_long and (reproducible or self.states) else ""
 
     def _is_long_at(self, columns: int, pads: list[int]) -> bool:
         return 0 < self._switch < columns - min(pads, default=0)
@@ -434,7 +437,7 @@ class Conversation:
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
         if self.self_test.steps_differ:
-            self._stepped_from = min(self._stepped_from, past)
+            self.prompt_until = min(self.prompt_until, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
         if self.bypass_reason:
@@ -555,10 +558,9 @@ class Conversation:
 
     def _storable(self, certain: int, tail: bool) -> tuple[int, bool]:
         """Columns whose K/V others may have, and whether their last, shorter chunk is one."""
-        if self.context.pieces.reproducible:
-            return min(certain, self.whole_pieces), False
-        # No prompt can go on from a tail without a state.
-        return min(certain, self._stepped_from), tail and not self.states
+        # No prompt can go on from a tail without a state, nor is a tail a whole piece.
+        tail = tail and not self.states and not self.context.pieces.reproducible
+        return min(certain, self.prompt_until), tail
 
     @property
     def _followed(self) -> bool:
@@ -589,19 +591,18 @@ class Conversation:
     def crop(self, columns: int) -> None:
         """The layers hold the first `columns` alone."""
         self.transcript.crop(columns)
-        if self.whole_pieces > columns:
-            self.whole_pieces = self.context.pieces.usable(columns)
+        if columns <= self.prompt_until:
+            pieces = self.context.pieces
+            self.prompt_until = pieces.floor(columns) if pieces.reproducible else _NOWHERE
         if self.states:
             self.states.forget(columns)
-        if columns <= self._stepped_from:
-            self._stepped_from = _NOWHERE
         if self._sample is not None:
             self._sample.crop(columns)
 
     def take_rows(self, rows: Tensor) -> None:
         """The layers hold these rows of what they held."""
         self.transcript.take_rows(rows)
-        self.whole_pieces = 0  # of a batch of other rows
+        self.prompt_until = min(self.prompt_until, self._not_limited)  # bits are of the batch
         if self.states:
             self.states.forget()
         self._sample = None

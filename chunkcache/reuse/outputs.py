@@ -26,7 +26,6 @@ from chunkcache.tokens.plan import RowPlan
 from chunkcache.tokens.transcript import Transcript
 
 _GRADIENTS = "gradients are enabled, which stored outputs have none of: use torch.no_grad()"
-_ANYWHERE = "reuse='anywhere' keeps no outputs"
 _REPRODUCIBLE = "reproducible=True computes outputs of all tokens in one forward"
 _PADDING = (
     "labels count outputs of padding: set those of each row's padding, and of its first token, to "
@@ -52,8 +51,6 @@ def outputs_of(
         total: Columns once it is done.
         handle_error: Told of a failing store and of damaged blobs; may raise.
     """
-    if context.settings.reuse == "anywhere":
-        return _ANYWHERE
     if context.pieces.reproducible:
         return _REPRODUCIBLE
     if keys.lossy:
@@ -76,6 +73,7 @@ class Outputs:
     """See the module. Arguments are those of `outputs_of`, and the layout of the model's outputs.
 
     Attributes:
+        value: The last part of their keys.
         limit: Column from which on all is computed.
         sizes: Bytes of the outputs that the store has, by the hash of their chunk.
     """
@@ -90,6 +88,7 @@ class Outputs:
         total: int,
         handle_error: Callable[[Exception], None],
     ) -> None:
+        self.value = OUTPUTS
         self.sizes: dict[str, int] = {}
         self.limit = total - 1  # one token is computed in any case
         self._context, self._keys, self._layout, self._call = context, keys, layout, call
@@ -99,10 +98,6 @@ class Outputs:
         self._reader = BlobReader(context.store, handle_error)
         self._before: Tensor | None = None  # `[batch, columns, hidden]` from there on
         self._input: HeadInput | None = None
-
-    def key(self, chunk_hash: str) -> str:
-        """Where a chunk's outputs are in the store."""
-        return self._keys.key(chunk_hash) + OUTPUTS
 
     def settle(self, plans: Sequence[RowPlan]) -> str:
         """See how far outputs are known, as the store has it; why nothing is used, if they stop it.

@@ -22,7 +22,7 @@ from chunkcache.report import Report
 from chunkcache.reuse.conversation import Conversation
 from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.pieces import run_pieces
-from chunkcache.reuse.prefill import Prefill
+from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.tokens.plan import WANTED, Kind, Span, plan_row
 
 _SUMS = (
@@ -31,22 +31,22 @@ _SUMS = (
 )  # fmt: skip
 
 
-class RowsPrefill(Prefill):
+class RowsPrefill(StatefulPrefill):
     """See the module, and `Prefill`. Nothing is held when it begins."""
 
     computes_together = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rows: list[Prefill | None] = []  # what brings up each row; alike for copies
+        self._rows: list[StatefulPrefill | None] = []  # what brings up each row; alike for copies
 
     # ------------------------------------------------------------------ what is known
 
     def plan(self, dry: bool = False) -> None:
         """See which rows there are; with `dry`, plan each as it will be."""
-        self.report.skipped = self._whole
+        self.report.skipped = self.whole
         ids = self.conversation.transcript.ids()
-        distinct: dict[bytes, Prefill | None] = {}
+        distinct: dict[bytes, StatefulPrefill | None] = {}
         for row, pad in zip(ids, self.pads, strict=True):
             text = row[pad : self.outputs_from][None]
             name = text.numpy().tobytes()
@@ -66,12 +66,12 @@ class RowsPrefill(Prefill):
                 for prefill, pad in zip(self._rows, self.pads, strict=True)
             ]
 
-    def _of(self, ids: Tensor, why: str = "") -> Prefill:
+    def _of(self, ids: Tensor, why: str = "") -> StatefulPrefill:
         """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
         conversation = Conversation(self.context)
         conversation.bypass_reason, conversation.marks = why, self.conversation.marks
         call = ForwardCall(ids, None, None, 1, "", "", device=self.call.place)
-        return Prefill(conversation, self.module, call, Report(), again=bool(why))
+        return StatefulPrefill(conversation, self.module, call, Report(), again=bool(why))
 
     # ------------------------------------------------------------------ into the layers
 
@@ -95,7 +95,7 @@ class RowsPrefill(Prefill):
         if any(states):
             put_states(layers, layout.states, states, device)
 
-    def _done(self, prefill: Prefill) -> Prefill:
+    def _done(self, prefill: StatefulPrefill) -> StatefulPrefill:
         """One row, computed; once more, without the store, where that was not to be believed."""
         assert prefill.call.ids is not None
         if not self._compute(prefill):
@@ -107,7 +107,7 @@ class RowsPrefill(Prefill):
             setattr(self.report, name, getattr(self.report, name) + getattr(prefill.report, name))
         return prefill
 
-    def _compute(self, prefill: Prefill) -> bool:
+    def _compute(self, prefill: StatefulPrefill) -> bool:
         trim = prefill.begin()
         assert prefill.call.ids is not None
         ids = prefill.call.ids.to(self.call.place)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
+from chunkcache.model.grouped import share_heads
 from chunkcache.model.head import HeadInput, feed, untap
 from chunkcache.reuse.pieces import PER_TOKEN, TYPES, chosen, piece, run_pieces
 from chunkcache.tokens.transcript import Padding
@@ -290,7 +291,7 @@ def uninstall(model: nn.Module) -> None:
 def _before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    feed(None)
+    _clear()
     if kwargs is None:
         return None
     if args:
@@ -314,6 +315,7 @@ def _before(
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)
         kwargs = {**kwargs, "position_ids": positions.expand(ids.shape)}
     kwargs = trim(kwargs, rest)
+    share_heads(bool(rest.skip or rest.cuts) or rest.columns is not None)
     if rest.cuts:
         kwargs = run_pieces(module, kwargs, rest.skip, rest.cuts, cache.end_piece)
     feed(rest.head)
@@ -328,7 +330,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
-    feed(None)
+    _clear()
     on_output, cache.on_output = cache.on_output, None
     if output is None:
         cache.fail_forward()
@@ -356,7 +358,7 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
         cache.fail_forward()
         raise
     finally:
-        feed(None)
+        _clear()
     for number, hook in list(module._forward_hooks.items()):
         if hook is _after:
             break
@@ -366,6 +368,12 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
     cache.untrimmed = None
     cache.end_forward(module)
     return output
+
+
+def _clear() -> None:
+    """Nothing that was said of one forward holds for another."""
+    feed(None)
+    share_heads(False)
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:

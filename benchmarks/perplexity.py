@@ -7,7 +7,7 @@ Windows of 2,048 tokens every 512, each scored on its last 512, as Transformers'
 does (https://huggingface.co/docs/transformers/perplexity). Every window begins with another token,
 so nothing is shared within a pass; a second one, as after a change of one's own code or after
 a crash, finds all of it. Arms: no cache; `enabled(forwards=True)`, twice; the same with
-`outputs_from=513`, since a window's earlier logits are not looked at. Through a Redis on a unix
+`last_outputs=513`, since a window's earlier logits are not looked at. Through a Redis on a unix
 socket. Stops if a value differs. Writes `results/perplexity.csv`.
 """
 
@@ -49,7 +49,7 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 def measure(model: Any, ids: torch.Tensor, address: str) -> list[dict[str, Any]]:
     """A row for each arm and pass."""
     arms: dict[str, AbstractContextManager[Any]] = {"no cache": nullcontext()}
-    for name, more in (("forwards=True", {}), ("outputs_from=513", {"outputs_from": STRIDE + 1})):
+    for name, more in (("forwards=True", {}), ("last_outputs=513", {"last_outputs": STRIDE + 1})):
         arms[name] = chunkcache.enabled(
             model, address, forwards=True, namespace=name.partition("=")[0], **more
         )

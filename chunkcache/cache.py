@@ -261,22 +261,22 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
-        is_prompt = starts or call.new > call.drafts + 1
+        is_prompt = starts or not conversation.length or call.new > call.drafts + 1
         if is_prompt:
             call = call.on_host()
         conversation.check_edited(thoroughly=is_prompt)
         held = past = conversation.length
-        as_plain = whole = False
+        as_plain = is_whole_prompt = False
         try:
-            whole = starts and not conversation.continues(call)
-            if whole:
+            is_whole_prompt = starts and not conversation.continues(call)
+            if is_whole_prompt:
                 held, as_plain = conversation.kept_columns(module, call)
                 if self.settings.prepared_only and not as_plain:
                     held = 0  # it was repaired for what was asked then
         except UnsupportedCallError:
             self._owner.end_forward()  # what is held stays as it was
             raise
-        if whole:
+        if is_whole_prompt:
             conversation, past = self._keep(held), 0
         conversation.crop(held)
         total = past + call.new
@@ -315,7 +315,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         if self._prefill is not None:
             self._prefill.end_piece(columns)
 
-    def end_forward(self, module: nn.Module) -> bool:
+    def end_forward(self) -> bool:
         """Check the forward's outputs, and store chunks that it completed.
 
         True if the forward must be done again without trimming: K/V from the store were missing,

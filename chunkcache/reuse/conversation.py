@@ -67,7 +67,8 @@ class Conversation:
         marks: Positions at which the user wants such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
-        in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
+        in_pieces: Whether the prompt may be computed in several forwards; the self-test has shown
+            that the model can.
         prompt_until: So many columns, from the first on, have the K/V of a prompt. What is behind
             was computed by itself where that makes a difference, behind K/V with other RoPE
             frequencies, or, where bits shall be the same, not in whole pieces.
@@ -92,14 +93,14 @@ class Conversation:
         self._identity: ModelIdentity | None = None
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
+        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
         self._hooks_registered = 0
         self._may_copy = OPEN  # chunks from a device to the host
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
-        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
+        self._certain = 0  # columns given that assisted generation will not take back
         self._is_long = False  # whether RoPE frequencies are those of long prompts
-        self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
         # Decoding steps only note their checks on the device; `may_store` reads them.
@@ -125,9 +126,10 @@ class Conversation:
 
     @property
     def least(self) -> int:
-        """Tokens of a prompt that are computed in any case.
+        """Tokens at the end of a prompt that are always computed.
 
-        Some models compute a token by itself otherwise than among others: nobody asks for that.
+        The last one; with recurrent states two, since some models with such compute a token by
+        itself in another way.
         """
         return 2 if self.states else 1
 
@@ -289,7 +291,7 @@ class Conversation:
 
     def _common_columns(self, call: ForwardCall) -> int:
         """Columns with the same tokens, the last ones that must be computed left out."""
-        if call.bypass_reason or call.whole:
+        if call.bypass_reason or call.full_reason:
             return 0
         if not self.edited and (
             self.bypass_reason or self.identify() or self.self_test.bypass_reason
@@ -464,6 +466,12 @@ class Conversation:
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
             self.store(self._certain, report)
+        self.tell(report)
+
+    def tell(self, report: Report) -> None:
+        """Report a reason to store nothing more that was found after the prompt was computed."""
+        if self.bypass_reason and self.bypass_reason != report.skipped:
+            report.not_stored = self.bypass_reason
 
     def let_copy(self) -> None:
         """The first token is there: what was computed before it may be copied from the device."""

@@ -1,8 +1,9 @@
 """The hook on a model's forward: sees the prompt, asks the cache what is known, trims the call.
 
-All that depends on how Transformers calls a model is here. The hook sits on the top-level model
-(which sees `input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache,
-is installed once per model and can be removed.
+How a forward's arguments are read and cut is here. The hook sits on the top-level model (which sees
+`input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache, is installed
+once per model and can be removed. What else depends on how `generate()` works: how it begins
+(`cache.py`), its frames (`owner.py`), its positions (`resume.py`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ForwardCall:
         mask: `[batch, past + new]` attention mask, or `None` when nothing is masked.
         positions: `[..., batch, new]` positions, or `None` for the model's default.
         keep: How many tokens at the end have outputs that the caller wants; 0 means all.
-        whole: Why outputs of all tokens are wanted, so that none may be trimmed, or `""`.
+        full_reason: Why outputs of all tokens are wanted, so that none may be trimmed, or `""`.
         scores: Whether logits of several tokens are wanted, and nothing else of them.
         logits_to_keep: As the caller gave it.
         labels: As the caller gave them.
@@ -81,7 +82,7 @@ class ForwardCall:
     mask: Tensor | None
     positions: Tensor | None
     keep: int
-    whole: str
+    full_reason: str
     bypass_reason: str
     scores: bool = False
     logits_to_keep: Any = None
@@ -239,7 +240,7 @@ class PrefillAware(ABC):
         """Take note that a piece of the forward has come back, after so many columns of its ids."""
 
     @abstractmethod
-    def end_forward(self, module: nn.Module) -> bool:
+    def end_forward(self) -> bool:
         """Take note that the forward has come back. True if it must be done again, untrimmed."""
 
     @abstractmethod
@@ -336,7 +337,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         cache.fail_forward()
         return None
     arguments, cache.untrimmed = cache.untrimmed, None
-    again = cache.end_forward(module)
+    again = cache.end_forward()
     if again:
         output = _done_again(module, cache, arguments or {})
     if on_output is not None:
@@ -366,7 +367,7 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
         result = hook(module, (), *seen, output)
         output = output if result is None else result
     cache.untrimmed = None
-    cache.end_forward(module)
+    cache.end_forward()
     return output
 
 
@@ -408,7 +409,7 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
         mask=_beside(ids, mask) if isinstance(mask, Tensor) else None,
         positions=_beside(ids, positions) if isinstance(positions, Tensor) else positions,
         keep=keep,
-        whole=others or _why_whole(labels, keep),
+        full_reason=others or _why_full(labels, keep),
         scores=not others and (keep != 1 or labels is not None),
         logits_to_keep=wanted,
         labels=labels,
@@ -460,7 +461,7 @@ def _why_others(module: nn.Module, kwargs: dict[str, Any]) -> str:
     return ""
 
 
-def _why_whole(labels: Any, keep: int) -> str:
+def _why_full(labels: Any, keep: int) -> str:
     """Why logits of all tokens are wanted, or `""`."""
     if labels is not None:
         return "labels were given: the loss needs the outputs of every token"

@@ -94,7 +94,7 @@ class Outputs:
         self._context, self._keys, self._layout, self._call = context, keys, layout, call
         self._transcript, self._total = transcript, total
         # Column from which on outputs are wanted.
-        self._wanted = total - (call.new if call.whole else min(call.keep, call.new))
+        self._wanted = total - (call.new if call.full_reason else min(call.keep, call.new))
         self._reader = BlobReader(context.store, handle_error)
         self._before: Tensor | None = None  # `[batch, columns, hidden]` from there on
         self._input: HeadInput | None = None
@@ -108,8 +108,8 @@ class Outputs:
         self.limit = max(self._wanted, min(self.limit, *reach))
         known = (pad + plan.reach for pad, plan in zip(self._transcript.pads, plans, strict=True))
         held = max(plan.held + pad for pad, plan in zip(self._transcript.pads, plans, strict=True))
-        if self._call.whole and self.limit <= held < min(known):
-            return f"{self._call.whole}; the store has their K/V, and no outputs"
+        if self._call.full_reason and self.limit <= held < min(known):
+            return f"{self._call.full_reason}; the store has their K/V, and no outputs"
         return ""
 
     def _reach(self, pad: int, plan: RowPlan) -> int:

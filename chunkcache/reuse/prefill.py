@@ -174,7 +174,7 @@ class Prefill:
         began = perf_counter()
         report, transcript = self.report, self.conversation.transcript
         gaps = "" if transcript.text_until is None else GAPS
-        report.skipped = self.whole or gaps
+        report.skipped = self.full_reason or gaps
         rows = [
             cut(self._tokens(row), self.context.grid, self.keys.salt, tail=True)
             for row in range(len(self.pads))
@@ -205,9 +205,9 @@ class Prefill:
         report.lookup_ms += 1e3 * (perf_counter() - began)
 
     @property
-    def whole(self) -> str:
+    def full_reason(self) -> str:
         """Why all is computed, or `""`."""
-        why = self.call.whole
+        why = self.call.full_reason
         return f"{why}; {self.no_outputs}" if why and self.call.scores else why
 
     @property
@@ -218,7 +218,7 @@ class Prefill:
     @property
     def outputs_from(self) -> int:
         """Column from which on outputs are wanted of the model."""
-        if self.call.whole:
+        if self.call.full_reason:
             return self.held
         return max(self.held, self.total - max(self.call.keep, self.conversation.least))
 
@@ -575,10 +575,11 @@ class Prefill:
         report.skipped = conversation.bypass_reason or report.skipped
         conversation.end_forward(self.total)
         if not conversation.bypass_reason:
-            is_as_a_prompt = conversation.is_as_a_prompt(self.held) and not self.call.whole
+            is_as_a_prompt = conversation.is_as_a_prompt(self.held) and not self.call.full_reason
             if self.pieces.reproducible and is_as_a_prompt:
                 conversation.prompt_until = self.pieces.whole(self.outputs_from, self.total)
             self.store()
+        conversation.tell(report)
         conversation.end_prompt()
         return True
 

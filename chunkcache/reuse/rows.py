@@ -25,11 +25,6 @@ from chunkcache.reuse.pieces import run_pieces
 from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.tokens.plan import WANTED, Kind, Span, plan_row
 
-_SUMS = (
-    "bytes_read", "bytes_saved", "bytes_written", "bytes_dropped", "lookup_ms", "read_ms",
-    "overlapped_ms",
-)  # fmt: skip
-
 
 class RowsPrefill(StatefulPrefill):
     """See the module, and `Prefill`. Nothing is held when it begins."""
@@ -44,7 +39,7 @@ class RowsPrefill(StatefulPrefill):
 
     def plan(self, dry: bool = False) -> None:
         """See which rows there are; with `dry`, plan each as it will be."""
-        self.report.skipped = self.whole
+        self.report.skipped = self.full_reason
         ids = self.conversation.transcript.ids()
         distinct: dict[bytes, StatefulPrefill | None] = {}
         for row, pad in zip(ids, self.pads, strict=True):
@@ -76,7 +71,7 @@ class RowsPrefill(StatefulPrefill):
     # ------------------------------------------------------------------ into the layers
 
     def load(self) -> None:
-        """Bring up each row by itself, and put all of them together."""
+        """Compute each distinct row by itself, and put all of them into the batch's layers."""
         layers, layout, begin = self.conversation.layers, self.keys.layout, self.outputs_from
         device, memory = self.call.place, self.context.state.memory
         done = {prefill: self._done(prefill) for prefill in dict.fromkeys(self._rows) if prefill}
@@ -98,13 +93,14 @@ class RowsPrefill(StatefulPrefill):
     def _done(self, prefill: StatefulPrefill) -> StatefulPrefill:
         """One row, computed; once more, without the store, where that was not to be believed."""
         assert prefill.call.ids is not None
-        if not self._compute(prefill):
+        is_sound = self._compute(prefill)
+        self.report.add(prefill.report)
+        if not is_sound:
             why = prefill.conversation.bypass_reason or "what the store has was damaged"
             prefill = self._of(prefill.call.ids, why)
             self._compute(prefill)
+            self.report.add(prefill.report)
         self.conversation.known |= prefill.conversation.known
-        for name in _SUMS:
-            setattr(self.report, name, getattr(self.report, name) + getattr(prefill.report, name))
         return prefill
 
     def _compute(self, prefill: StatefulPrefill) -> bool:

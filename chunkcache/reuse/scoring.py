@@ -38,9 +38,9 @@ class ScoringPrefill(Prefill):
         super().plan(dry)
 
     @property
-    def whole(self) -> str:
+    def full_reason(self) -> str:
         """Why all is computed, or `""`."""
-        return "" if self._outputs else super().whole
+        return "" if self._outputs else super().full_reason
 
     @property
     def limit(self) -> int:

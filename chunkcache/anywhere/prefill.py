@@ -38,7 +38,7 @@ from chunkcache.tokens.plan import NOT_IN_STORE, Kind, computed_too
 
 
 class AnywherePrefill(Prefill):
-    """See the module, and `Prefill` for the way of a prompt.
+    """Prefill that reuses text wherever it stood before.
 
     Attributes:
         moved: What is known of the distinct rows by their text.

@@ -51,7 +51,7 @@ _NOT_NUMBERED = (
 
 
 class Conversation:
-    """See the module.
+    """What one cache object holds: the layers, their tokens, and the model that computed them.
 
     Attributes:
         context: Model, store and settings.
@@ -201,8 +201,8 @@ class Conversation:
     def _digest(self) -> str:
         return self._identity.digest if self._identity else ""
 
-    def check_edited(self, thoroughly: bool = False) -> None:
-        """Look whether others have changed K/V that are held, since the last forward.
+    def note_edits(self, thoroughly: bool = False) -> None:
+        """Take down whether others have changed K/V that are held, since the last forward.
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
@@ -326,9 +326,7 @@ class Conversation:
             return held - (self.transcript.pads or [0])[0]
         return int(first_row(positions)[-1]) + 1 + held - columns
 
-    def begin_prompt(
-        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
-    ) -> None:
+    def begin_prompt(self, module: nn.Module, call: ForwardCall, past: int, held: int) -> None:
         """Look at a prompt, and set `bypass_reason` where it must be computed in full.
 
         Args:
@@ -336,15 +334,12 @@ class Conversation:
             call: The prompt.
             past: Columns that stand before the ids given.
             held: Columns that are held; more than `past` where a whole prompt was given.
-            total: Columns when it is done.
         """
         self.let_copy()
         self._may_copy = Latch()
         self.beyond = self.beyond or call.beyond
         self.bypass_reason = (
-            self.bypass_reason
-            or call.bypass_reason
-            or self._why_bypass(module, call, past, held, total)
+            self.bypass_reason or call.bypass_reason or self._why_bypass(module, call, past, held)
         )
         if not self.context.state.ranks.all(not self.bypass_reason):
             self.in_pieces = False
@@ -352,9 +347,8 @@ class Conversation:
                 self.bypass_reason or "another process of this model falls back to normal prefill"
             )
 
-    def _why_bypass(
-        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
-    ) -> str:
+    def _why_bypass(self, module: nn.Module, call: ForwardCall, past: int, held: int) -> str:
+        total = past + call.new
         if module is not self.context.model:
             if not held:
                 config: Any = module.config
@@ -419,7 +413,7 @@ class Conversation:
         config: Any = self.context.model.config
         return ours or DynamicCache(config=config).layers
 
-    def record(self, call: ForwardCall, past: int, held: int, total: int) -> None:
+    def record(self, call: ForwardCall, past: int, held: int) -> None:
         """Take down the tokens of a forward that bypasses the store."""
         if not held:
             self.transcript.start(call.pads())
@@ -430,7 +424,7 @@ class Conversation:
         else:
             self.transcript.append(call.ids[:, held - past :])
         if call.positions is not None:
-            self._ends_at = call.positions[..., -1:], total
+            self._ends_at = call.positions[..., -1:], past + call.new
 
     # ------------------------------------------------------------------ one token after another
 
@@ -443,7 +437,7 @@ class Conversation:
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
         if self.bypass_reason:
-            self.record(call, past, past, past + call.new)
+            self.record(call, past, past)
             return NOTHING_TRIMMED
         assert call.ids is not None
         self.transcript.append(call.ids)
@@ -461,7 +455,7 @@ class Conversation:
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
         self.context.gauge.look()
-        self.check_edited()
+        self.note_edits()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
@@ -547,7 +541,7 @@ class Conversation:
             return False  # no chunk ends here: nearly every step of decoding
         self._complete = complete
         if not prompt:
-            self.check_edited(thoroughly=True)
+            self.note_edits(thoroughly=True)
             if self.edited:
                 return False
             self._sample = Sample(self.layers)

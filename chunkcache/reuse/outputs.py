@@ -70,7 +70,9 @@ def outputs_of(
 
 
 class Outputs:
-    """See the module. Arguments are those of `outputs_of`, and the layout of the model's outputs.
+    """The outputs of one call: those known, and those to be stored.
+
+    Arguments are those of `outputs_of`, and the layout of the model's outputs.
 
     Attributes:
         value: The last part of their keys.

@@ -69,7 +69,7 @@ class Beside(Protocol):
 
 
 class Prefill:
-    """See the module.
+    """One forward that reads a prompt, from lookup to storing.
 
     Args:
         conversation: What is held, and of which model.
@@ -143,7 +143,7 @@ class Prefill:
     def begin(self) -> TrimSpec:
         """Fill the layers with what is known. Returns what is left to compute."""
         with self.context.store_calls(self.report):
-            if self.bypass_reason():
+            if not self.take_prompt():
                 trim = self._bypass()
             else:
                 self.plan()
@@ -156,15 +156,16 @@ class Prefill:
 
     # ------------------------------------------------------------------ what is known
 
-    def bypass_reason(self) -> str:
-        """Why the prompt is computed as with a plain cache, or `""`. Else its tokens are noted."""
+    def take_prompt(self) -> bool:
+        """Take the prompt's tokens over. False: bypass the store, as the conversation says why."""
         conversation = self.conversation
-        conversation.begin_prompt(self.module, self.call, self.past, self.held, self.total)
-        if not conversation.bypass_reason:
-            assert self.call.ids is not None
-            conversation.transcript.append(self.call.ids[:, self.held - self.past :])
-            conversation.choose_keys()
-        return conversation.bypass_reason
+        conversation.begin_prompt(self.module, self.call, self.past, self.held)
+        if conversation.bypass_reason:
+            return False
+        assert self.call.ids is not None
+        conversation.transcript.append(self.call.ids[:, self.held - self.past :])
+        conversation.choose_keys()
+        return True
 
     def plan(self, dry: bool = False) -> None:
         """Ask which chunks are known, and how far each row is known from its start.
@@ -520,7 +521,7 @@ class Prefill:
         if self.held > self.past and not (self._as_plain or conversation.edited):
             conversation.empty()  # the whole prompt is computed anew
             self.held = self.past
-        conversation.record(self.call, self.past, self.held, self.total)
+        conversation.record(self.call, self.past, self.held)
         self.report.skipped = conversation.bypass_reason
         if self.past:
             self._report_exactness()
@@ -550,7 +551,7 @@ class Prefill:
         if self._witness and self._off_by is None:  # it was of the check token alone
             self._off_by = self._witness.difference()
             self._witness.undo()
-        self.conversation.check_edited()
+        self.conversation.note_edits()
         if any(self.pads):  # as where K/V were read: experts are chosen for padding too
             hold_all(self.conversation.layers, self.past + columns, self.pads, 0)
             self.conversation.note_written()
@@ -562,7 +563,7 @@ class Prefill:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         conversation, report = self.conversation, self.report
-        conversation.check_edited()
+        conversation.note_edits()
         is_sound = self.has_arrived()
         assert self._stopwatch is not None
         self._stopwatch.stop()

@@ -27,7 +27,7 @@ from chunkcache.tokens.plan import WANTED, Kind, Span, plan_row
 
 
 class RowsPrefill(StatefulPrefill):
-    """See the module, and `Prefill`. Nothing is held when it begins."""
+    """Prefill for a batch of a model with states, behind nothing: one row after the other."""
 
     computes_together = False
 
@@ -50,7 +50,7 @@ class RowsPrefill(StatefulPrefill):
             self._rows.append(distinct[name])
         for prefill in distinct.values():
             if prefill and dry:
-                prefill.bypass_reason()
+                prefill.take_prompt()
                 prefill.plan(dry)
                 self.sizes |= prefill.sizes
         if dry:

@@ -17,7 +17,7 @@ from chunkcache.stores.base import Entry
 
 
 class ScoringPrefill(Prefill):
-    """See the module, and `Prefill`."""
+    """Prefill for calls that want logits of several tokens: reuses K/V where outputs are known."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,7 +19,7 @@ from chunkcache.tokens.plan import RowPlan
 
 
 class StatefulPrefill(Prefill):
-    """See the module, and `Prefill`."""
+    """Prefill for models with states: goes on only where K/V and a snapshot end together."""
 
     no_outputs = "outputs of models with recurrent or convolution states are not kept"
 

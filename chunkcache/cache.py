@@ -85,9 +85,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     _conversation: Conversation
     _prefill: Prefill | None = None  # while a prompt's forward runs; None in decoding steps
-    _awaits_prompt: (
-        bool  # generate() has begun, and is told that nothing is held
-    )
+    _awaits_prompt: bool  # generate() has begun, and is told that nothing is held
     _repeats: bool  # the next forward repeats the last one
     _records_past = False  # drafts may have to be taken back
 
@@ -108,7 +106,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         state = ModelState.of(inner)
         if not isinstance(store, ChunkStore):
             store = state.open(store, **chosen.of_store)
-        if not chosen.write:
+        if not chosen.write and not isinstance(store, ReadOnly):
             store = ReadOnly(store)
         size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
         grid = Grid(size, chosen.chunk_overlap)

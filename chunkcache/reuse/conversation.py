@@ -511,7 +511,7 @@ class Conversation:
         assert self.keys is not None
         certain, tail = self._storable(certain, tail)
         with self.context.store_calls(report):
-            entries, replaced = harvest(
+            entries = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
                 certain, tail, found, self._may_copy,
             )  # fmt: skip
@@ -519,8 +519,6 @@ class Conversation:
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
-                if replaced and taken == size:
-                    self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)
             report.bytes_written += taken

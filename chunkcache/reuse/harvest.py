@@ -61,10 +61,10 @@ def harvest(
     tail: bool = False,
     found: Found = NOTHING_FOUND,
     may_copy: Latch = OPEN,
-) -> tuple[list[Entry], list[str]]:
-    """Entries for all chunks that are not known yet, and keys of those that they replace.
+) -> list[Entry]:
+    """Entries for all chunks that are not known yet, with the keys of those that they replace.
 
-    The former become known. Index entries stand behind the chunks that they name.
+    They become known. Index entries stand behind the chunks that they name.
 
     Args:
         context: Store and settings.
@@ -80,7 +80,6 @@ def harvest(
     """
     chunks: list[Entry] = []
     index: list[Entry] = []
-    replaced: list[str] = []
     ids, lengths = transcript.ids(), transcript.exact_lengths(certain)
     for row, (pad, length) in enumerate(zip(transcript.pads, lengths, strict=True)):
         tokens = ids[row, pad:].numpy()
@@ -101,17 +100,20 @@ def harvest(
             blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop, may_copy)
             metadata = _metadata(context, keys, form, tokens, chunk, blob, how, behind)
             pin = context.settings.pin
-            chunks.append(Entry(form.key, metadata, blob, pinned=pin, before=before[:number]))
-            created = metadata["created"]
+            created, gone = metadata["created"], list[str]()
             if how == EXACT:
                 place = previous.hash if previous else "", chunk.start
                 entry = continuation_entry(keys, chunk, place[0], tokens, created, pin)
                 index += [entry] if entry else []
-                replaced += _replaced(shorter, place, chunk, tokens, context.grid, keys.salt)
+                gone = _replaced(shorter, place, chunk, tokens, context.grid, keys.salt)
+                known.difference_update(gone)
+            replaces = [keys.key(name) for name in gone]
+            chunks.append(
+                Entry(form.key, metadata, blob, False, pin, before[:number], replaces=replaces)
+            )
             if context.indexer:
                 index += context.indexer(keys, chunk, tokens, created, pin)
-    known.difference_update(replaced)
-    return chunks + _joined(index, found.stale), [keys.key(name) for name in replaced]
+    return chunks + _joined(index, found.stale)
 
 
 def _replaced(

@@ -110,8 +110,8 @@ class PendingTensors(PendingChunk):
 
     def check(self) -> None:
         """As in `PendingChunk`."""
-        self.tensors = self.form.decode_tensors(self._head)
-        self._head = memoryview(b"")
+        self.tensors = self.form.decode_tensors(self._head, self.device, self._memory)
+        self._head, self._memory = memoryview(b""), None
 
 
 class _Target(Place):

@@ -41,6 +41,7 @@ from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import STATE, Entry
+from chunkcache.stores.locks import Latch
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import (
     COMPUTING,
@@ -437,7 +438,9 @@ class Prefill:
         assert states is not None
         while self.stops[0] > self.held:
             plan = self.plans[0]
-            found, nbytes = states.read(self.keys, plan, self._tokens(0), self._handle)
+            found, nbytes = states.read(
+                self.keys, plan, self._tokens(0), self.call.place, self._handle
+            )
             self.report.bytes_read += nbytes
             if found is not None:
                 states.held[plan.reach] = found
@@ -728,18 +731,18 @@ class Prefill:
         certain = self.total - self.call.drafts
         tail = not self.call.drafts  # the prompt ends here
         if self.conversation.may_store(self.total, certain, prompt=True, tail=tail):
-            more: Callable[[], list[Entry]] = list
+            more: Callable[[Latch], list[Entry]] | None = None
             if self._outputs:
                 more = partial(self._outputs.entries, self.plans, self.conversation.known, certain)
             elif self.conversation.states and self._is_one_row:
                 more = partial(self._state_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
 
-    def _state_entries(self, certain: int) -> list[Entry]:
+    def _state_entries(self, certain: int, may_copy: Latch) -> list[Entry]:
         assert self.conversation.states is not None
         return self.conversation.states.entries(
             self.keys, self.plans[0].chunks, self._tokens(0), self.conversation.known,
-            self.conversation.transcript.exact_lengths(certain)[0],
+            self.conversation.transcript.exact_lengths(certain)[0], may_copy,
         )  # fmt: skip
 
     def _found(self, certain: int) -> Found:

@@ -21,6 +21,7 @@ from chunkcache.stores.base import ChunkStore, Part, Place, batches, nbytes_of
 
 _CPU = torch.device("cpu")
 GONE = "it was gone from the store before it was read"
+INTERRUPTED = "it did not come in one go"
 NO_MEMORY = "the device has no memory left to bring it there"
 WRONG_SIZE = "the blob is damaged: its length is wrong"
 
@@ -101,6 +102,17 @@ class PendingChunk:
             with suppress(BlobError):  # a part came twice, perhaps: only all of it tells
                 return file.check_sum(self._head, self._checksum)
         return file.check(self._head, [view for run in self.runs for view in run])
+
+
+class StagedChunk(PendingChunk):
+    """The same, read into memory that is used again: it is checked as it comes, or not at all."""
+
+    def check(self) -> None:
+        """As in `PendingChunk`."""
+        if self._checked == self.nbytes - len(self._head):
+            self.form.file.check_sum(self._head, self._checksum)
+        else:  # that says nothing of what the store has
+            self.failure = INTERRUPTED
 
 
 class PendingTensors(PendingChunk):

@@ -16,7 +16,7 @@ from servers import Server, redis_binary
 
 from chunkcache import RedisChunkCache, StoreError, metrics, open_store
 from chunkcache.kv.layers import GrowingLayer
-from chunkcache.reuse import background, load
+from chunkcache.reuse import background, load, staging
 from chunkcache.stores.base import ChunkStore, ReadsFrom
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models have small chunks: let those come a layer at a time, too."""
     monkeypatch.setattr(load, "LEAST_BYTES", 1)
     monkeypatch.setattr(background, "GROUP_BYTES", 1)
+    monkeypatch.setattr(staging, "STAGED_BYTES", 1)
 
 
 @pytest.fixture

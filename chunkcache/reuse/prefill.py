@@ -674,6 +674,7 @@ class Prefill:
         """Take down how long so many tokens took: now, or once the device tells."""
         assert self._stopwatch is not None
         report, gauge = self.report, self.context.gauge
+        computed = computed if self._stopwatch.is_certain else 0
 
         def note(ms: float) -> None:
             report.prefill_ms += ms

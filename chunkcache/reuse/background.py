@@ -17,6 +17,8 @@ from contextvars import copy_context
 from functools import partial
 from time import perf_counter
 
+import torch
+
 from chunkcache.errors import StoreError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
@@ -92,6 +94,7 @@ class BackgroundLoad:
         """Read no further than the part that is on its way. The layers must not be used."""
         self._stopped = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what waits is no graph
     def _wait_for(self, group: int) -> None:
         """A layer of this group is used next."""
         self._wait(self._here[group])

@@ -112,5 +112,25 @@ def test_a_warm_prompt_of_a_server_is_one_copy_per_group(
         assert trace.counts["other h2d"] == 0, trace.table()
 
 
+def test_a_compiled_forward_waits_for_what_comes(
+    redis_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "LEAST_BYTES", 1)
+    monkeypatch.setattr(staging, "STAGED_BYTES", 1)
+    model, prompt = tiny("llama"), tokens(150, seed=1)
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(prompt, **how)
+    model.forward = torch.compile(model.forward, backend="eager")
+    with redis_server.client() as client:
+        client.flushdb()
+    with open_store(redis_server.unix_url) as store:
+        for known in (0, 149):
+            cache = RedisChunkCache(model, store, chunk_size=16)
+            assert torch.equal(model.generate(prompt, **{CACHE: cache}, **how), plain)
+            cache.flush()
+            assert cache.report.reused == known
+            assert not cache.report.skipped
+
+
 def full(*_: Any) -> Any:
     raise torch.OutOfMemoryError

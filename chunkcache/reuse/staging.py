@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layers import GrowingLayer, flat_memory
 from chunkcache.kv.transfer import copy_all, host_memory, is_host
 
 # Brought at once, of all chunks: smaller groups cost more steps, larger ones a longer wait.
@@ -58,7 +58,8 @@ class Staging:
         tokens = sum(target.tokens for target in targets)
         widths = [layer.token_bytes for layer in layers]
         self.groups = in_groups([width * tokens for width in widths], STAGED_BYTES)
-        size = max(tokens * sum(widths[group.start : group.stop]) for group in self.groups)
+        self._sizes = [tokens * sum(widths[group.start : group.stop]) for group in self.groups]
+        size = max(self._sizes)
         buffers = min(BUFFERS, len(self.groups))
         if size * buffers > MOST_BYTES:
             raise RuntimeError("too much would be pinned")
@@ -66,9 +67,9 @@ class Staging:
         if not all(buffer.is_pinned() for buffer in self._pinned):
             raise RuntimeError(f"no memory can be pinned for {device}")
         self._side = module.Stream(device)
-        with module.stream(self._side):  # for it alone, which takes the layers' room over
-            self._there = [torch.empty_like(x, device=device) for x in self._pinned]
-        self._side.wait_stream(module.current_stream(device))
+        with module.stream(self._side):  # which alone uses this memory
+            self._there = [flat_memory(size, torch.uint8, device) for _ in self._pinned]
+        self._side.wait_stream(module.current_stream(device))  # that had the layers' memory before
         self._arrived: list[Any] = []  # an event for each group that was sent
         self.runs: list[list[list[memoryview]]] = [[] for _ in targets]
         for number, group in enumerate(self.groups):
@@ -85,10 +86,10 @@ class Staging:
 
     def send(self, group: int) -> None:
         """All of this group has come: have it brought to the layers. Waits for nothing."""
-        buffer = group % len(self._pinned)
-        there = self._there[buffer]
+        buffer, size = group % len(self._pinned), self._sizes[group]
+        there = self._there[buffer][:size]
         with self._module.stream(self._side):
-            there.copy_(self._pinned[buffer], non_blocking=True)
+            there.copy_(self._pinned[buffer][:size], non_blocking=True)
             pairs = list(self._spread(there, self.groups[group]))
             copy_all([target for target, _ in pairs], [source for _, source in pairs])
             self._arrived.append(self._side.record_event())
@@ -100,8 +101,7 @@ class Staging:
 
     def end(self) -> None:
         """Wait until nothing is on its way any more: memory must not be given back before."""
-        if self._arrived:
-            self._arrived[-1].synchronize()
+        self._side.synchronize()
 
     def _spread(self, there: Tensor, group: range) -> Iterator[tuple[Tensor, Tensor]]:
         """Where parts of a group's bytes belong, and the parts, `[chunks, heads, tokens, dim]`."""

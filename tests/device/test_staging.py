@@ -80,7 +80,9 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         staging.Staging(layers_with_room(), TARGETS)
 
 
-@pytest.mark.parametrize("trouble", ["none", "no pinned memory", "device is full"])
+@pytest.mark.parametrize(
+    "trouble", ["none", "inference mode", "no pinned memory", "device is full"]
+)
 def test_a_warm_prompt_of_a_server_is_one_copy_per_group(
     trouble: str, redis_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,13 +91,13 @@ def test_a_warm_prompt_of_a_server_is_one_copy_per_group(
     model, prompt = tiny("llama"), tokens(150, seed=1)
     with redis_server.client() as client:
         client.flushdb()
-    with open_store(redis_server.unix_url) as store, torch.no_grad():
+    mode = torch.inference_mode if trouble == "inference mode" else torch.no_grad
+    with open_store(redis_server.unix_url) as store, mode():
         plain = model(prompt, use_cache=True, logits_to_keep=1).logits
         for known in (False, True):
             if known and trouble == "no pinned memory":
                 monkeypatch.setattr(fakegpu.device, "can_pin", False)
             if known and trouble == "device is full":
-                monkeypatch.setattr(staging, "Staging", full)
                 monkeypatch.setattr(load, "Staging", full)
             cache = RedisChunkCache(model, store, chunk_size=16)
             with fakegpu.counting() as trace:
@@ -104,7 +106,7 @@ def test_a_warm_prompt_of_a_server_is_one_copy_per_group(
             assert torch.allclose(logits.cpu(), plain.cpu(), atol=1e-5)
     assert cache.report.reused == 149
     assert cache.report.store_errors == 0
-    if trouble == "none":
+    if trouble in ("none", "inference mode"):
         assert trace.counts["h2d"] == 0, trace.table()
         assert trace.counts["other h2d"] == 1, trace.table()
         assert trace.of("chunkcache", "wait") <= 3, trace.table()

@@ -474,8 +474,11 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     source, stream = source.expand(target.shape), current_stream()
     if _is_here(source) and _is_here(target):
         trace.note("kernel")
-        stream.run()
-        _seen(target).copy_(_seen(source))
+        if stream is _DEFAULT:
+            stream.run()
+            _seen(target).copy_(_seen(source))
+        else:  # as late as may be
+            stream.queue.append(partial(_late, _seen(target), _seen(source), (source, target)))
         return target
     host, ours = (source, target) if _is_here(target) else (target, source)
     trace.note("h2d" if ours is target else "d2h", target.nbytes)

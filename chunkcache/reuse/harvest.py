@@ -174,19 +174,25 @@ def blob_of(
     stop: int,
     may_copy: Latch = OPEN,
 ) -> memoryview | LateBlob:
-    """The blob of one row's columns `start` to `stop`, in memory of its own.
-
-    Of K/V on a device a copy is taken there, which is brought over when it is asked for.
-    """
+    """The blob of one row's columns `start` to `stop`, in memory of its own; see `blob_from`."""
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
     if runs is not None:
         return form.file.copy(runs)
-    kv = row_slice(layers, row, start, stop)
-    away = all(not is_host(part.device) for pair in kv if pair for part in pair)
-    if away and form.nbytes is not None:
+    return blob_from(form, form.numbers(row_slice(layers, row, start, stop)), may_copy)
+
+
+def blob_from(
+    form: BlobFormat, tensors: Sequence[torch.Tensor], may_copy: Latch
+) -> memoryview | LateBlob:
+    """The blob of a file's tensors.
+
+    Of those on a device a copy is taken there, which is brought over when it is asked for. Not
+    where they are compressed: their size must be known, and that takes longer than the copy.
+    """
+    if form.nbytes is not None and all(not is_host(tensor.device) for tensor in tensors):
         with suppress(torch.OutOfMemoryError):
-            return LateBlob(form.nbytes, form.encode_later(kv), may_copy)
-    return form.encode(kv)
+            return LateBlob(form.nbytes, form.encode_later(tensors), may_copy)
+    return form.encode_tensors(tensors)
 
 
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:

@@ -318,7 +318,10 @@ class ChunkStore(ABC):
 
     @property
     def reads_parts(self) -> bool:
-        """Whether a part of a blob costs only its share: then it is worth it to read in parts."""
+        """Whether a part of a blob costs only its share: then it is worth it to read in parts.
+
+        Such a store fills a place when its answer is asked for, and none before.
+        """
         return False
 
     @abstractmethod

@@ -21,7 +21,8 @@ from chunkcache.kv.states import crop_kv
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers, switches_at, takes
+from chunkcache.model.self_test import SelfTest, growing_layers, rope_type, switches_at, takes
+from chunkcache.model.weights import DYNAMIC
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -98,7 +99,7 @@ class Conversation:
         # The first column whose K/V are not those of a prompt: computed by itself, where that makes
         # a difference, or behind K/V with other RoPE frequencies.
         self._stepped_from = _NOWHERE
-        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
+        self._switch = 0  # prompts of more tokens have other RoPE frequencies, if there are such
         self._is_long = False  # whether RoPE frequencies are those of long prompts
         self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
@@ -306,8 +307,9 @@ class Conversation:
             common = self.context.pieces.floor(min(common, self.whole_pieces))
         if self._is_long != self._is_long_at(call.new, pads):
             return 0
-        if self.states and (common < self.length or self._stepped_from < common):
-            common = self.states.nearest(min(common, self._stepped_from))
+        common = min(common, self._stepped_from)
+        if self.states and common < self.length:
+            common = self.states.nearest(common)
         return max(0, common)
 
     def _begins_like(self, call: ForwardCall) -> bool:
@@ -393,8 +395,11 @@ class Conversation:
         self._is_long = is_long
         if is_long:  # pieces that end before the switch would have others
             self.in_pieces = False
+            told = f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
+            if rope_type(self.context.model) == DYNAMIC:
+                return f"{told} at each length (RoPE type 'dynamic')"
             if self.context.pieces.reproducible or self.states:
-                return f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
+                return told
         return ""
 
     def _is_long_at(self, columns: int, pads: list[int]) -> bool:
@@ -433,7 +438,8 @@ class Conversation:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
-        if self.self_test.steps_differ:
+        crosses = self._is_long != self._is_long_at(past + call.new, self.transcript.pads)
+        if self.self_test.steps_differ or crosses:
             self._stepped_from = min(self._stepped_from, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond

@@ -214,7 +214,9 @@ def behind(family: str, folder: Path, sessions: int) -> Iterator[Any]:
     for mode, run in modes(sessions).items():
         if (folder / mode / "plain.pt").exists():
             with open_store((folder / mode / "store").as_uri()) as store:
-                plain = [SimpleNamespace(sequences=s) for s in torch.load(folder / mode / "plain.pt")]
+                plain = [
+                    SimpleNamespace(sequences=s) for s in torch.load(folder / mode / "plain.pt")
+                ]
                 yield mode, count(model, run, store, plain, half=False)
 
 

@@ -107,6 +107,18 @@ def _states(layers: Sequence[Any]) -> Iterator[tuple[str, Any, int, Tensor]]:
     yield from sorted(found, key=lambda each: -each[3].element_size())
 
 
+def state_writes(layers: Sequence[Any]) -> list[tuple[Tensor, int]]:
+    """Each state, and how often it was written to in place, to see later whether others did."""
+    states = (
+        state
+        for layer in state_layers(layers)
+        for held in (layer.conv_states, layer.recurrent_states)
+        for state in held.values()
+        if state is not None
+    )
+    return [(state, -1 if state.is_inference() else state._version) for state in states]
+
+
 def state_shapes(layers: Sequence[Any]) -> tuple[StateShape, ...]:
     """Shapes of the states of one row, of layers that a forward has filled."""
     number = {id(layer): index for index, layer in enumerate(layers)}

@@ -33,8 +33,8 @@ from chunkcache.model.self_test import (
     forward,
     growing_layers,
     probe_ids,
-    rounded_layers,
     rope_type,
+    rounded_layers,
     switches_at,
     takes,
 )

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from chunkcache.errors import StoreError, UnsupportedCallError
 from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
-from chunkcache.kv.states import crop_kv
+from chunkcache.kv.states import crop_kv, state_writes
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
@@ -104,6 +104,7 @@ class Conversation:
         self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
+        self._states_left: list[tuple[Tensor, int]] = []  # the states, likewise, after a forward
         # Decoding steps only note their checks on the device; `may_store` reads them.
         self._complete: list[int] = []  # chunks of rows that differ, when it looked last
         self._checks: list[Tensor | bool] = []
@@ -201,12 +202,28 @@ class Conversation:
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
-        if are_edited(self.layers) or (
-            thoroughly and self._sample is not None and self._sample.differs(self.layers)
+        if (
+            are_edited(self.layers)
+            or self._are_states_edited()
+            or (thoroughly and self._sample is not None and self._sample.differs(self.layers))
         ):
             self.edited = True
             self.bypass_reason = _EDITED
             self._sample = None
+
+    def note_states(self) -> None:
+        """What the states are now was made of them by the model, or by a change of all layers."""
+        if self.states:
+            self._states_left = state_writes(self.layers)
+
+    def _are_states_edited(self) -> bool:
+        if not self.states:
+            return False
+        now, left = state_writes(self.layers), self._states_left
+        return len(now) != len(left) or any(
+            one is not other or count != before
+            for (one, count), (other, before) in zip(now, left, strict=True)
+        )
 
     @property
     def is_resized(self) -> bool:
@@ -297,7 +314,7 @@ class Conversation:
         common = self.transcript.common_columns(call.ids, pads)
         if self.edited:
             check_not_a_part(common, call, self.length)
-        common = min(common, call.new - max(call.keep, self.least))
+        common = min(common, call.new - max(call.keep, 1 if self.edited else self.least))
         if not self.edited:
             if not self._followed:
                 return 0
@@ -412,6 +429,7 @@ class Conversation:
     def _empty(self, layers: list[Any]) -> None:
         self.layers[:] = layers
         self._sample = None
+        self._states_left = []
 
     def _new_layers(self) -> list[Any]:
         """Ours where the model has passed its self-test, else those of a plain `DynamicCache`."""
@@ -462,6 +480,7 @@ class Conversation:
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
         self.context.gauge.look()
+        self.note_states()
         self.check_edited()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
@@ -488,6 +507,7 @@ class Conversation:
         """What is in the layers now is ours, and no edit by others."""
         if not self.edited:
             note_all_written(self.layers)
+            self.note_states()
 
     def store(
         self,

@@ -625,6 +625,7 @@ class Prefill:
         if states := self.conversation.states:
             states.take(self.conversation.layers, self.past + columns)
             states.expect(self.conversation.layers, self.past + columns)
+            self.conversation.note_states()
         if not self.pieces.reproducible:
             return
         if self._witness and self._off_by is None:  # it was of the check token alone
@@ -642,6 +643,7 @@ class Prefill:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         conversation, report = self.conversation, self.report
+        conversation.note_states()
         conversation.check_edited()
         if conversation.states:
             conversation.states.take(conversation.layers, self.total)

@@ -3,8 +3,8 @@
     python -m benchmarks.states_matrix                      # about 40 minutes on one core
     python -m benchmarks.states_matrix zaya --sessions 20   # some families, only printed
 
-Tiny random models in float32: tokens must be those of a run without the cache. `session` is a random
-series of prompts that go on, are edited, or begin anew, in cache objects that are kept or made anew.
+Tiny random models in float32: tokens must be those of a run without the cache. `session` is a
+random series of prompts that go on, are edited, or begin anew, in cache objects kept or made anew.
 In bfloat16 tokens may differ where the plain run's first two logits are within rounding.
 
 Writes `states_matrix.csv` to benchmarks/results.

@@ -65,6 +65,7 @@ def answer(model: Any, prompt: Any, cache: Any, **how: Any) -> Any:
     out = model.generate(
         **given, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **how
     )
+    out.past_key_values = None  # which would take memory
     if cache is not None:
         cache.flush()
         _reused[0] += cache.report.reused

@@ -135,8 +135,7 @@ def state_shapes(layers: Sequence[Any]) -> tuple[StateShape, ...]:
 def take_states(layers: Sequence[Any]) -> list[Tensor]:
     """Copies of the states of the only row as they are now."""
     return [
-        _last(kind, layer, index, state)[0].clone()
-        for kind, layer, index, state in _states(layers)
+        _last(kind, layer, index, state)[0].clone() for kind, layer, index, state in _states(layers)
     ]
 
 

@@ -32,6 +32,7 @@ from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.reuse.states import States
 from chunkcache.stores.base import Entry
 from chunkcache.stores.locks import OPEN, Latch
+from chunkcache.tokens.chunking import cut
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -482,8 +483,20 @@ class Conversation:
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
-            self.store(self._certain, report)
+            self.store(self._certain, report, more=self._step_states)
         self.tell(report)
+
+    def _step_states(self) -> list[Entry]:
+        """A snapshot at the end of the chunk that a decoding step has completed, if one is due."""
+        certain = min(self._certain, self.prompt_until)
+        if not self.states or self.transcript.pads != [0] or certain < self._fed:
+            return []
+        assert self.keys is not None
+        row = self.transcript.ids()[0].numpy()
+        chunks = cut(row, self.context.grid, self.keys.salt)
+        self.states.take_step(self.layers, self._fed, chunks)
+        exact = self.transcript.exact_lengths(certain)[0]
+        return self.states.entries(self.keys, chunks, row, self.known, exact)
 
     def tell(self, report: Report) -> None:
         """Report a reason to store nothing more that was found after the prompt was computed."""

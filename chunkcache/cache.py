@@ -217,7 +217,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def _change(self) -> Iterator[None]:
         """Around a change of all layers: interrupted half-way, it counts as a failed forward."""
         before, self._owner.failed = self._owner.failed, True
+        self._conversation.note_edits()
         yield
+        self._conversation.note_states()
         self._owner.failed = before
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -242,6 +244,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         memo[id(self._context.tokenizer)] = self._context.tokenizer
         self._conversation.note_edits()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._conversation.note_states()  # copies count writes anew
         self._context.state.caches.add(twin)
         return twin
 

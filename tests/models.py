@@ -63,6 +63,7 @@ _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_n_groups": 1,
+    "mamba_chunk_size": 64,
 }
 _LINEAR: dict[str, Any] = {
     "linear_num_key_heads": 2,
@@ -146,7 +147,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mixtral": _EXPERTS | {"sliding_window": None},
     "moshi": {"ffn_dim": 96, "audio_vocab_size": 64},
-    "nemotron_h": _EXPERTS | {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8},
+    "nemotron_h": _EXPERTS
+    | {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 64},
     "olmo_hybrid": _LINEAR,
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "phi": {"num_key_value_heads": 4},

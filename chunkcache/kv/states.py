@@ -107,6 +107,18 @@ def _states(layers: Sequence[Any]) -> Iterator[tuple[str, Any, int, Tensor]]:
     yield from sorted(found, key=lambda each: -each[3].element_size())
 
 
+def state_writes(layers: Sequence[Any]) -> list[tuple[Tensor, int]]:
+    """Each state, and how often it was written to in place, to see later whether others did."""
+    states = (
+        state
+        for layer in state_layers(layers)
+        for held in (layer.conv_states, layer.recurrent_states)
+        for state in held.values()
+        if state is not None
+    )
+    return [(state, -1 if state.is_inference() else state._version) for state in states]
+
+
 def state_shapes(layers: Sequence[Any]) -> tuple[StateShape, ...]:
     """Shapes of the states of one row, of layers that a forward has filled."""
     number = {id(layer): index for index, layer in enumerate(layers)}
@@ -120,11 +132,10 @@ def state_shapes(layers: Sequence[Any]) -> tuple[StateShape, ...]:
     )
 
 
-def take_states(layers: Sequence[Any], row: int = 0) -> list[Tensor]:
-    """Copies of the states of one row as they are now."""
+def take_states(layers: Sequence[Any]) -> list[Tensor]:
+    """Copies of the states of the only row as they are now."""
     return [
-        _last(kind, layer, index, state)[row].clone()
-        for kind, layer, index, state in _states(layers)
+        _last(kind, layer, index, state)[0].clone() for kind, layer, index, state in _states(layers)
     ]
 
 

@@ -33,6 +33,7 @@ from chunkcache.model.self_test import (
     forward,
     growing_layers,
     probe_ids,
+    rope_type,
     rounded_layers,
     switches_at,
     takes,
@@ -104,7 +105,7 @@ def _known_reason(model: nn.Module) -> str:
     if not takes(model, "position_ids"):
         return _NO_POSITIONS
     if switches_at(model):
-        return "RoPE type 'longrope' depends on the prompt's length"
+        return f"RoPE type {rope_type(model)!r} depends on the prompt's length"
     layers = growing_layers(model) or []
     if state_layers(layers):
         return "a recurrent state is of all tokens before it, wherever they are moved to"

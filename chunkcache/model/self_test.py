@@ -47,7 +47,7 @@ from chunkcache.model.compiled import is_compiled
 from chunkcache.model.queries import Queries
 from chunkcache.model.ranks import Ranks
 from chunkcache.model.rounding import MARGIN, RoundedLayer, Steps, compare_steps, spread
-from chunkcache.model.weights import LONGROPE
+from chunkcache.model.weights import DYNAMIC, LONGROPE
 
 # Logits may be off by so much of the largest, however little a model makes of rounding, and never
 # by more, however much it makes: wrong K/V are off by 10 % and more.
@@ -63,7 +63,7 @@ _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAt
 _SHARING_LAYER = getattr(cache_utils, "DummyLayer", None)
 # Frequencies that change with the length of the prompt: stored keys would depend on more than
 # the tokens before them.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = (DYNAMIC, LONGROPE)
 
 
 class NoVerdict(str):
@@ -178,17 +178,30 @@ def known_obstacle(model: nn.Module) -> str:
 
 
 def switches_at(model: nn.Module) -> int:
-    """Tokens from which on a prompt is computed with other RoPE frequencies, 0 where that is none.
+    """Most tokens of a prompt before it has other RoPE frequencies, 0 where that is never so.
 
     So it is with longrope (https://arxiv.org/abs/2402.13753) in Transformers: all tokens of a
     forward take the longer ones if one of its positions is behind the first training's length.
+    With dynamic NTK they take those of the longest forward so far, until a shorter one than the
+    training's length comes; one of just that length leaves them as they are.
     """
-    config: Any = model.config
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if parameters.get("rope_type") != LONGROPE:
-        return 0
-    first = parameters.get("original_max_position_embeddings") or 0
+    first = 0
+    if rope_type(model) == LONGROPE:
+        first = _rope_parameters(model).get("original_max_position_embeddings") or 0
+    elif rope_type(model) == DYNAMIC:
+        config: Any = model.config
+        first = config.get_text_config(decoder=True).max_position_embeddings - 1
     return first if first >= _LONG else 0  # or the self-test has seen no shorter prompt
+
+
+def rope_type(model: nn.Module) -> str:
+    """Of all layers; "" where there are several, or none."""
+    return str(_rope_parameters(model).get("rope_type", ""))
+
+
+def _rope_parameters(model: nn.Module) -> dict[str, Any]:
+    config: Any = model.config
+    return getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
 
 
 def _rope_parts(parameters: Any) -> list[dict[str, Any]]:

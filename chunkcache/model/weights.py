@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import gcd, isqrt
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ SAMPLED_RUN_BYTES = 64
 # at some in every row and column of each tensor, a part of them each time.
 WATCHED_MODEL_BYTES = 8 << 20
 PHASES = 4
-LONGROPE = "longrope"
+LONGROPE, DYNAMIC = "longrope", "dynamic"
 WATCHED_TENSOR = 1 << 10  # and at every number of a tensor of so many
 _OF_NUMPY = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 
@@ -98,9 +98,16 @@ def _as_on_cpu(module: Any, name: str, held: Tensor) -> Tensor:
     return mine if is_same else held
 
 
-def changes_frequencies(module: Any) -> bool:
-    """Whether a RoPE module sets its frequencies anew in each forward, out of its configuration."""
-    return getattr(module, "rope_type", None) == LONGROPE
+def _frequencies(module: Any, held: Tensor) -> Tensor | None:
+    """What counts of a RoPE module's frequencies, which may be those of its last forward.
+
+    With longrope, which are set anew in each, nothing. With dynamic NTK those of short prompts: the
+    module goes back to them, and holds a tensor as the longest length while it has others.
+    """
+    kind = getattr(module, "rope_type", None)
+    if kind == DYNAMIC and isinstance(module.max_seq_len_cached, Tensor):
+        return cast(Tensor, module.original_inv_freq)
+    return None if kind == LONGROPE else held
 
 
 def counts_whole(model: nn.Module) -> bool:
@@ -290,7 +297,9 @@ def _plain(
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, plain tensor, and whether it is kept elsewhere, of all that a module computes with."""
     for name, tensor in table.items():
-        if tensor is None or (name == "inv_freq" and changes_frequencies(module)):
+        if tensor is not None and name == "inv_freq":
+            tensor = _frequencies(module, tensor)
+        if tensor is None:
             continue
         if type(tensor) is nn.Parameter and not tensor.is_meta:  # most are
             yield name, tensor, False

@@ -15,12 +15,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from chunkcache.errors import StoreError, UnsupportedCallError
 from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
-from chunkcache.kv.states import crop_kv
+from chunkcache.kv.states import crop_kv, state_writes
 from chunkcache.kv.transfer import to_host
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
-from chunkcache.model.self_test import SelfTest, growing_layers, switches_at, takes
+from chunkcache.model.self_test import SelfTest, growing_layers, rope_type, switches_at, takes
+from chunkcache.model.weights import DYNAMIC
 from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.harvest import NOTHING_FOUND, Found, Shorter, harvest
@@ -30,6 +31,7 @@ from chunkcache.reuse.resume import check_anew, check_not_a_part, plain_columns
 from chunkcache.reuse.states import States
 from chunkcache.stores.base import Entry
 from chunkcache.stores.locks import OPEN, Latch
+from chunkcache.tokens.chunking import cut
 from chunkcache.tokens.transcript import Transcript
 
 _EDITED = (
@@ -93,7 +95,7 @@ class Conversation:
         self._is_identified = False  # for the present prompt
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
-        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
+        self._switch = 0  # prompts of more tokens have other RoPE frequencies, if there are such
         self._hooks_registered = 0
         self._may_copy = OPEN  # chunks from a device to the host
         # What is held, as it was left.
@@ -103,6 +105,7 @@ class Conversation:
         self._is_long = False  # whether RoPE frequencies are those of long prompts
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
+        self._states_left: list[tuple[Tensor, int]] = []  # the states, likewise, after a forward
         # Decoding steps only note their checks on the device; `may_store` reads them.
         self._complete: list[int] = []  # chunks of rows that differ, when it looked last
         self._checks: list[Tensor | bool] = []
@@ -233,10 +236,24 @@ class Conversation:
 
     def note_edits(self, values_differ: bool = False) -> None:
         """Take down whether others have changed K/V that are held, since the last forward."""
-        if values_differ or are_edited(self.layers):
+        if values_differ or are_edited(self.layers) or self._are_states_edited():
             self.edited = True
             self.bypass_reason = _EDITED
             self._sample = None
+
+    def note_states(self) -> None:
+        """What the states are now was made of them by the model, or by a change of all layers."""
+        if self.states:
+            self._states_left = state_writes(self.layers)
+
+    def _are_states_edited(self) -> bool:
+        if not self.states:
+            return False
+        now, left = state_writes(self.layers), self._states_left
+        return len(now) != len(left) or any(
+            one is not other or count != before
+            for (one, count), (other, before) in zip(now, left, strict=True)
+        )
 
     @property
     def is_resized(self) -> bool:
@@ -327,7 +344,7 @@ class Conversation:
         common = self.transcript.common_columns(call.ids, pads)
         if self.edited:
             check_not_a_part(common, call, self.length)
-        common = min(common, call.new - max(call.keep, self.least))
+        common = min(common, call.new - max(call.keep, 1 if self.edited else self.least))
         if not self.edited:
             if not self._followed:
                 return 0
@@ -419,6 +436,8 @@ class Conversation:
         self._is_long = is_long
         if is_long:  # pieces that end before the switch would have others
             self.in_pieces = False
+        if is_long and rope_type(self.context.model) == DYNAMIC:
+            return f"{other} at each length (RoPE type 'dynamic')"
         return other if is_long and (reproducible or self.states) else ""
 
     def _is_long_at(self, columns: int, pads: list[int]) -> bool:
@@ -431,6 +450,7 @@ class Conversation:
     def _empty(self, layers: list[Any]) -> None:
         self.layers[:] = layers
         self._sample = None
+        self._states_left = []
 
     def _new_layers(self) -> list[Any]:
         """Ours where the model has passed its self-test, else those of a plain `DynamicCache`."""
@@ -457,7 +477,8 @@ class Conversation:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
-        if self.self_test.steps_differ:
+        crosses = self._is_long != self._is_long_at(past + call.new, self.transcript.pads)
+        if self.self_test.steps_differ or crosses:
             self.prompt_until = min(self.prompt_until, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
@@ -480,12 +501,25 @@ class Conversation:
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
         self.context.gauge.look()
+        self.note_states()
         self.note_edits()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
-            self.store(self._certain, report)
+            self.store(self._certain, report, more=self._step_states)
         self.tell(report)
+
+    def _step_states(self, may_copy: Latch) -> list[Entry]:
+        """A snapshot at the end of the chunk that a decoding step has completed, if one is due."""
+        certain = min(self._certain, self.prompt_until)
+        if not self.states or self.transcript.pads != [0] or certain < self._fed:
+            return []
+        assert self.keys is not None
+        row = self.transcript.ids()[0].numpy()
+        chunks = cut(row, self.context.grid, self.keys.salt)
+        self.states.take_step(self.layers, self._fed, chunks)
+        exact = self.transcript.exact_lengths(certain)[0]
+        return self.states.entries(self.keys, chunks, row, self.known, exact, may_copy)
 
     def tell(self, report: Report) -> None:
         """Report a reason to store nothing more that was found after the prompt was computed."""
@@ -512,6 +546,7 @@ class Conversation:
         """What is in the layers now is ours, and no edit by others."""
         if not self.edited:
             note_all_written(self.layers)
+            self.note_states()
 
     def store(
         self,

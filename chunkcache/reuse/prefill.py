@@ -564,6 +564,7 @@ class Prefill:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         conversation, report = self.conversation, self.report
+        conversation.note_states()
         conversation.note_edits()
         is_sound = self.has_arrived()
         assert self._stopwatch is not None

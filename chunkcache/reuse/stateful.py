@@ -149,6 +149,7 @@ class StatefulPrefill(Prefill):
         if states := self.conversation.states:
             states.take(self.conversation.layers, self.past + columns)
             states.expect(self.conversation.layers, self.past + columns)
+        self.conversation.note_states()
         super().end_piece(columns)
 
     def finish(self) -> bool:

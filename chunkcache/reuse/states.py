@@ -195,6 +195,19 @@ class States:
                 self._taken.add(column)
         if self._cuts_windows:
             keep_windows(layers, ())
+        self._keep_recent()
+
+    def take_step(self, layers: Sequence[Any], column: int, chunks: Sequence[Chunk]) -> None:
+        """A decoding step has come back at this one: keep a snapshot if it is time for one."""
+        ends = self.boundaries(chunks)
+        least = 0 if self._cuts_windows else self._every
+        if not ends or ends[-1].stop != column or column - self.nearest(column) < least:
+            return
+        self.held[column] = take_states(layers)
+        self._taken.add(column)
+        self._keep_recent()
+
+    def _keep_recent(self) -> None:
         most = _KEPT_WINDOWS if self._cuts_windows else _KEPT
         recent = {self._past, *list(self.held)[-max(most, len(self._taken)) :]}
         self.held = {at: states for at, states in self.held.items() if at in recent}

@@ -108,6 +108,64 @@ def test_edits_of_a_caller(change, mode, dtype):
     assert cache.report.reused <= 200
 
 
+def scale_states(layer):
+    for states in (layer.recurrent_states, layer.conv_states):
+        for state in states.values():
+            if state is not None:
+                state.mul_(3.0)
+
+
+def replace_states(layer):
+    for index, state in layer.conv_states.items():
+        layer.conv_states[index] = state * 3.0
+
+
+def flip_index_keys(layer):
+    layer.indexer_keys.mul_(-3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("qwen3_5_text", scale_states), ("lfm2", replace_states), ("falcon_h1", scale_states),
+        ("qwen3_5_text", steer_the_last), ("deepseek_v32", flip_index_keys),
+    ],
+)  # fmt: skip
+def test_edits_of_what_hybrid_models_hold(kind, change):
+    """States, index keys, and K/V beside states, which were not gone back to a snapshot."""
+    model, store = tiny(kind), MemoryStore()
+    theirs, ours = DynamicCache(config=model.config), RedisChunkCache(model, store, chunk_size=32)
+    for cache in (theirs, ours):
+        prefill_plainly(model, cache)
+        change(cache.layers[1 if change is steer_the_last else 0])
+    steered = go(model, PROMPT, theirs)
+    assert not torch.equal(steered, go(model, PROMPT))
+    assert torch.equal(go(model, PROMPT, ours), steered)
+    assert "changed by others" in ours.report.skipped
+    longer = torch.cat([steered, tokens(10, seed=3)], 1)
+    assert torch.equal(go(model, longer, ours, 4), go(model, longer, theirs, 4))
+    ours.flush()
+    cache = RedisChunkCache(model, store, chunk_size=32)
+    assert torch.equal(go(model, longer, cache, 4), go(model, longer, None, 4))
+    assert 0 < cache.report.reused <= 200
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+def test_changes_of_all_layers_are_no_edits(kind):
+    model, store = tiny(kind), MemoryStore()
+    cache = RedisChunkCache(model, store, chunk_size=32)
+    go(model, PROMPT, cache, 4)
+    twin = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_select_indices(torch.tensor([0]))
+    told = go(model, PROMPT, None, 4)
+    longer = torch.cat([told, tokens(10, seed=3)], 1)
+    for each in (cache, twin):
+        assert torch.equal(go(model, longer, each, 4), go(model, longer, None, 4))
+        assert each.report.skipped == each.report.not_stored == ""
+
+
 @pytest.mark.parametrize("change", [*COUNTED, steer_old_ones_uncounted])
 def test_edits_in_the_middle_of_an_answer(change):
     model, store = tiny("llama"), MemoryStore()

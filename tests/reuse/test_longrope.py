@@ -1,4 +1,4 @@
-"""Longrope: prompts on either side of the first training's length have keys of their own."""
+"""RoPE that depends on length: prompts of other frequencies have keys of their own, or none."""
 
 from __future__ import annotations
 
@@ -173,3 +173,69 @@ def test_phi3() -> None:
         cache = RedisChunkCache(model, store, chunk_size=16)
         assert torch.equal(generate(model, ids, cache), generate(phi3(), ids))
         cache.flush()
+
+
+def dynamic() -> Any:
+    """Up to 127 tokens it computes as any model; with 128, as the last forward has left it."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    return tiny("llama", rope_parameters=rope, max_position_embeddings=SWITCH)
+
+
+def test_dynamic_ntk_reuses_short_prompts() -> None:
+    model, store, text = dynamic(), MemoryStore(), tokens(600)
+    seen = []
+    for length in (100, 120, 300, 120, 128, 127, 310, 110):
+        ids = joined(text[:, : length - 1], tokens(1, seed=length))
+        cache = RedisChunkCache(model, store, chunk_size=16)
+        told = generate(model, ids, cache, 4)
+        if length != SWITCH:  # or it depends on what came before, without a cache too
+            assert torch.equal(told, generate(dynamic(), ids, new=4))
+        seen.append((cache.report.reused, cache.report.skipped))
+        cache.flush()
+    assert [reused for reused, _ in seen] == [0, 96, 0, 119, 0, 112, 0, 96]
+    for at in (2, 4, 6):
+        assert "prompts of more than 127 tokens have other RoPE frequencies" in seen[at][1]
+    digests = {ModelIdentity.of(each).digest for each in (model, dynamic())}
+    logits(model, text[:, :300])  # which leaves other frequencies in the module
+    assert digests == {ModelIdentity.of(model).digest}
+    model.model.rotary_emb.inv_freq *= 1.01
+    model.model.rotary_emb.max_seq_len_cached = SWITCH
+    assert digests != {ModelIdentity.of(model).digest}
+
+
+def test_dynamic_ntk_over_several_turns() -> None:
+    model, store = dynamic(), MemoryStore()
+    cache, text = RedisChunkCache(model, store, chunk_size=16), tokens(400)
+    for length in (90, 105, 120, 260, 300, 100, 126, 150):
+        ids = text[:, :length]
+        assert torch.equal(generate(model, ids, cache, 6), generate(dynamic(), ids, new=6))
+    for length in (105, 120):
+        ids = text[:, :length]
+        fresh = RedisChunkCache(model, store, chunk_size=16)
+        assert torch.equal(generate(model, ids, fresh, 6), generate(dynamic(), ids, new=6))
+        assert fresh.report.reused == length - 1
+
+
+def test_dynamic_ntk_is_not_moved() -> None:
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
+        RedisChunkCache(dynamic(), MemoryStore(), reuse="anywhere")
+
+
+@pytest.mark.parametrize("make", [build, dynamic])
+def test_drafts_that_cross_leave_nothing_for_short_prompts(make: Any) -> None:
+    """One forward with tokens on both sides has the frequencies of the long side for all."""
+    model, store, ids = make(), MemoryStore(), tokens(140)
+    cache = RedisChunkCache(model, store, chunk_size=16)
+    with torch.no_grad():
+        model(ids[:, :119], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, 119:139], past_key_values=cache, logits_to_keep=20)
+        model(ids[:, 139:], past_key_values=cache, logits_to_keep=1)  # so they were accepted
+    cache.flush()
+    short = joined(ids[:, :124], tokens(1, seed=9))
+    for again in (cache, RedisChunkCache(model, store, chunk_size=16)):
+        out = model.generate(
+            short, past_key_values=again, max_new_tokens=1, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert close(out.logits[0], logits(make(), short))
+        assert again.report.reused >= 119, again.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from chunkcache import RedisChunkCache
+from chunkcache import RedisChunkCache, enabled, open_store
 from chunkcache.errors import StoreError
+from chunkcache.gain import Gauge
 from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.states import take_states
+from chunkcache.model import state_test
 from chunkcache.model.state_test import run_state_test
 from chunkcache.reuse.states import ALIGNMENT, States, spacing
 from chunkcache.reuse.witness import Witness
@@ -21,6 +25,7 @@ from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.prompts import close, joined, logits, padded
 from tests.scripted import Scripted, blobs
+from tests.servers import Server
 
 FAMILIES = (
     "qwen3_5_text", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "falcon_h1",
@@ -526,3 +531,123 @@ def test_states_to_go_back_to_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Witness, "difference", lambda _: 9.0)
     assert close(logits(HYBRID, ids[:, 100:], cache), logits(HYBRID, ids))
     assert "not those that the model computes" in cache.report.skipped
+
+
+# ------------------------------------------------------------------ answers, and other settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "reused"), [("qwen3_5_text", 256), ("lfm2", 256), ("nemotron_h", 128)]
+)
+def test_the_next_turn_goes_on_from_the_answer(kind: str, reused: int) -> None:
+    """In another object too, but where single tokens are computed in another way."""
+    model, store = tiny(kind), MemoryStore()
+    told = generate(model, PROMPT, new(model, store, state_every=64), max_new_tokens=80)
+    ids = joined(told, OTHER)
+    cache = new(model, store)
+    assert torch.equal(generate(model, ids, cache), generate(model, ids))
+    assert cache.report.reused == reused
+
+
+def test_snapshots_of_an_answer_are_as_far_apart_as_those_of_a_prompt() -> None:
+    store = MemoryStore()
+    generate(HYBRID, PROMPT, new(HYBRID, store, state_every=150), max_new_tokens=180)
+    ends = sorted(int(where.split("-")[1]) for where in kept(store, STATE))
+    assert ends == [128, 320]
+
+
+def test_min_gain_counts_the_bytes_of_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = MemoryStore(), []
+    generate(HYBRID, PROMPT, new(HYBRID, store))
+    monkeypatch.setattr(Gauge, "pays", lambda _, tokens, nbytes, __: bool(asked.append(nbytes)))
+    cache = new(HYBRID, store)
+    assert torch.equal(generate(HYBRID, PROMPT, cache), generate(HYBRID, PROMPT))
+    kv = [key for where, key in kept(store).items() if int(where.split("-")[1]) <= 128]
+    layout = cache._conversation.self_test.layout
+    assert layout is not None
+    assert asked == [sum(store.sizes(kv)) + layout.state_bytes]
+    assert cache.report.reused == 0
+
+
+def test_snapshots_are_sealed() -> None:
+    store, seen = MemoryStore(), []
+    for secret in ("one" * 11, "one" * 11, "two" * 11):
+        cache = new(HYBRID, store, secret=secret)
+        assert torch.equal(generate(HYBRID, PROMPT, cache), generate(HYBRID, PROMPT))
+        seen.append(cache.report.reused)
+        assert cache._conversation.states is not None
+        bits = [state.numpy().tobytes()[:64] for state in cache._conversation.states.held[128]]
+    assert seen == [0, 128, 0]
+    stored = [blobs(store, key + STATE)[0] or b"" for key in kept(store, STATE).values()]
+    assert stored
+    assert not any(piece in bytes(blob) for blob in stored for piece in bits if any(piece))
+
+
+def test_snapshots_expire_with_their_chunks(redis_server: Server) -> None:
+    with open_store(redis_server.tcp_url + "?ttl=1000") as store:
+        for _ in range(2):
+            generate(HYBRID, PROMPT, cache := new(HYBRID, store))
+        assert cache.report.reused >= 128
+    client = redis_server.client()
+    names = [name for name in client.keys("*") if name.endswith(STATE.encode())]
+    assert len(names) == 3
+    assert all(900_000 < client.pttl(name) <= 1_000_000 for name in names)
+
+
+def test_threads_share_a_model() -> None:
+    store = MemoryStore()
+    prompts = [joined(TEXT, tokens(40, seed=50 + at)) for at in range(4)]
+    wanted = [generate(HYBRID, ids) for ids in prompts]
+
+    def ask(ids: Tensor) -> list[Tensor]:
+        told = []
+        for _ in range(2):
+            cache = new(HYBRID, store)
+            told.append(HYBRID.generate(ids, past_key_values=cache, max_new_tokens=6))
+            cache.flush()
+        return told
+
+    with ThreadPoolExecutor(4) as pool:
+        for told, expected in zip(pool.map(ask, prompts), wanted, strict=True):
+            assert all(torch.equal(each, expected) for each in told)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+def test_chunks_that_overlap(kind: str) -> None:
+    model, store = tiny(kind), MemoryStore()
+    for reused in (0, 128):
+        cache = new(model, store, chunk_overlap=8)
+        assert torch.equal(generate(model, PROMPT, cache), generate(model, PROMPT))
+        assert cache.report.reused == reused
+
+
+def test_within_enabled() -> None:
+    store, wanted = MemoryStore(), generate(HYBRID, PROMPT)
+    for reused in (0, 128):
+        with enabled(HYBRID, store, chunk_size=32) as used:
+            assert torch.equal(generate(HYBRID, PROMPT), wanted)
+            store.flush()
+            assert used.report.reused == reused
+
+
+def test_a_hook_that_edits_hidden_states_falls_back() -> None:
+    model, store = tiny("qwen3_5_text"), MemoryStore()
+    for _ in range(2):
+        hook = model.model.layers[1].register_forward_hook(lambda _, __, out: out * 1.1)
+        cache = new(model, store)
+        steered = generate(model, PROMPT)
+        assert torch.equal(generate(model, PROMPT, cache), steered)
+        assert "forward hook" in cache.report.skipped
+        hook.remove()
+        assert not torch.equal(generate(model, PROMPT, new(model, store)), steered)
+
+
+def test_states_on_several_devices_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3_5_text")
+    monkeypatch.setattr(
+        state_test, "take_states",
+        lambda layers: [*take_states(layers), torch.empty(1, device="meta")],
+    )  # fmt: skip
+    cache = new(model, MemoryStore())
+    generate(model, PROMPT, cache)
+    assert "several devices" in cache.report.skipped

@@ -76,6 +76,7 @@ def add_documents(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prefix: TextOrIds | None = None,
+    filler: TextOrIds | None = None,
     batch_tokens: int = 4096,
     progress: bool = True,
     **settings: Any,
@@ -92,9 +93,14 @@ def add_documents(
     hold nothing of any user's text nor of other documents, so they may be shared more widely. (A
     cache stores its own prompts too, under the namespace in which it finds the documents.)
 
+    In prompts, documents seldom stand alone. With `filler`, a text like them (one of them, say),
+    each is computed behind prefix and filler instead: its K/V are then nearer to those in a prompt
+    of several documents, and carry traces of the filler, so choose one that whoever finds the
+    documents may know.
+
     A prompt that begins with prefix and document, token by token, reuses their whole chunks
-    exactly, whatever `reuse` is; elsewhere in a prompt they are moved, which needs
-    `reuse="anywhere"`. They are found by their tokens, so put documents into prompts where the
+    exactly, whatever `reuse` is (not with `filler`, behind which they are others); elsewhere in a
+    prompt they are moved, which needs `reuse="anywhere"`. They are found by their tokens, so put documents into prompts where the
     tokenizer does not join them with what stands beside them, as between empty lines. A document
     of fewer than 32 tokens is never moved.
 
@@ -112,6 +118,10 @@ def add_documents(
         prefix: What stands before every document. `None`: what the tokenizer puts before a prompt,
             or else the BOS token of tokenizer or model, if there is one. A text: what the tokenizer
             puts before a prompt, once, and the text. Token ids: these alone.
+        filler: What stands between prefix and document while it is computed, a text or token ids:
+            its last 128 to 255 tokens (with the default `chunk_size`), repeated if it is shorter, so
+            that the document begins a chunk. `None` or empty: nothing. A document that the model
+            has no positions for behind it is computed without.
         batch_tokens: Tokens that go through the model at once, prefix and padding included. A
             longer document is computed alone, in pieces of about that many.
         progress: Show a progress bar.
@@ -129,13 +139,17 @@ def add_documents(
     compiler = Compiler(model, store, {**settings, "reuse": "anywhere"}, batch_tokens)
     reader = TextReader(compiler.model, tokenizer)
     begin = reader.read_prefix(prefix)
+    text = begin[:0] if filler is None else reader.read(filler, "filler")
+    front = compiler.behind(begin, text)
+    if len(front) >= reader.longest:
+        front = begin
     total = len(documents) if isinstance(documents, Sized) else None
     with tqdm(total=total, desc="documents", unit="doc", disable=not progress) as bar:
         adding = _Adding(compiler, bar)
         try:
             # First, so that the rows of the first batch find it, too.
-            compiler.complete(compiler.look([compiler.document(begin[:0], begin)]), lambda _: None)
-            for portion in adding.portions(documents, reader, begin):
+            compiler.complete(compiler.look([compiler.document(begin[:0], front)]), lambda _: None)
+            for portion in adding.portions(documents, reader, begin, front):
                 adding.add(portion)
         except StoreError as error:
             if compiler.settings.on_error == "raise":
@@ -183,9 +197,12 @@ class _Adding:
         )
 
     def portions(
-        self, documents: Iterable[TextOrIds], reader: TextReader, prefix: Tokens
+        self, documents: Iterable[TextOrIds], reader: TextReader, prefix: Tokens, front: Tokens
     ) -> Iterator[dict[Document, list[int]]]:
-        """Documents that can be added, with their places; equal ones have several."""
+        """Documents that can be added, with their places; equal ones have several.
+
+        They stand behind `front`, prefix and filler, or where that is too long, behind `prefix`.
+        """
         portion: dict[tuple[str, ...], tuple[Document, list[int]]] = {}
         tokens = 0
         for place, given in enumerate(documents):
@@ -196,7 +213,8 @@ class _Adding:
                 why = f"{length:,} tokens with its prefix are more than the model's positions, "
                 self._fail(place, f"{why}{reader.longest:,}: split it")
                 continue
-            document = self.compiler.document(prefix, ids)
+            fits = len(front) + len(ids) <= reader.longest
+            document = self.compiler.document(front if fits else prefix, ids)
             if not document.chunks:
                 self._fail(place, "it is too short to make a chunk" if len(ids) else "it is empty")
                 continue
@@ -205,7 +223,7 @@ class _Adding:
             if places:
                 self.bar.update()
             places.append(place)
-            tokens += length
+            tokens += len(document.row)
             if tokens >= PORTION_BATCHES * self.compiler.batch_tokens:
                 yield dict(portion.values())
                 portion, tokens = {}, 0

@@ -17,9 +17,8 @@ measured against it on the same prompts (see `fidelity.py`). The arms:
     oracle:…         control: as many tokens, by their true error, which nobody knows
     no documents     control: the question alone
 
-    prepared …       the repair, on documents that add_documents has computed behind the system
-                     prompt and a filler, with variants="prepared"
-    plain …          the same without a filler
+    plain …          a repair of documents that add_documents has computed behind the system prompt
+    prepared …       the same behind system prompt and filler, another document of their kind
 
 Controls are run on the first 100 prompts, `full` on the first 20.
 
@@ -34,12 +33,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib import util
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ ARMS = (
     "query:0.135",
 )  # fmt: skip
 PREPARED = (
-    "prepared none", "prepared head:4", "prepared query:0.035", "plain head:4", "plain query:0.035",
+    "prepared head:4", "prepared query:0.035", "plain head:4", "plain query:0.035",
 )  # fmt: skip
 CONTROLS = ("random:0.05", "random:0.15", "oracle:0.05", "oracle:0.15")
 BEST = "query:0.135"
@@ -117,9 +116,7 @@ def ask(tokenizer: Any, prompt: Prompt) -> Question:
 
 
 @torch.no_grad()
-def meet(
-    model: Any, tokenizer: Any, earlier: Iterable[Prompt], store: Any
-) -> None:
+def meet(model: Any, tokenizer: Any, earlier: Iterable[Prompt], store: Any) -> None:
     """Put documents into the store as parts of earlier prompts."""
     for prompt in earlier:
         cache = RedisChunkCache(model, store, reuse="anywhere")
@@ -127,12 +124,16 @@ def meet(
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
 
-def prepare(model: Any, tokenizer: Any, pool: list[Document], store: Any, **options: Any) -> None:
+def prepare(
+    model: Any, tokenizer: Any, pool: list[Document], filler: Document | None, store: Any
+) -> None:
     """Put documents into the store ahead of any prompt, behind what all prompts begin with."""
     some = [ask(tokenizer, Prompt((document,), document)).ids[0].tolist() for document in pool]
-    prefix = os.path.commonprefix(some)
-    texts = [document.text for document in pool]
-    add_documents(model, store, texts, tokenizer=tokenizer, prefix=prefix, **options)
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*some, strict=False))
+    add_documents(
+        model, store, [document.text for document in pool], tokenizer=tokenizer,
+        prefix=[column[0] for column in alike], filler=f"{filler.text}\n\n" if filler else None,
+    )  # fmt: skip
 
 
 def arms_of(index: int) -> list[str]:
@@ -149,9 +150,9 @@ def measure(
     """One row per prompt and arm that is not known yet."""
     model, tokenizer = MODELS[name]()
     rng = random.Random(seed)
-    pools = {kind: documents(kind, "test", tokenizer)[: min(POOL, 4 * prompts)] for kind in KINDS}
+    every = {kind: documents(kind, "test", tokenizer) for kind in KINDS}
+    pools = {kind: pool[: min(POOL, 4 * prompts)] for kind, pool in every.items()}
     earlier = [prompt for pool in pools.values() for prompt in history(pool, rng)]
-    every = [document for pool in pools.values() for document in pool]
     bar = progress.add_task(name, total=prompts)
 
     @cache
@@ -159,8 +160,9 @@ def measure(
         store = MemoryStore(1 << 36)
         if how == "met":
             meet(model, tokenizer, earlier, store)
-        else:
-            prepare(model, tokenizer, every, store, **({} if how == "prepared" else NO_FILLER))
+        for kind, pool in pools.items() if how != "met" else ():
+            filler = every[kind][len(pool)] if how == "prepared" else None
+            prepare(model, tokenizer, pool, filler, store)
         return store
 
     for index in range(prompts):

@@ -127,15 +127,20 @@ def test_what_is_computed_behind_a_filler_depends_on_nothing_else():
     # Chunks of the document hold nothing else.
     found = [(int(f["positions"].split("-")[0]), f) for f in one.read_metadata(sorted(chunks))]
     texts = [json.loads(f["token_ids"]) for begin, f in sorted(found, key=lambda e: e[0])]
-    assert sum(texts[-2:], []) == given[1][:256]
+    assert [*texts[-2], *texts[-1]] == given[1][:256]
 
 
-def test_a_document_that_does_not_fit_behind_the_filler_is_computed_without():
+def test_a_document_that_is_the_filler_or_does_not_fit_behind_it_is_computed_without():
     model, store = build(), MemoryStore()
     long = random_ids(2000, seed=9)[0].tolist()
     assert add(model, store, [long, long[:300]], filler=gap(200, 1)).added == 2
     assert ask(model, store, [1], long, gap(9, 1))[1].reused == 2001
     assert ask(model, store, [1], long[:300], gap(9, 1))[1].reused == 301  # of the long one
+    # Nor is one that is the filler: it would be read as a repetition of itself.
+    store = MemoryStore()
+    assert add(model, store, documents(2), filler=documents(2)[1]).added == 2
+    assert ask(model, store, [1], documents(2)[1], gap(9, 1))[1].reused == 256
+    assert ask(model, store, [1], documents(2)[0], gap(9, 1))[1].reused == 0
     assert add(model, MemoryStore(), [long], prefix=gap(1900, 1), filler=gap(9, 1)).failures
     assert add(model, MemoryStore(), [long[:100]], prefix=gap(1900, 1), filler=gap(9, 1)).added == 1
 

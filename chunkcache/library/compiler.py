@@ -1,4 +1,4 @@
-"""Compiler: documents to chunks in the store, each computed behind one prefix and nothing else.
+"""Compiler: documents to chunks in the store, each computed behind what all of them stand behind.
 
 One look at the store tells what it lacks of many documents; what is missing is computed in batches
 of like length, and another look tells whether it has arrived.

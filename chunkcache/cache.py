@@ -31,6 +31,8 @@ from chunkcache.reuse.owner import Owner
 from chunkcache.reuse.prefill import Prefill
 from chunkcache.reuse.prompt import Prompt
 from chunkcache.reuse.rows import RowsPrefill
+from chunkcache.reuse.scoring import ScoringPrefill
+from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
 from chunkcache.tokens.chunking import Grid
@@ -83,8 +85,10 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     _conversation: Conversation
     _prefill: Prefill | None = None  # while a prompt's forward runs; None in decoding steps
-    _parked: bool  # generate() has begun and its prompt is awaited: the cache says it is empty
-    _again: bool  # the next forward repeats the last one
+    _awaits_prompt: (
+        bool  # generate() has begun, and is told that nothing is held
+    )
+    _repeats: bool  # the next forward repeats the last one
     _records_past = False  # drafts may have to be taken back
 
     def __init__(
@@ -112,8 +116,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._prefill_type, indexer = _reuse_anywhere() if anywhere else (Prefill, None)
         self._context = CacheContext(inner, state, store, chosen, grid, indexer, tokenizer)
         self.report = Report(tokenizer=tokenizer)
-        self._reported = 0
-        self._owner = Owner()
+        self._reported_until = 0  # columns: a prompt that comes in parts has one report
+        self._owner = Owner()  # the thread and the call of generate() that use this object
         self._forget()
         turns = anywhere or chosen.codec.startswith(INT8)
         if not inner.training and (turns or not state.is_known):
@@ -147,8 +151,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._owner.begin_call(self)
         if self._owner.failed:
             self._forget()
-        self._conversation.check_edited()
-        self._parked = not self._conversation.is_resized
+        self._conversation.note_edits()
+        self._awaits_prompt = not self._conversation.is_resized
         self._records_past = False
         self.report = Report(skipped=_NOT_REACHED, tokenizer=self._context.tokenizer)
 
@@ -159,7 +163,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns held; 0 between the start of `generate()` and its first forward."""
-        return 0 if self._parked else super().get_seq_length(layer_idx)
+        return 0 if self._awaits_prompt else super().get_seq_length(layer_idx)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -169,7 +173,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         Raises:
             UnsupportedCallError: `generate()` has begun, and no hook has announced its prompt.
         """
-        if self._parked:  # and so it was told that nothing is held
+        if self._awaits_prompt:  # and so it was told that nothing is held
             raise UnsupportedCallError(
                 "this cache was made for another model object than the one that generates (one "
                 "loaded again, perhaps), or within enabled(), which has ended: make a new one with "
@@ -238,7 +242,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         memo[id(self)] = twin
         memo[id(self._context)] = self._context
         memo[id(self._context.tokenizer)] = self._context.tokenizer
-        self._conversation.check_edited()
+        self._conversation.note_edits()
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         self._context.state.caches.add(twin)
         return twin
@@ -248,8 +252,8 @@ class RedisChunkCache(DynamicCache, PrefillAware):
     def begin_forward(self, module: nn.Module, call: ForwardCall) -> TrimSpec:
         """Find out what is known of the prompt, fill the layers, and say what is left."""
         self._owner.begin_forward()
-        starts, self._parked = self._parked, False
-        again, self._again = self._again, False
+        starts, self._awaits_prompt = self._awaits_prompt, False
+        again, self._repeats = self._repeats, False
         conversation = self._conversation
         if self._owner.failed:  # half-way: some layers are ahead of others
             if conversation.length and not starts:
@@ -259,34 +263,34 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
-        is_prompt = starts or call.new > call.drafts + 1
+        is_prompt = starts or not conversation.length or call.new > call.drafts + 1
         if is_prompt:
             call = call.on_host()
-        conversation.check_edited(thoroughly=is_prompt)
+        conversation.note_edits(thoroughly=is_prompt)
         held = past = conversation.length
-        as_plain = whole = False
+        as_plain = is_whole_prompt = False
         try:
-            whole = starts and not conversation.continues(call)
-            if whole:
+            is_whole_prompt = starts and not conversation.continues(call)
+            if is_whole_prompt:
                 held, as_plain = conversation.kept_columns(module, call)
                 if self.settings.prepared_only and not as_plain:
                     held = 0  # it was repaired for what was asked then
         except UnsupportedCallError:
             self._owner.end_forward()  # what is held stays as it was
             raise
-        if whole:
+        if is_whole_prompt:
             conversation, past = self._keep(held), 0
         conversation.crop(held)
         total = past + call.new
         if starts or not held or total - held > call.drafts + 1:
-            if not again and (starts or not past or past != self._reported):
+            if not again and (starts or not past or past != self._reported_until):
                 self.report = Report(tokenizer=self._context.tokenizer)
-            self._reported = total
+            self._reported_until = total
             if self._records_past:  # drafts, which nobody will ask for again
                 call = replace(call, scores=False)
             if call.scores:
                 tap(module)
-            kind = self._prefill_type if held else self._kind_of_new(call)
+            kind = self._kind_of(call, held)
             self._prefill = kind(
                 conversation, module, call, self.report,
                 past=past, held=held, as_plain=as_plain, again=again,
@@ -299,18 +303,21 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             self.activate_past_recording()
         return trim
 
-    def _kind_of_new(self, call: ForwardCall) -> type[Prefill]:
-        """The kind of prefill of a call behind nothing that is held."""
-        if not state_layers(self.layers) or (call.shape[0] == 1 and not call.pads()[0]):
-            return self._prefill_type
-        return RowsPrefill
+    def _kind_of(self, call: ForwardCall, held: int = 0) -> type[Prefill]:
+        """The kind of prefill of a call behind so many columns that are held."""
+        if state_layers(self.layers):
+            is_one_row = call.shape[0] == 1 and not call.pads()[0]
+            return StatefulPrefill if held or is_one_row else RowsPrefill
+        if call.scores and self._prefill_type is Prefill:
+            return ScoringPrefill
+        return self._prefill_type
 
     def end_piece(self, columns: int) -> None:
         """Look at a piece of the forward."""
         if self._prefill is not None:
             self._prefill.end_piece(columns)
 
-    def end_forward(self, module: nn.Module) -> bool:
+    def end_forward(self) -> bool:
         """Check the forward's outputs, and store chunks that it completed.
 
         True if the forward must be done again without trimming: K/V from the store were missing,
@@ -333,7 +340,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             conversation = self._keep(prefill.past)
             conversation.bypass_reason = why  # which this forward was not given
             conversation.in_pieces = in_pieces
-            self._again = True
+            self._repeats = True
         else:
             self._meter.read(self.report, prefill is not None)
             self._prefill = None
@@ -385,7 +392,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         self._conversation = Conversation(self._context)
         self._meter = Meter()
         self.layers = self._conversation.layers
-        self._parked = self._again = self._owner.failed = False
+        self._awaits_prompt = self._repeats = self._owner.failed = False
         return self._conversation
 
     # ------------------------------------------------------------------ what users call
@@ -422,7 +429,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             check_decoder(tokenizer)
         decode = None if tokenizer is None else tokenizer.decode
         prompt = Prompt.of(input_ids, attention_mask)
-        kind = self._kind_of_new(prompt.as_call(self._context.model))
+        kind = self._kind_of(prompt.as_call(self._context.model))
         return explain(self._reading, kind, prompt, decode, elsewhere)
 
     def audit(

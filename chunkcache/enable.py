@@ -45,14 +45,14 @@ class Enabled:
         store: Where chunks are looked up and kept.
         settings: Keyword arguments for each cache.
         forwards: Whether forwards without a cache use one too.
-        outputs_from: How many positions at the end of these have logits; 0 for all.
+        last_outputs: How many positions at the end of these have logits; 0 for all.
         report: What was reused of the last prompt.
     """
 
     store: ChunkStore
     settings: Mapping[str, Any]
     forwards: bool = False
-    outputs_from: int = 0
+    last_outputs: int = 0
     report: Report = field(default_factory=Report)
     thread: int = field(default_factory=get_ident)
 
@@ -67,7 +67,7 @@ def enabled(
     store: ChunkStore | str | list[str] | None = None,
     *,
     forwards: bool = False,
-    outputs_from: int = 0,
+    last_outputs: int = 0,
     **settings: Any,
 ) -> Iterator[Enabled]:
     """Within this context, each `model.generate()` uses a `RedisChunkCache` of its own.
@@ -90,7 +90,7 @@ def enabled(
             gradients are enabled. Logits and losses are those of a plain run; of padding on the
             left, logits are NaN. The last, shorter chunk of a row is stored only with
             `store_tail=True`, as each call may end otherwise.
-        outputs_from: Of these, only logits of the last so many positions are looked at: before
+        last_outputs: Of these, only logits of the last so many positions are looked at: before
             them they are NaN, and need not be computed. 0 for all. Calls whose labels count earlier
             positions, or that say themselves what they keep, are served as they are.
         settings: Keyword arguments as in `Settings`.
@@ -98,11 +98,11 @@ def enabled(
     Raises:
         UnsupportedModelError: As `RedisChunkCache`, at once.
         UnsupportedCallError: As `RedisChunkCache`, at once.
-        SettingError: As `RedisChunkCache`, at once; or `outputs_from` is below 0, or has no use.
+        SettingError: As `RedisChunkCache`, at once; or `last_outputs` is below 0, or has no use.
     """
-    if outputs_from < 0 or (outputs_from and not forwards):
+    if last_outputs < 0 or (last_outputs and not forwards):
         raise SettingError(
-            f"outputs_from={outputs_from} must be 0 or a number of positions, with forwards=True"
+            f"last_outputs={last_outputs} must be 0 or a number of positions, with forwards=True"
         )
     inner = check_model(model)
     over = context = None
@@ -112,7 +112,7 @@ def enabled(
             try:
                 # What cannot work is told of here, before any prompt.
                 opened = RedisChunkCache(inner, store, **settings).store
-                context = Enabled(opened, settings, forwards, outputs_from)
+                context = Enabled(opened, settings, forwards, last_outputs)
             except BaseException:
                 _unhook(inner, hooked)
                 raise
@@ -179,7 +179,7 @@ class _Cover:
         keeps = kwargs.get("use_cache")
         keeps = getattr(config, "use_cache", True) if keeps is None else keeps
         given = {**kwargs, CACHE: cache, "use_cache": True}
-        last = context.outputs_from
+        last = context.last_outputs
         if last and _may_end_with(self.model, kwargs, last):
             # By index: of a number, generate() may take tokens back again.
             ids = kwargs["input_ids"]

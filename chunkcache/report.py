@@ -73,6 +73,10 @@ class RowReport(Counts):
         return self.spans
 
 
+_TIMES = ("lookup_ms", "read_ms", "overlapped_ms", "move_ms", "prefill_ms")
+_BYTES = ("bytes_read", "bytes_saved", "bytes_written", "bytes_dropped")
+
+
 @dataclass(slots=True)
 class Report(Counts):
     """What the cache did with the last prompt.
@@ -99,6 +103,8 @@ class Report(Counts):
         causes: The same by cause (`StoreError.cause`).
         errors: What went wrong, each cause once.
         skipped: Why the cache fell back to normal prefill, or `""`.
+        not_stored: Why nothing more is stored of what this object holds, where that was found out
+            once the prompt was computed, or `""`.
         tokenizer: What shows the prompt's text where the report is drawn.
     """
 
@@ -120,6 +126,7 @@ class Report(Counts):
     causes: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     skipped: str = ""
+    not_stored: str = ""
     tokenizer: Decoder | None = field(default=None, repr=False, compare=False)
 
     def _spans(self) -> Iterable[Span]:
@@ -153,6 +160,14 @@ class Report(Counts):
         # A store that is not asked says why: with the words of the error before it.
         if not any(known in str(error) for known in self.errors):
             self.errors.append(str(error))
+
+    def add(self, other: Report) -> None:
+        """Add what another report has counted of a part of the same prompt, its errors included."""
+        for name in (*_TIMES, *_BYTES, "store_errors"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for cause, count in other.causes.items():
+            self.causes[cause] = self.causes.get(cause, 0) + count
+        self.errors += [error for error in other.errors if error not in self.errors]
 
     def again(self, past: Sequence[int]) -> Report:
         """A report for doing the same forward again: what went wrong is kept.
@@ -223,6 +238,8 @@ class Report(Counts):
             parts.append(NO_GAIN)
         if self.skipped:
             parts.append(f"normal prefill: {self.skipped}")
+        if self.not_stored:
+            parts.append(f"nothing more stored: {self.not_stored}")
         if self.bytes_dropped:
             why = "" if self.errors else ": the write queue is full"
             parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored{why}")

@@ -305,7 +305,7 @@ def test_forwards_that_are_not_for_it(model, store):
 def test_outputs_from(model, store):
     want = scored(model, IDS).logits
     fresh = partial(scored, tiny("llama"), IDS)
-    with enabled(model, store, forwards=True, outputs_from=20, chunk_size=16) as context:
+    with enabled(model, store, forwards=True, last_outputs=20, chunk_size=16) as context:
         for computed in (300, 12):
             got = scored(model, IDS).logits
             assert got.shape == want.shape
@@ -321,6 +321,6 @@ def test_outputs_from(model, store):
             got, plain = scored(model, IDS, labels=labels), fresh(labels=labels)
             assert abs(float(got.loss - plain.loss)) < 1e-5
             assert bool(got.logits[:, :280].isnan().all()) == (first == 281)
-    for wrong in ({"outputs_from": -1, "forwards": True}, {"outputs_from": 3}):
-        with pytest.raises(SettingError, match="outputs_from"), enabled(model, store, **wrong):
+    for wrong in ({"last_outputs": -1, "forwards": True}, {"last_outputs": 3}):
+        with pytest.raises(SettingError, match="last_outputs"), enabled(model, store, **wrong):
             pass

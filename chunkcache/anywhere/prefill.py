@@ -38,11 +38,13 @@ from chunkcache.tokens.plan import NOT_IN_STORE, Kind, computed_too
 
 
 class AnywherePrefill(Prefill):
-    """See the module, and `Prefill` for the way of a prompt.
+    """Prefill that reuses text wherever it stood before.
 
     Attributes:
         moved: What is known of the distinct rows by their text.
     """
+
+    no_outputs = "reuse='anywhere' keeps no outputs"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

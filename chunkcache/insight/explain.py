@@ -54,7 +54,8 @@ def explain(
         Conversation(context), context.model, prompt.as_call(context.model), report
     )
     with context.store_calls(report):
-        if reason := prefill.bypass_reason():
+        if not prefill.take_prompt():
+            reason = prefill.conversation.bypass_reason
             found = Explanation(_all_computed(prompt, reason), skipped=reason)
         else:
             prefill.plan(dry=True)

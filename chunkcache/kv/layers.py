@@ -88,7 +88,7 @@ class GrowingLayer(DynamicLayer):
         self.columns: Tensor | None = None
         # Called with keys and values before they are cached; may end the forward (see probes.py).
         self.intercept: Callable[[Tensor, Tensor], None] | None = None
-        # Waits until what is held has arrived, should it still be on its way (see arrival.py).
+        # Waits for what is held but still on its way (see `reuse/background.py`).
         self.arriving: Callable[[], None] | None = None
         # Whether others have written to what is held, or put tensors of their own there.
         self.edited = False

@@ -51,7 +51,7 @@ _NOT_NUMBERED = (
 
 
 class Conversation:
-    """See the module.
+    """What one cache object holds: the layers, their tokens, and the model that computed them.
 
     Attributes:
         context: Model, store and settings.
@@ -67,8 +67,11 @@ class Conversation:
         marks: Positions at which the user wants such.
         known: Hashes of chunks that are in the store or on their way there.
         shorter: Chunks in the store that longer ones of the same text may replace.
-        in_pieces: Whether its prompts may be computed in pieces, as the self-test has done it.
-        whole_pieces: Columns from the first on that were computed in whole pieces, or read as such.
+        in_pieces: Whether the prompt may be computed in several forwards; the self-test has shown
+            that the model can.
+        prompt_until: So many columns, from the first on, have the K/V of a prompt. What is behind
+            was computed by itself where that makes a difference, behind K/V with other RoPE
+            frequencies, or, where bits shall be the same, not in whole pieces.
         surplus: Columns that the layers hold beyond the tokens given: some models cache more.
     """
 
@@ -84,23 +87,20 @@ class Conversation:
         self.known: set[str] = set()
         self.shorter: Shorter = {}
         self.in_pieces = False
-        self.whole_pieces = 0
+        self.prompt_until = self._not_limited
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
+        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
         self._hooks_registered = 0
         self._may_copy = OPEN  # chunks from a device to the host
         # What is held, as it was left.
         self.layers: list[Any] = self._new_layers()
         self._fed = 0  # columns given so far
-        # The first column whose K/V are not those of a prompt: computed by itself, where that makes
-        # a difference, or behind K/V with other RoPE frequencies.
-        self._stepped_from = _NOWHERE
-        self._switch = 0  # tokens from which on prompts have other RoPE frequencies, if there are
+        self._certain = 0  # columns given that assisted generation will not take back
         self._is_long = False  # whether RoPE frequencies are those of long prompts
-        self._certain = 0  # those of them that assisted generation will not take back
         self._ends_at: tuple[Tensor | None, int] = (None, 0)  # last positions, and columns then
         self._sample: Sample | None = None  # of the K/V, to notice edits by others
         # Decoding steps only note their checks on the device; `may_store` reads them.
@@ -117,13 +117,19 @@ class Conversation:
 
     def is_as_a_prompt(self, columns: int) -> bool:
         """Whether K/V of the first columns are those that a prompt of these tokens has."""
-        return columns <= self._stepped_from
+        return columns <= self.prompt_until
+
+    @property
+    def _not_limited(self) -> int:
+        """The largest `prompt_until` of columns of which nothing is known yet."""
+        return 0 if self.context.pieces.reproducible else _NOWHERE
 
     @property
     def least(self) -> int:
-        """Tokens of a prompt that are computed in any case.
+        """Tokens at the end of a prompt that are always computed.
 
-        Some models compute a token by itself otherwise than among others: nobody asks for that.
+        The last one; with recurrent states two, since some models with such compute a token by
+        itself in another way.
         """
         return 2 if self.states else 1
 
@@ -195,8 +201,8 @@ class Conversation:
     def _digest(self) -> str:
         return self._identity.digest if self._identity else ""
 
-    def check_edited(self, thoroughly: bool = False) -> None:
-        """Look whether others have changed K/V that are held, since the last forward.
+    def note_edits(self, thoroughly: bool = False) -> None:
+        """Take down whether others have changed K/V that are held, since the last forward.
 
         `thoroughly` is at the values too, which takes a millisecond.
         """
@@ -285,7 +291,7 @@ class Conversation:
 
     def _common_columns(self, call: ForwardCall) -> int:
         """Columns with the same tokens, the last ones that must be computed left out."""
-        if call.bypass_reason or call.whole:
+        if call.bypass_reason or call.full_reason:
             return 0
         if not self.edited and (
             self.bypass_reason or self.identify() or self.self_test.bypass_reason
@@ -302,12 +308,11 @@ class Conversation:
                 return 0
             ends = call.text_columns(0, pads), self.transcript.text_until
             common = min(common, *(end for end in ends if end is not None))
-        if self.context.pieces.reproducible:
-            common = self.context.pieces.floor(min(common, self.whole_pieces))
+        common = self.context.pieces.usable(min(common, self.prompt_until))
         if self._is_long != self._is_long_at(call.new, pads):
             return 0
-        if self.states and (common < self.length or self._stepped_from < common):
-            common = self.states.nearest(min(common, self._stepped_from))
+        if self.states and common < self.length:
+            common = self.states.nearest(common)
         return max(0, common)
 
     def _begins_like(self, call: ForwardCall) -> bool:
@@ -321,9 +326,7 @@ class Conversation:
             return held - (self.transcript.pads or [0])[0]
         return int(first_row(positions)[-1]) + 1 + held - columns
 
-    def begin_prompt(
-        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
-    ) -> None:
+    def begin_prompt(self, module: nn.Module, call: ForwardCall, past: int, held: int) -> None:
         """Look at a prompt, and set `bypass_reason` where it must be computed in full.
 
         Args:
@@ -331,15 +334,12 @@ class Conversation:
             call: The prompt.
             past: Columns that stand before the ids given.
             held: Columns that are held; more than `past` where a whole prompt was given.
-            total: Columns when it is done.
         """
         self.let_copy()
         self._may_copy = Latch()
         self.beyond = self.beyond or call.beyond
         self.bypass_reason = (
-            self.bypass_reason
-            or call.bypass_reason
-            or self._why_bypass(module, call, past, held, total)
+            self.bypass_reason or call.bypass_reason or self._why_bypass(module, call, past, held)
         )
         if not self.context.state.ranks.all(not self.bypass_reason):
             self.in_pieces = False
@@ -347,9 +347,8 @@ class Conversation:
                 self.bypass_reason or "another process of this model falls back to normal prefill"
             )
 
-    def _why_bypass(
-        self, module: nn.Module, call: ForwardCall, past: int, held: int, total: int
-    ) -> str:
+    def _why_bypass(self, module: nn.Module, call: ForwardCall, past: int, held: int) -> str:
+        total = past + call.new
         if module is not self.context.model:
             if not held:
                 config: Any = module.config
@@ -387,15 +386,15 @@ class Conversation:
     def _why_too_long(self, held: int, total: int) -> str:
         """Look whether RoPE frequencies are those of long prompts; why that cannot be handled."""
         is_long = self._is_long_at(total, self.transcript.pads)
+        reproducible = self.context.pieces.reproducible
+        other = f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
         if held and is_long != self._is_long:  # what comes now is behind K/V of the others
-            self._stepped_from = min(self._stepped_from, held)
-            return ""
+            self.prompt_until = min(self.prompt_until, held)
+            return other if reproducible else ""
         self._is_long = is_long
         if is_long:  # pieces that end before the switch would have others
             self.in_pieces = False
-            if self.context.pieces.reproducible or self.states:
-                return f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
-        return ""
+        return other if is_long and (reproducible or self.states) else ""
 
     def _is_long_at(self, columns: int, pads: list[int]) -> bool:
         return 0 < self._switch < columns - min(pads, default=0)
@@ -414,7 +413,7 @@ class Conversation:
         config: Any = self.context.model.config
         return ours or DynamicCache(config=config).layers
 
-    def record(self, call: ForwardCall, past: int, held: int, total: int) -> None:
+    def record(self, call: ForwardCall, past: int, held: int) -> None:
         """Take down the tokens of a forward that bypasses the store."""
         if not held:
             self.transcript.start(call.pads())
@@ -425,7 +424,7 @@ class Conversation:
         else:
             self.transcript.append(call.ids[:, held - past :])
         if call.positions is not None:
-            self._ends_at = call.positions[..., -1:], total
+            self._ends_at = call.positions[..., -1:], past + call.new
 
     # ------------------------------------------------------------------ one token after another
 
@@ -434,11 +433,11 @@ class Conversation:
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
         if self.self_test.steps_differ:
-            self._stepped_from = min(self._stepped_from, past)
+            self.prompt_until = min(self.prompt_until, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond
         if self.bypass_reason:
-            self.record(call, past, past, past + call.new)
+            self.record(call, past, past)
             return NOTHING_TRIMMED
         assert call.ids is not None
         self.transcript.append(call.ids)
@@ -456,11 +455,17 @@ class Conversation:
     def end_step(self, report: Report) -> None:
         """A decoding step has come back: store the chunks that it has completed, if any."""
         self.context.gauge.look()
-        self.check_edited()
+        self.note_edits()
         self.bypass_reason = self.bypass_reason or self.distrust
         self.end_forward(self._fed)
         if not self.bypass_reason and self.may_store(self._fed, self._certain):
             self.store(self._certain, report)
+        self.tell(report)
+
+    def tell(self, report: Report) -> None:
+        """Report a reason to store nothing more that was found after the prompt was computed."""
+        if self.bypass_reason and self.bypass_reason != report.skipped:
+            report.not_stored = self.bypass_reason
 
     def let_copy(self) -> None:
         """The first token is there: what was computed before it may be copied from the device."""
@@ -536,7 +541,7 @@ class Conversation:
             return False  # no chunk ends here: nearly every step of decoding
         self._complete = complete
         if not prompt:
-            self.check_edited(thoroughly=True)
+            self.note_edits(thoroughly=True)
             if self.edited:
                 return False
             self._sample = Sample(self.layers)
@@ -555,10 +560,9 @@ class Conversation:
 
     def _storable(self, certain: int, tail: bool) -> tuple[int, bool]:
         """Columns whose K/V others may have, and whether their last, shorter chunk is one."""
-        if self.context.pieces.reproducible:
-            return min(certain, self.whole_pieces), False
-        # No prompt can go on from a tail without a state.
-        return min(certain, self._stepped_from), tail and not self.states
+        # No prompt can go on from a tail without a state, nor is a tail a whole piece.
+        tail = tail and not self.states and not self.context.pieces.reproducible
+        return min(certain, self.prompt_until), tail
 
     @property
     def _followed(self) -> bool:
@@ -589,19 +593,18 @@ class Conversation:
     def crop(self, columns: int) -> None:
         """The layers hold the first `columns` alone."""
         self.transcript.crop(columns)
-        if self.whole_pieces > columns:
-            self.whole_pieces = self.context.pieces.usable(columns)
+        if columns <= self.prompt_until:
+            pieces = self.context.pieces
+            self.prompt_until = pieces.floor(columns) if pieces.reproducible else _NOWHERE
         if self.states:
             self.states.forget(columns)
-        if columns <= self._stepped_from:
-            self._stepped_from = _NOWHERE
         if self._sample is not None:
             self._sample.crop(columns)
 
     def take_rows(self, rows: Tensor) -> None:
         """The layers hold these rows of what they held."""
         self.transcript.take_rows(rows)
-        self.whole_pieces = 0  # of a batch of other rows
+        self.prompt_until = min(self.prompt_until, self._not_limited)  # bits are of the batch
         if self.states:
             self.states.forget()
         self._sample = None

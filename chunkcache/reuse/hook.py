@@ -1,8 +1,9 @@
 """The hook on a model's forward: sees the prompt, asks the cache what is known, trims the call.
 
-All that depends on how Transformers calls a model is here. The hook sits on the top-level model
-(which sees `input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache,
-is installed once per model and can be removed.
+How a forward's arguments are read and cut is here. The hook sits on the top-level model (which sees
+`input_ids` and `logits_to_keep` as keywords), is inert for calls with any other cache, is installed
+once per model and can be removed. What else depends on how `generate()` works: how it begins
+(`cache.py`), its frames (`owner.py`), its positions (`resume.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
+from chunkcache.model.grouped import share_heads
 from chunkcache.model.head import HeadInput, feed, untap
 from chunkcache.reuse.pieces import PER_TOKEN, TYPES, chosen, piece, run_pieces
 from chunkcache.tokens.transcript import Padding
@@ -63,7 +65,7 @@ class ForwardCall:
         mask: `[batch, past + new]` attention mask, or `None` when nothing is masked.
         positions: `[..., batch, new]` positions, or `None` for the model's default.
         keep: How many tokens at the end have outputs that the caller wants; 0 means all.
-        whole: Why outputs of all tokens are wanted, so that none may be trimmed, or `""`.
+        full_reason: Why outputs of all tokens are wanted, so that none may be trimmed, or `""`.
         scores: Whether logits of several tokens are wanted, and nothing else of them.
         logits_to_keep: As the caller gave it.
         labels: As the caller gave them.
@@ -80,7 +82,7 @@ class ForwardCall:
     mask: Tensor | None
     positions: Tensor | None
     keep: int
-    whole: str
+    full_reason: str
     bypass_reason: str
     scores: bool = False
     logits_to_keep: Any = None
@@ -238,7 +240,7 @@ class PrefillAware(ABC):
         """Take note that a piece of the forward has come back, after so many columns of its ids."""
 
     @abstractmethod
-    def end_forward(self, module: nn.Module) -> bool:
+    def end_forward(self) -> bool:
         """Take note that the forward has come back. True if it must be done again, untrimmed."""
 
     @abstractmethod
@@ -290,7 +292,7 @@ def uninstall(model: nn.Module) -> None:
 def _before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    feed(None)
+    _clear()
     if kwargs is None:
         return None
     if args:
@@ -314,6 +316,7 @@ def _before(
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)
         kwargs = {**kwargs, "position_ids": positions.expand(ids.shape)}
     kwargs = trim(kwargs, rest)
+    share_heads(bool(rest.skip or rest.cuts) or rest.columns is not None)
     if rest.cuts:
         kwargs = run_pieces(module, kwargs, rest.skip, rest.cuts, cache.end_piece)
     feed(rest.head)
@@ -328,13 +331,13 @@ def _after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     cache = cache_in(kwargs)
     if not isinstance(cache, PrefillAware):
         return None
-    feed(None)
+    _clear()
     on_output, cache.on_output = cache.on_output, None
     if output is None:
         cache.fail_forward()
         return None
     arguments, cache.untrimmed = cache.untrimmed, None
-    again = cache.end_forward(module)
+    again = cache.end_forward()
     if again:
         output = _done_again(module, cache, arguments or {})
     if on_output is not None:
@@ -356,7 +359,7 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
         cache.fail_forward()
         raise
     finally:
-        feed(None)
+        _clear()
     for number, hook in list(module._forward_hooks.items()):
         if hook is _after:
             break
@@ -364,8 +367,14 @@ def _done_again(module: nn.Module, cache: PrefillAware, kwargs: dict[str, Any]) 
         result = hook(module, (), *seen, output)
         output = output if result is None else result
     cache.untrimmed = None
-    cache.end_forward(module)
+    cache.end_forward()
     return output
+
+
+def _clear() -> None:
+    """Nothing that was said of one forward holds for another."""
+    feed(None)
+    share_heads(False)
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
@@ -400,7 +409,7 @@ def read_call(module: nn.Module, kwargs: dict[str, Any]) -> ForwardCall:
         mask=_beside(ids, mask) if isinstance(mask, Tensor) else None,
         positions=_beside(ids, positions) if isinstance(positions, Tensor) else positions,
         keep=keep,
-        whole=others or _why_whole(labels, keep),
+        full_reason=others or _why_full(labels, keep),
         scores=not others and (keep != 1 or labels is not None),
         logits_to_keep=wanted,
         labels=labels,
@@ -452,7 +461,7 @@ def _why_others(module: nn.Module, kwargs: dict[str, Any]) -> str:
     return ""
 
 
-def _why_whole(labels: Any, keep: int) -> str:
+def _why_full(labels: Any, keep: int) -> str:
     """Why logits of all tokens are wanted, or `""`."""
     if labels is not None:
         return "labels were given: the loss needs the outputs of every token"

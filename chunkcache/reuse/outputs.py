@@ -26,7 +26,6 @@ from chunkcache.tokens.plan import RowPlan
 from chunkcache.tokens.transcript import Transcript
 
 _GRADIENTS = "gradients are enabled, which stored outputs have none of: use torch.no_grad()"
-_ANYWHERE = "reuse='anywhere' keeps no outputs"
 _REPRODUCIBLE = "reproducible=True computes outputs of all tokens in one forward"
 _PADDING = (
     "labels count outputs of padding: set those of each row's padding, and of its first token, to "
@@ -52,8 +51,6 @@ def outputs_of(
         total: Columns once it is done.
         handle_error: Told of a failing store and of damaged blobs; may raise.
     """
-    if context.settings.reuse == "anywhere":
-        return _ANYWHERE
     if context.pieces.reproducible:
         return _REPRODUCIBLE
     if keys.lossy:
@@ -73,9 +70,12 @@ def outputs_of(
 
 
 class Outputs:
-    """See the module. Arguments are those of `outputs_of`, and the layout of the model's outputs.
+    """The outputs of one call: those known, and those to be stored.
+
+    Arguments are those of `outputs_of`, and the layout of the model's outputs.
 
     Attributes:
+        value: The last part of their keys.
         limit: Column from which on all is computed.
         sizes: Bytes of the outputs that the store has, by the hash of their chunk.
     """
@@ -90,19 +90,16 @@ class Outputs:
         total: int,
         handle_error: Callable[[Exception], None],
     ) -> None:
+        self.value = OUTPUTS
         self.sizes: dict[str, int] = {}
         self.limit = total - 1  # one token is computed in any case
         self._context, self._keys, self._layout, self._call = context, keys, layout, call
         self._transcript, self._total = transcript, total
         # Column from which on outputs are wanted.
-        self._wanted = total - (call.new if call.whole else min(call.keep, call.new))
+        self._wanted = total - (call.new if call.full_reason else min(call.keep, call.new))
         self._reader = BlobReader(context.store, handle_error)
         self._before: Tensor | None = None  # `[batch, columns, hidden]` from there on
         self._input: HeadInput | None = None
-
-    def key(self, chunk_hash: str) -> str:
-        """Where a chunk's outputs are in the store."""
-        return self._keys.key(chunk_hash) + OUTPUTS
 
     def settle(self, plans: Sequence[RowPlan]) -> str:
         """See how far outputs are known, as the store has it; why nothing is used, if they stop it.
@@ -113,8 +110,8 @@ class Outputs:
         self.limit = max(self._wanted, min(self.limit, *reach))
         known = (pad + plan.reach for pad, plan in zip(self._transcript.pads, plans, strict=True))
         held = max(plan.held + pad for pad, plan in zip(self._transcript.pads, plans, strict=True))
-        if self._call.whole and self.limit <= held < min(known):
-            return f"{self._call.whole}; the store has their K/V, and no outputs"
+        if self._call.full_reason and self.limit <= held < min(known):
+            return f"{self._call.full_reason}; the store has their K/V, and no outputs"
         return ""
 
     def _reach(self, pad: int, plan: RowPlan) -> int:

@@ -8,10 +8,11 @@ happens in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -36,11 +37,10 @@ from chunkcache.reuse.harvest import Found
 from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
-from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
-from chunkcache.stores.base import STATE, Entry
+from chunkcache.stores.base import Entry
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import (
     COMPUTING,
@@ -56,8 +56,20 @@ from chunkcache.tokens.plan import (
 )
 
 
+class Beside(Protocol):
+    """Values that chunks have beside their K/V.
+
+    Attributes:
+        value: The last part of their keys.
+        sizes: Bytes of those that the store has, by chunk hash.
+    """
+
+    value: str
+    sizes: dict[str, int]
+
+
 class Prefill:
-    """See the module.
+    """One forward that reads a prompt, from lookup to storing.
 
     Args:
         conversation: What is held, and of which model.
@@ -84,6 +96,8 @@ class Prefill:
 
     computes_together = True
     """Whether what one row has to compute is computed in all."""
+    no_outputs = "a prompt's outputs are not kept"
+    """Why logits of known tokens cannot be had; `ScoringPrefill` has them."""
 
     def __init__(
         self,
@@ -116,10 +130,7 @@ class Prefill:
         self._loader: ChunkLoader | None = None
         self._background: BackgroundLoad | None = None
         self._witness: Witness | None = None
-        self._known: list[int] = []  # how far each row's K/V are, with or without a state there
         self._off_by: float | None = None  # what the check token has shown, where it was a piece
-        self._whole = call.whole  # why all is computed
-        self._outputs: Outputs | None = None  # where logits of several tokens are wanted
         self._stopwatch: Stopwatch | None = None  # since the model began
 
     @staticmethod
@@ -132,12 +143,10 @@ class Prefill:
     def begin(self) -> TrimSpec:
         """Fill the layers with what is known. Returns what is left to compute."""
         with self.context.store_calls(self.report):
-            if self.bypass_reason():
+            if not self.take_prompt():
                 trim = self._bypass()
             else:
-                self._seek_outputs()
                 self.plan()
-                self._read_outputs()
                 self.load()
                 trim = self.trim()
                 self._report_prompt()
@@ -147,15 +156,16 @@ class Prefill:
 
     # ------------------------------------------------------------------ what is known
 
-    def bypass_reason(self) -> str:
-        """Why the prompt is computed as with a plain cache, or `""`. Else its tokens are noted."""
+    def take_prompt(self) -> bool:
+        """Take the prompt's tokens over. False: bypass the store, as the conversation says why."""
         conversation = self.conversation
-        conversation.begin_prompt(self.module, self.call, self.past, self.held, self.total)
-        if not conversation.bypass_reason:
-            assert self.call.ids is not None
-            conversation.transcript.append(self.call.ids[:, self.held - self.past :])
-            conversation.choose_keys()
-        return conversation.bypass_reason
+        conversation.begin_prompt(self.module, self.call, self.past, self.held)
+        if conversation.bypass_reason:
+            return False
+        assert self.call.ids is not None
+        conversation.transcript.append(self.call.ids[:, self.held - self.past :])
+        conversation.choose_keys()
+        return True
 
     def plan(self, dry: bool = False) -> None:
         """Ask which chunks are known, and how far each row is known from its start.
@@ -165,7 +175,7 @@ class Prefill:
         began = perf_counter()
         report, transcript = self.report, self.conversation.transcript
         gaps = "" if transcript.text_until is None else GAPS
-        report.skipped = self._whole or gaps
+        report.skipped = self.full_reason or gaps
         rows = [
             cut(self._tokens(row), self.context.grid, self.keys.salt, tail=True)
             for row in range(len(self.pads))
@@ -184,14 +194,7 @@ class Prefill:
         if gaps:
             self.plans = [replace(plan, rest=GAPS) for plan in self.plans]
         self._stop_at_wrong_sizes()
-        if self._outputs:
-            report.skipped = self._outputs.settle(self.plans) or report.skipped
-        elif states := self.conversation.states:
-            self._known = [plan.reach for plan in self.plans]
-            if self.limit > self.held:
-                self.plans = [states.settle(plan, self.limit) for plan in self.plans]
-        elif self.sizes or (not self.lookup_failed and self.context.settings.reuse != "off"):
-            self._follow_branches(dry)
+        self._settle(dry)
         if self._reads_together and not self._pays(dry):
             self.plans = [plan.cut_at(plan.held, NO_GAIN) for plan in self.plans]
         self.stops = [
@@ -203,32 +206,22 @@ class Prefill:
         report.lookup_ms += 1e3 * (perf_counter() - began)
 
     @property
-    def limit(self) -> int:
-        """Column from which on all is computed, since its outputs are wanted."""
-        if self._outputs:
-            return max(self.held, self._outputs.limit)
-        if self.conversation.states and not self._is_one_row:
-            return self.held  # rows go on from states at other columns: see `rows.py`
-        if not self.conversation.is_as_a_prompt(self.held):
-            return self.held
-        return self.outputs_from if self._is_in_whole_pieces else self.held
+    def full_reason(self) -> str:
+        """Why all is computed, or `""`."""
+        why = self.call.full_reason
+        return f"{why}; {self.no_outputs}" if why and self.call.scores else why
 
     @property
-    def _is_one_row(self) -> bool:
-        """Whether there is one row without padding: its columns are positions, as snapshots are."""
-        return len(self.pads) == 1 and not self.pads[0]
+    def limit(self) -> int:
+        """Column from which on all is computed, since its outputs are wanted."""
+        return self.outputs_from if self.conversation.is_as_a_prompt(self.held) else self.held
 
     @property
     def outputs_from(self) -> int:
         """Column from which on outputs are wanted of the model."""
-        if self.call.whole:
+        if self.call.full_reason:
             return self.held
         return max(self.held, self.total - max(self.call.keep, self.conversation.least))
-
-    @property
-    def _is_in_whole_pieces(self) -> bool:
-        """Whether all that is held was computed in whole pieces, where that matters."""
-        return not self.pieces.reproducible or self.held <= self.conversation.whole_pieces
 
     @property
     def pieces(self) -> Pieces:
@@ -267,22 +260,17 @@ class Prefill:
         )
         try:
             names = [self.keys.key(name) for name in hashes]
-            if self._outputs:
-                names += map(self._outputs.key, hashes)
-            elif self.conversation.states:
-                names += [self.keys.key(name) + STATE for name in hashes]
+            if beside := self._beside:
+                names += [name + beside.value for name in names]
             sizes = self.context.store.sizes(names) if names else []
         except StoreError as error:
             self.lookup_failed = True
             self._handle(error)
             return str(error)
         self.sizes = {name: size for name, size in zip(hashes, sizes, strict=False) if size}
-        if self._outputs:
+        if beside:
             found = zip(hashes, sizes[len(hashes) :], strict=True)
-            self._outputs.sizes = {name: size for name, size in found if size}
-        elif self.conversation.states:
-            found = zip(hashes, sizes[len(hashes) :], strict=True)
-            self.conversation.states.sizes = {name: size for name, size in found if size}
+            beside.sizes = {name: size for name, size in found if size}
         return NOT_IN_STORE
 
     def _stop_at_wrong_sizes(self) -> None:
@@ -295,6 +283,17 @@ class Prefill:
                 if chunk.hash in self.damaged:
                     start = max(chunk.start, plan.held)
                     self.plans[row] = self.plans[row].cut_at(start, WRONG_SIZE)
+
+    @property
+    def _beside(self) -> Beside | None:
+        """What a chunk must have beside its K/V to be of use."""
+        return None
+
+    def _settle(self, dry: bool) -> None:
+        """Revise how far each row is known, by what else there is of it or is missing."""
+        may_ask = not self.lookup_failed and self.context.settings.reuse != "off"
+        if self.sizes or may_ask:
+            self._follow_branches(dry)
 
     def _follow_branches(self, dry: bool) -> None:
         """Go on with stored chunks that begin like a row where its own chunks end."""
@@ -364,55 +363,23 @@ class Prefill:
         reach = (pad + plan.reach for pad, plan in zip(self.pads, self.plans, strict=True))
         stop = min(self.limit, *reach)
         tokens, hashes = 0, set()
-        states = self.conversation.states
         for pad, plan in zip(self.pads, self.plans, strict=True):
             tokens += max(0, stop - pad - plan.held)
             hashes |= {chunk.hash for chunk in plan.reads(max(stop - pad, plan.held))}
         nbytes, gauge = sum(self.sizes[name] for name in hashes), self.context.gauge
-        nbytes += self.keys.layout.state_bytes if states and tokens else 0
+        nbytes += self.keys.layout.state_bytes if tokens else 0
         ask = gauge.expects_gain if dry else gauge.pays
         return ask(tokens, nbytes, self.context.settings.min_gain)
-
-    # ------------------------------------------------------------------ outputs of what is known
-
-    def _seek_outputs(self) -> None:
-        """Where logits of several tokens are wanted, and may be had of known ones, see to that."""
-        if not self.call.scores:
-            return
-        found = outputs_of(
-            self.context, self.keys, self.call, self.conversation.transcript, self.total,
-            self._handle,
-        )  # fmt: skip
-        if isinstance(found, Outputs):
-            self._outputs, self._whole = found, ""
-        elif self._whole:
-            self._whole = f"{self._whole}; {found}"
-
-    def _read_outputs(self) -> None:
-        """Bring them; where that fails, more is computed."""
-        if self._outputs is None or min(self.stops) <= self.held:
-            return
-        began = perf_counter()
-        self.report.bytes_read += self._outputs.read(self.plans, min(self.stops))
-        self.report.read_ms += 1e3 * (perf_counter() - began)
-        self.stops = [min(stop, self.limit) for stop in self.stops]
 
     # ------------------------------------------------------------------ into the layers
 
     def load(self) -> None:
         """Bring what is known into the layers, or let it come while the model computes."""
         self._make_room()
-        if self.conversation.states:
-            self._load_states()
-        self._load_chunks()
-        if self.conversation.states and self.stops[0] < self.plans[0].reach:  # damaged K/V
-            self._settle_states(self.stops[0])
-            self._load_states()
+        self._load_chunks(self.plans, self.stops)
 
-    def _load_chunks(self) -> None:
-        plans, stops = self.plans, self.stops
-        if self.conversation.states:
-            plans, stops = self._with_a_check()
+    def _load_chunks(self, plans: list[RowPlan], stops: list[int]) -> None:
+        """Read the K/V of these plans up to these columns; both are revised where that fails."""
         began = perf_counter()
         self._loader = ChunkLoader(
             self._reader, self.conversation.layers, self.pads, self._reads_together
@@ -424,44 +391,10 @@ class Prefill:
         self._background = self._loader.load(
             plans, stops, self.sizes, self.forms, self.total if ahead else 0
         )
-        if self.conversation.states:
-            self.stops = [min(self.stops[0], stops[0])]
         read_ms = 1e3 * (perf_counter() - began)
         self.report.read_ms += read_ms
         self.context.gauge.note_read(self._reader.bytes_read, read_ms)
         self._count_read()
-
-    def _load_states(self) -> None:
-        """Bring the states where the plan ends; where that fails, an earlier one or none."""
-        states, began = self.conversation.states, perf_counter()
-        assert states is not None
-        while self.stops[0] > self.held:
-            plan = self.plans[0]
-            found, nbytes = states.read(self.keys, plan, self._tokens(0), self._handle)
-            self.report.bytes_read += nbytes
-            if found is not None:
-                states.held[plan.reach] = found
-                break
-            self._settle_states(plan.reach)
-        self.report.read_ms += 1e3 * (perf_counter() - began)
-
-    def _settle_states(self, known: int) -> None:
-        """Plan to go on from a state where K/V, or a state, were known and are not."""
-        assert self.conversation.states is not None
-        plan = self.plans[0].cut_at(known, self.plans[0].missing)
-        self.plans = [self.conversation.states.settle(plan, self.limit)]
-        self.stops = [self.plans[0].reach]
-
-    def _with_a_check(self) -> tuple[list[RowPlan], list[int]]:
-        """What to read so that the first token computed is a check token, if there are its K/V.
-
-        A state cannot be gone back from, so no known token is computed again.
-        """
-        plan, stop = self.plans[0], self.stops[0]
-        ahead = [c for c in plan.chunks if c.start == stop and c.stop <= self._known[0]]
-        if not ahead or stop <= self.held:
-            return [plan], [stop]
-        return [replace(plan, reach=ahead[0].stop)], [stop + 1]
 
     def _make_room(self) -> None:
         layers = self.conversation.layers
@@ -478,9 +411,6 @@ class Prefill:
         self.report.bytes_saved += reader.bytes_saved
         reader.bytes_read = reader.bytes_saved = 0
         self.conversation.known -= reader.bad  # so that they are written anew
-        if self.conversation.states:  # which were removed with them
-            for name in reader.bad:
-                self.conversation.states.sizes.pop(name, None)
         for name in reader.bad & self._continuations.keys():
             self.stale |= self._continuations.pop(name).without_it()
 
@@ -488,59 +418,53 @@ class Prefill:
 
     def trim(self) -> TrimSpec:
         """Declare what is known to be held. Returns what is left to compute."""
-        assert self._loader is not None
-        known = self.context.state.ranks.least(max(self.pieces.usable(min(self.stops)), self.held))
-        if not any(pad < known for pad in self.pads):
-            known = self.held
-        begin = known
-        states = self.conversation.states
-        if states and known not in states.held:
-            known = begin = self.held
-        if rows := self._checked_rows(known):
-            free = self.context.state.ranks.all(self._loader.covered(rows) > known)
-            begin = known if free or states else known - 1
-            rows = rows if free or not states else []
+        known = self._known_columns()
+        begin, rows = self._first(known)
         if begin == self.past and not self.pieces.reproducible:
             known = begin  # where one token alone is known, nothing would be gained
         self._hold(begin)
         if known > self.held:
             self._note_rounding(self.held)
-            if states:
-                states.go_to(self.conversation.layers, known, self.past)
         if known > self.past:
             self._watch(begin, rows)
         self.spans = [
             plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
         ]
-        head = self._outputs.behind(begin) if self._outputs else None
-        cuts = self._cuts(begin)
-        if states:
-            states.expect(self.conversation.layers, begin)
         number_from = self.conversation.number_from(self.call, self.past)
-        return TrimSpec(begin - self.past, cuts, number_from, head=head)
+        return TrimSpec(begin - self.past, self._cuts(begin), number_from)
+
+    def _known_columns(self) -> int:
+        """Columns that all processes know of all rows."""
+        known = self.context.state.ranks.least(max(self.pieces.usable(min(self.stops)), self.held))
+        return known if any(pad < known for pad in self.pads) else self.held
+
+    def _first(self, known: int) -> tuple[int, list[int]]:
+        """The first column that is computed, and the rows in which it is a check token.
+
+        Such a token's K/V are known: those behind the ones used if the store has them, else the
+        last one of these is computed again.
+        """
+        rows = self._checked_rows(known)
+        if not rows:
+            return known, []
+        assert self._loader is not None
+        free = self.context.state.ranks.all(self._loader.covered(rows) > known)
+        return known if free else known - 1, rows
 
     def _cuts(self, begin: int) -> tuple[int, ...]:
         """Columns of the ids given at which a forward from column `begin` on is cut."""
-        if not self.conversation.in_pieces or self._outputs or self.call.bypass_reason:
+        if not self.conversation.in_pieces or self.call.bypass_reason:
             return ()
-        cuts = set(self.pieces.cuts(begin, self.outputs_from))
-        if self.conversation.states and self._known and self._is_one_row:
-            cuts |= set(
-                self.conversation.states.cuts(
-                    self.plans[0].chunks,
-                    begin,
-                    self._known[0],
-                    self.outputs_from,
-                    self.total,
-                    self.conversation.marks,
-                )
-            )
         found, last = [], begin
-        for column in sorted(cuts):
+        for column in sorted(self._wanted_cuts(begin)):
             if column - last >= self.conversation.least_piece:
                 found.append(column - self.past)
                 last = column
         return tuple(found)
+
+    def _wanted_cuts(self, begin: int) -> set[int]:
+        """Columns at which it should be."""
+        return set(self.pieces.cuts(begin, self.outputs_from))
 
     def _hold(self, columns: int) -> None:
         hold_all(self.conversation.layers, columns, self.pads, self.held)
@@ -575,7 +499,7 @@ class Prefill:
             row.ids = ids[pad:].numpy()
 
     def _report_exactness(self) -> None:
-        if self.pieces.reproducible and self._is_in_whole_pieces:
+        if self.pieces.reproducible and self.conversation.is_as_a_prompt(self.held):
             bits = environment(self.context.model)
             self.report.reproducible = f"pieces of {self.pieces.tokens} tokens, {bits}"
         transcript, keys = self.conversation.transcript, self.conversation.keys
@@ -597,7 +521,7 @@ class Prefill:
         if self.held > self.past and not (self._as_plain or conversation.edited):
             conversation.empty()  # the whole prompt is computed anew
             self.held = self.past
-        conversation.record(self.call, self.past, self.held, self.total)
+        conversation.record(self.call, self.past, self.held)
         self.report.skipped = conversation.bypass_reason
         if self.past:
             self._report_exactness()
@@ -622,15 +546,12 @@ class Prefill:
 
     def end_piece(self, columns: int) -> None:
         """A piece of the forward has come back, after so many columns of the ids given."""
-        if states := self.conversation.states:
-            states.take(self.conversation.layers, self.past + columns)
-            states.expect(self.conversation.layers, self.past + columns)
         if not self.pieces.reproducible:
             return
         if self._witness and self._off_by is None:  # it was of the check token alone
             self._off_by = self._witness.difference()
             self._witness.undo()
-        self.conversation.check_edited()
+        self.conversation.note_edits()
         if any(self.pads):  # as where K/V were read: experts are chosen for padding too
             hold_all(self.conversation.layers, self.past + columns, self.pads, 0)
             self.conversation.note_written()
@@ -642,17 +563,11 @@ class Prefill:
             StoreError: The store failed, and `on_error="raise"` was asked for.
         """
         conversation, report = self.conversation, self.report
-        conversation.check_edited()
-        if conversation.states:
-            conversation.states.take(conversation.layers, self.total)
+        conversation.note_edits()
         is_sound = self.has_arrived()
         assert self._stopwatch is not None
         self._stopwatch.stop()
         if not is_sound or not self._agrees():
-            self._note_time(0)
-            return False
-        if self._outputs and not self._outputs.are_taken():
-            close_layers(conversation.layers)
             self._note_time(0)
             return False
         computed = sum(s.tokens for row in self.spans for s in row if s.kind in COMPUTING)
@@ -661,9 +576,11 @@ class Prefill:
         report.skipped = conversation.bypass_reason or report.skipped
         conversation.end_forward(self.total)
         if not conversation.bypass_reason:
-            if self.pieces.reproducible and self._is_in_whole_pieces and not self.call.whole:
-                conversation.whole_pieces = self.pieces.whole(self.outputs_from, self.total)
+            is_as_a_prompt = conversation.is_as_a_prompt(self.held) and not self.call.full_reason
+            if self.pieces.reproducible and is_as_a_prompt:
+                conversation.prompt_until = self.pieces.whole(self.outputs_from, self.total)
             self.store()
+        conversation.tell(report)
         conversation.end_prompt()
         return True
 
@@ -728,19 +645,12 @@ class Prefill:
         certain = self.total - self.call.drafts
         tail = not self.call.drafts  # the prompt ends here
         if self.conversation.may_store(self.total, certain, prompt=True, tail=tail):
-            more: Callable[[], list[Entry]] = list
-            if self._outputs:
-                more = partial(self._outputs.entries, self.plans, self.conversation.known, certain)
-            elif self.conversation.states and self._is_one_row:
-                more = partial(self._state_entries, certain)
+            more = partial(self._more_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
 
-    def _state_entries(self, certain: int) -> list[Entry]:
-        assert self.conversation.states is not None
-        return self.conversation.states.entries(
-            self.keys, self.plans[0].chunks, self._tokens(0), self.conversation.known,
-            self.conversation.transcript.exact_lengths(certain)[0],
-        )  # fmt: skip
+    def _more_entries(self, certain: int) -> list[Entry]:
+        """What is stored beside K/V, behind them: they are in the store or on their way there."""
+        return []
 
     def _found(self, certain: int) -> Found:
         """What was found out of what is stored, and bears on what is to be stored."""

@@ -51,7 +51,9 @@ class Prompt:
     def as_call(self, model: nn.Module) -> ForwardCall:
         """The forward that `generate()` would make of it."""
         reason = TRAINING if model.training else ""
-        return ForwardCall(self.ids, self.mask, self.positions, 1, whole="", bypass_reason=reason)
+        return ForwardCall(
+            self.ids, self.mask, self.positions, 1, full_reason="", bypass_reason=reason
+        )
 
     def followed_by(self, ids: Tensor) -> Prompt:
         """The prompt with `[batch, new]` more ids behind it."""

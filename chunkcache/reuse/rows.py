@@ -22,31 +22,26 @@ from chunkcache.report import Report
 from chunkcache.reuse.conversation import Conversation
 from chunkcache.reuse.hook import ForwardCall, TrimSpec
 from chunkcache.reuse.pieces import run_pieces
-from chunkcache.reuse.prefill import Prefill
+from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.tokens.plan import WANTED, Kind, Span, plan_row
 
-_SUMS = (
-    "bytes_read", "bytes_saved", "bytes_written", "bytes_dropped", "lookup_ms", "read_ms",
-    "overlapped_ms",
-)  # fmt: skip
 
-
-class RowsPrefill(Prefill):
-    """See the module, and `Prefill`. Nothing is held when it begins."""
+class RowsPrefill(StatefulPrefill):
+    """Prefill for a batch of a model with states, behind nothing: one row after the other."""
 
     computes_together = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rows: list[Prefill | None] = []  # what brings up each row; alike for copies
+        self._rows: list[StatefulPrefill | None] = []  # what brings up each row; alike for copies
 
     # ------------------------------------------------------------------ what is known
 
     def plan(self, dry: bool = False) -> None:
         """See which rows there are; with `dry`, plan each as it will be."""
-        self.report.skipped = self._whole
+        self.report.skipped = self.full_reason
         ids = self.conversation.transcript.ids()
-        distinct: dict[bytes, Prefill | None] = {}
+        distinct: dict[bytes, StatefulPrefill | None] = {}
         for row, pad in zip(ids, self.pads, strict=True):
             text = row[pad : self.outputs_from][None]
             name = text.numpy().tobytes()
@@ -55,7 +50,7 @@ class RowsPrefill(Prefill):
             self._rows.append(distinct[name])
         for prefill in distinct.values():
             if prefill and dry:
-                prefill.bypass_reason()
+                prefill.take_prompt()
                 prefill.plan(dry)
                 self.sizes |= prefill.sizes
         if dry:
@@ -66,17 +61,17 @@ class RowsPrefill(Prefill):
                 for prefill, pad in zip(self._rows, self.pads, strict=True)
             ]
 
-    def _of(self, ids: Tensor, why: str = "") -> Prefill:
+    def _of(self, ids: Tensor, why: str = "") -> StatefulPrefill:
         """A prefill of one row, `[1, tokens]`; `why` it has to bypass the store, if it must."""
         conversation = Conversation(self.context)
         conversation.bypass_reason, conversation.marks = why, self.conversation.marks
         call = ForwardCall(ids, None, None, 1, "", "", device=self.call.place)
-        return Prefill(conversation, self.module, call, Report(), again=bool(why))
+        return StatefulPrefill(conversation, self.module, call, Report(), again=bool(why))
 
     # ------------------------------------------------------------------ into the layers
 
     def load(self) -> None:
-        """Bring up each row by itself, and put all of them together."""
+        """Compute each distinct row by itself, and put all of them into the batch's layers."""
         layers, layout, begin = self.conversation.layers, self.keys.layout, self.outputs_from
         device, memory = self.call.place, self.context.state.memory
         done = {prefill: self._done(prefill) for prefill in dict.fromkeys(self._rows) if prefill}
@@ -95,19 +90,20 @@ class RowsPrefill(Prefill):
         if any(states):
             put_states(layers, layout.states, states, device)
 
-    def _done(self, prefill: Prefill) -> Prefill:
+    def _done(self, prefill: StatefulPrefill) -> StatefulPrefill:
         """One row, computed; once more, without the store, where that was not to be believed."""
         assert prefill.call.ids is not None
-        if not self._compute(prefill):
+        is_sound = self._compute(prefill)
+        self.report.add(prefill.report)
+        if not is_sound:
             why = prefill.conversation.bypass_reason or "what the store has was damaged"
             prefill = self._of(prefill.call.ids, why)
             self._compute(prefill)
+            self.report.add(prefill.report)
         self.conversation.known |= prefill.conversation.known
-        for name in _SUMS:
-            setattr(self.report, name, getattr(self.report, name) + getattr(prefill.report, name))
         return prefill
 
-    def _compute(self, prefill: Prefill) -> bool:
+    def _compute(self, prefill: StatefulPrefill) -> bool:
         trim = prefill.begin()
         assert prefill.call.ids is not None
         ids = prefill.call.ids.to(self.call.place)

@@ -21,7 +21,7 @@ from chunkcache.kv.states import keep_windows, put_states, take_states, take_win
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.keyspace import KeySpace
-from chunkcache.stores.base import Entry
+from chunkcache.stores.base import STATE, Entry
 from chunkcache.tokens.chunking import Chunk, Tokens
 from chunkcache.tokens.plan import RowPlan
 
@@ -48,12 +48,14 @@ class States:
         cuts_windows: Whether all states are windows, which can be cut at any token of a forward.
 
     Attributes:
+        value: The last part of the keys of snapshots.
         held: States `[...]` of the row by the column that they stand before, the newest last.
         sizes: Bytes of the snapshots that the store has, by the hash of the chunk before them.
     """
 
     def __init__(self, context: CacheContext, layout: KVLayout, cuts_windows: bool) -> None:
         self.held: dict[int, Sequence[Tensor]] = {}
+        self.value = STATE
         self.sizes: dict[str, int] = {}
         self._context, self._layout, self._cuts_windows = context, layout, cuts_windows
         self._every = spacing(layout, context.settings.state_every)

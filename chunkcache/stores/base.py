@@ -220,8 +220,12 @@ class Calls:
 
 @contextmanager
 def calls_of_prompt() -> Iterator[Calls]:
-    """Gather what stores note inside. Each thread has its own, also in an asyncio task."""
-    calls = Calls()
+    """Gather what stores note inside. Each thread has its own, also in an asyncio task.
+
+    Within another, errors are its own, and the time that lookups may take is that of both.
+    """
+    outer = _CURRENT.get()
+    calls = Calls(seconds=outer.seconds) if outer else Calls()
     token = _CURRENT.set(calls)
     try:
         yield calls
@@ -381,7 +385,7 @@ class ChunkStore(ABC):
 
 
 class ReadsFrom(ChunkStore):
-    """A base for stores that read from `store` as it is, and write in a way of their own."""
+    """A base for stores around another, `store`: all but `write` and `delete` goes on to it."""
 
     def __init__(self, store: ChunkStore) -> None:
         self.store = store
@@ -405,6 +409,23 @@ class ReadsFrom(ChunkStore):
     def server_info(self) -> list[dict[str, Any]]:
         return self.store.server_info()
 
+    @property
+    def largest(self) -> int | None:  # type: ignore[override]
+        return self.store.largest
+
+    def check_writable(self) -> None:
+        self.store.check_writable()
+
+    def check_open(self) -> None:
+        super().check_open()
+        self.store.check_open()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        return self.store.flush(timeout)
+
+    def close(self) -> None:
+        self.store.close()
+
 
 class ReadOnly(ReadsFrom):
     """Reads from `store`; takes nothing, deletes nothing, and leaves it open.
@@ -426,6 +447,9 @@ class ReadOnly(ReadsFrom):
     def delete(self, keys: Sequence[str]) -> int:
         """Deletes nothing."""
         return 0
+
+    def close(self) -> None:
+        """Leaves the store open."""
 
 
 def batches(items: Iterable[T], nbytes_of: Callable[[T], int]) -> Iterator[list[T]]:

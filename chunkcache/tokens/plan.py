@@ -1,4 +1,4 @@
-"""ReusePlan: for each chunk of a prompt, whether it is reused or computed, and why.
+"""RowPlan: for each chunk of a row, whether it is reused or computed, and why.
 
 Pure data. A plan is made from what the store says it has, may be revised when a blob turns out
 to be bad, and is what the report shows.
@@ -45,8 +45,9 @@ COMPUTING = (Kind.RECOMPUTED, Kind.COMPUTED)
 class Span:
     """Neighbouring tokens of one row with the same fate.
 
-    `start` and `stop` are positions in the row. `origin` says where reused K/V come from
-    (`"store"`, or `"held"` by this cache object); `reason` why computed ones are not reused.
+    `start` and `stop` are positions in the row, `key` is the hash of the chunk. `origin` says where
+    reused K/V come from (`"store"`, or `"held"` by this cache object; of moved text, which variant
+    and its old position); `reason` why computed ones are not reused.
     """
 
     start: int

@@ -8,8 +8,10 @@ import types
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch import Tensor
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.models.llama.modeling_llama import rotate_half
 
 from chunkcache import RedisChunkCache
@@ -251,3 +253,24 @@ def test_a_twin_without_hooks_shares_all_tensors():
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in pairs)
     assert foreign_code(model)
+
+
+def test_hooks_that_come_while_it_answers_end_storing_and_the_report_says_so() -> None:
+    model, store, ids = tiny("llama"), MemoryStore(), random_ids(20)
+    cache = RedisChunkCache(model, store, chunk_size=4)
+
+    class Registers(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if input_ids.shape[1] == 23:
+                model.model.layers[1].register_forward_hook(lambda module, args, output: None)
+            return scores
+
+    out = model.generate(
+        ids, past_key_values=cache, max_new_tokens=12, do_sample=False,
+        logits_processor=LogitsProcessorList([Registers()]),
+    )  # fmt: skip
+    assert out.shape[1] == 32
+    assert cache.report.skipped == ""
+    assert "hooks were registered" in cache.report.not_stored
+    assert "nothing more stored: forward hooks were registered" in str(cache.report)
+    assert RedisChunkCache(tiny("llama"), store, chunk_size=4).explain(out).reused == 20

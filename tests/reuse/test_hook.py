@@ -43,7 +43,7 @@ class Recorder(DynamicCache, PrefillAware):
     def end_piece(self, columns: int) -> None:
         raise AssertionError("nothing is cut")
 
-    def end_forward(self, module: nn.Module) -> bool:
+    def end_forward(self) -> bool:
         self.ended += 1
         return False
 
@@ -198,7 +198,7 @@ def read(model: PreTrainedModel, **arguments: Any) -> ForwardCall:
     return read_call(model, {"input_ids": tokens(6), "logits_to_keep": 1, **arguments})
 
 
-def test_a_plain_call_is_neither_whole_nor_bypass_reason(shared: PreTrainedModel) -> None:
+def test_a_plain_call_has_no_reason_to_be_computed_in_full(shared: PreTrainedModel) -> None:
     call = read(
         shared,
         attention_mask=torch.ones(1, 6),
@@ -212,7 +212,7 @@ def test_a_plain_call_is_neither_whole_nor_bypass_reason(shared: PreTrainedModel
         output_hidden_states=None,
         cache_position=torch.arange(6),
     )
-    assert (call.whole, call.bypass_reason, call.keep, call.new) == ("", "", 1, 6)
+    assert (call.full_reason, call.bypass_reason, call.keep, call.new) == ("", "", 1, 6)
 
 
 @pytest.mark.parametrize(
@@ -234,15 +234,15 @@ def test_outputs_of_every_token_are_wanted(
     arguments: dict[str, Any], why: str, shared: PreTrainedModel
 ) -> None:
     call = read(shared, **arguments)
-    assert why in call.whole
+    assert why in call.full_reason
     assert call.bypass_reason == ""
 
 
 def test_outputs_that_the_configuration_asks_for(shared: PreTrainedModel) -> None:
     model = copy.deepcopy(shared)
     model.config.output_hidden_states = True
-    assert "output_hidden_states" in read(model).whole
-    assert read(model, output_hidden_states=False).whole == ""
+    assert "output_hidden_states" in read(model).full_reason
+    assert read(model, output_hidden_states=False).full_reason == ""
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def calls(draw: st.DrawFn) -> tuple[ForwardCall, int, list[int]]:
         mask=mask if draw(st.booleans()) else None,
         positions=positions if draw(st.booleans()) else None,
         keep=1,
-        whole="",
+        full_reason="",
         bypass_reason="",
     )
     return call, past, pads

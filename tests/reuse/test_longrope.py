@@ -39,6 +39,16 @@ def generate(model: Any, ids: Tensor, cache: Any = None, new: int = 12) -> Tenso
     return out
 
 
+def first_logits(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    """Of the token behind a whole prompt, `[1, vocabulary]`."""
+    out = model.generate(
+        ids, past_key_values=cache, max_new_tokens=1, do_sample=False,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    logits: Tensor = out.logits[0]
+    return logits
+
+
 def test_each_side_reuses_its_own() -> None:
     model, store = build(), MemoryStore()
     text = tokens(600)
@@ -75,6 +85,30 @@ def test_turns_of_one_object_across_the_switch() -> None:
         ids = text[:, :length]
         assert torch.equal(generate(model, ids, cache, 4), generate(build(), ids, new=4))
         assert cache.report.skipped == ""
+
+
+def test_what_was_computed_behind_the_switch_is_no_beginning_of_a_short_prompt() -> None:
+    model, text = build(), tokens(200)
+    cache = RedisChunkCache(model, MemoryStore(), chunk_size=16)
+    for part in (text[:, :100], text[:, 100:]):
+        logits(model, part, cache)
+    assert close(first_logits(model, text[:, :120], cache), first_logits(build(), text[:, :120]))
+    assert cache.report.skipped == ""  # nor is the store blamed for it
+
+
+def test_turns_across_the_switch_have_the_same_bits_wherever_they_part() -> None:
+    text = tokens(200)
+    answers: dict[int, list[Tensor]] = {40: [], 110: []}
+    for order in ((40, 110), (110, 40)):
+        model, store = build(), MemoryStore()
+        for first in order:
+            cache = RedisChunkCache(model, store, reproducible=True, piece_tokens=32)
+            logits(model, text[:, :first], cache)
+            answers[first].append(logits(model, text[:, first:], cache))
+            assert "other RoPE frequencies" in cache.report.skipped
+            cache.flush()
+    for cold, warm in answers.values():
+        assert torch.equal(cold, warm)
 
 
 @pytest.mark.parametrize("size", [50, 100])

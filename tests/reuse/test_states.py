@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from chunkcache import RedisChunkCache
+from chunkcache.errors import StoreError
 from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.model.state_test import run_state_test
@@ -19,7 +20,7 @@ from chunkcache.stores.base import STATE, Entry
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.prompts import close, joined, logits, padded
-from tests.scripted import blobs
+from tests.scripted import Scripted, blobs
 
 FAMILIES = (
     "qwen3_5_text", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "falcon_h1",
@@ -466,6 +467,16 @@ def test_a_batch_says_why_it_is_computed() -> None:
     with torch.no_grad():
         HYBRID(tokens(70, rows=2), past_key_values=(cache := new(HYBRID, MemoryStore())))
     assert "logits of every token" in cache.report.skipped
+
+
+def test_a_batch_says_what_went_wrong_with_its_rows() -> None:
+    store = Scripted(fetch=StoreError("the server is gone"))
+    ids = padded(PROMPT, joined(TEXT, OTHER))
+    cache = new(HYBRID, store)
+    assert torch.equal(generate(HYBRID, ids, cache), generate(HYBRID, ids))
+    assert cache.report.errors == ["the server is gone"]  # of the second row, which begins alike
+    assert cache.report.store_errors
+    assert cache.report.prefill_ms > 0
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from servers import Server
 from chunkcache import RedisChunkCache, add_documents
 from chunkcache.errors import SettingError, StoreError
 from chunkcache.stores import base
-from chunkcache.stores.base import Entry, ReadOnly, calls_of_prompt, current_calls, note_partial
+from chunkcache.stores.base import (
+    Entry,
+    ReadOnly,
+    ReadsFrom,
+    calls_of_prompt,
+    current_calls,
+    note_partial,
+)
 from chunkcache.stores.memory import MemoryStore
 
 
@@ -189,3 +197,27 @@ def test_its_explanations_and_audits(model: Any, redis_server: Server) -> None:
 def test_documents_cannot_be_added_without_writing(model: Any) -> None:
     with pytest.raises(SettingError, match="write=False is not for add_documents"):
         add_documents(model, "memory://", [tokens(200)[0]], write=False, progress=False)
+
+
+def test_a_store_around_another_hands_on_all_that_it_does_not_do_itself() -> None:
+    class Around(ReadsFrom):
+        def write(self, entries: Sequence[Entry]) -> int:
+            return self.store.write(entries)
+
+        def delete(self, keys: Sequence[str]) -> int:
+            return self.store.delete(keys)
+
+    asked: list[str] = []
+    inner = Scripted(
+        flush=lambda timeout: asked.append("flush"), check_writable=StoreError("read-only")
+    )
+    inner.largest = 7
+    store = Around(inner)
+    store.flush()
+    assert asked == ["flush"]
+    assert store.largest == 7
+    with pytest.raises(StoreError, match="read-only"):
+        store.check_writable()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.check_open()

@@ -208,7 +208,7 @@ def test_numbers_that_others_write_are_seen(llama: Any, store: ChunkStore) -> No
 # ------------------------------------------------------------------------ text that moves
 
 
-@pytest.mark.parametrize("repair", ["deviation:0.1", "query:0.1", "query-deviation:0.1"])
+@pytest.mark.parametrize("repair", ["deviation:0.1", "query:0.1", "query:0.1+deviation:0.1"])
 def test_moved_text_as_on_the_cpu(repair: str, llama: Any) -> None:
     found = []
     for model in (llama, small().cpu()):

@@ -136,7 +136,9 @@ def test_equal_rows_are_looked_up_and_repaired_once(model, store):
     alone, first = prefill(model, ReadOnly(store), one, repair="head:4+query:0.1+deviation:0.1")
     calls, blobs = dict(store.calls), sorted(store.blobs)
     store.forget()
-    together, report = prefill(model, ReadOnly(store), many, repair="head:4+query:0.1+deviation:0.1")
+    together, report = prefill(
+        model, ReadOnly(store), many, repair="head:4+query:0.1+deviation:0.1"
+    )
     assert close(together, alone.repeat(3, 1))
     assert (dict(store.calls), sorted(store.blobs)) == (calls, blobs)
     assert report.recomputed == 3 * first.recomputed

@@ -251,6 +251,16 @@ def test_turns_of_one_object(kind: str) -> None:
     assert cache.report.reused >= 128
 
 
+def test_snapshots_of_text_that_was_dropped_are_forgotten() -> None:
+    """The second prompt takes none where the first one had one."""
+    cache = new(HYBRID, MemoryStore(), state_every=5000)
+    cache.mark(64)
+    second = joined(PROMPT[:, :100], tokens(300, seed=20))
+    for ids, reused in ((PROMPT, 0), (second, 64), (joined(second[:, :200], OTHER), 64)):
+        assert torch.equal(generate(HYBRID, ids, cache), generate(HYBRID, ids))
+        assert cache.report.reused == reused
+
+
 def test_a_chat_whose_thinking_is_stripped() -> None:
     """Each turn reuses what comes before the last answer, to a multiple of 64."""
     store, history = MemoryStore(), tokens(200, seed=4)

@@ -96,6 +96,19 @@ def draw(pool: list[Document], rng: random.Random) -> Prompt:
     return Prompt(tuple(some), rng.choice(some))
 
 
+def tasks(pool: list[Document], rng: random.Random) -> Iterator[tuple[str, Prompt]]:
+    """Some countries in random order, and what to do: copy a fact, compare two, count them."""
+    some = tuple(rng.sample(pool, rng.randint(3, 6)))
+    yield "copy", Prompt(some, rng.choice(some))
+    one, other = rng.sample(some, 2)
+    first = min(re.findall("^capital: (.*)$", f"{one.text}\n{other.text}", re.MULTILINE))
+    which = f"Which capital comes first in the alphabet, that of {one.title} or of {other.title}?"
+    yield "compare", Prompt(some, Document("", "", which, f"{first}.", first))
+    number = str(len(some))
+    many = "How many countries are described above?"
+    yield "count", Prompt(some, Document("", "", many, f"{number}.", number))
+
+
 def _split_of(title: str) -> str:
     return "test" if hashlib.sha256(title.encode()).digest()[0] % 2 else "tune"
 

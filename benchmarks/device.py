@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from chunkcache import RedisChunkCache, open_store
+from chunkcache.stores.base import ChunkStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.writer import WriteBehind
 from tests import fakegpu
@@ -70,28 +71,31 @@ def count(model: Any, ids: torch.Tensor, cache: Any, new: int) -> fakegpu.Trace:
     return trace
 
 
-def counts(kind: str, tokens: int) -> Iterator[dict[str, Any]]:
+def counts(kind: str, tokens: int, where: str, store: ChunkStore) -> Iterator[dict[str, Any]]:
     """One row for each arm."""
-    model: Any = tiny(kind, max_position_embeddings=8192).to(fakegpu.NAME)
+    model: Any = tiny(kind, max_position_embeddings=2 * tokens).to(fakegpu.NAME)
     ids = torch.randint(3, 190, (1, tokens), device=fakegpu.NAME)
-    with WriteBehind(MemoryStore(1 << 32)) as store:
-        generate(model, ids.flip(1)[:, :32], RedisChunkCache(model, store), 1)  # the self-test
-        store.flush()
-        held = RedisChunkCache(model, store, min_gain=0, write=False)
-        arms = {
-            "no cache": count(model, ids, None, 1),
-            "cold": count(model, ids, RedisChunkCache(model, store, min_gain=0), 1),
-            "warm": count(model, ids, RedisChunkCache(model, store, min_gain=0), 1),
-            f"warm, {DECODED} tokens more": count(model, ids, held, 1 + DECODED),
-        }
+    generate(model, ids.flip(1)[:, :32], RedisChunkCache(model, store), 1)  # the self-test
+    store.flush()
+    held = RedisChunkCache(model, store, min_gain=0, write=False)
+    second = RedisChunkCache(model, store, min_gain=0)
+    arms = {
+        "no cache": count(model, ids, None, 1),
+        "cold": count(model, ids, second, 1),
+        "second turn": count(model, torch.cat([ids, ids[:, :9]], 1), second, 1),
+        "warm": count(model, ids, RedisChunkCache(model, store, min_gain=0), 1),
+        f"warm, {DECODED} tokens more": count(model, ids, held, 1 + DECODED),
+    }
     for arm, trace in arms.items():
         row: dict[str, Any] = {"model": kind, "layers": len(held.layers), "tokens": tokens}
+        row["store"] = where
         row |= {"chunks": -(-tokens // held.settings.chunk_size), "arm": arm}
         row |= {
             f"{name} of {package}": trace.of(package.lower(), key)
             for name, key in (("to device", "h2d"), ("to host", "d2h"), ("waits", "wait"))
             for package in ("chunkcache", "Transformers")
         }
+        row["to device by the reader"] = trace.counts["other h2d"]
         yield row | {"to host by the writer": trace.counts["other d2h"]}
 
 
@@ -138,7 +142,11 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.pretend:
         fakegpu.install()
-        rows = [row for kind in KINDS for row in counts(kind, min(chosen.tokens))]
+        with WriteBehind(MemoryStore(1 << 32)) as store:
+            few = min(chosen.tokens)
+            rows = [row for kind in KINDS for row in counts(kind, few, "this process", store)]
+        with Server(redis_binary()) as server, open_store(server.url("unix")) as store:
+            rows += counts("llama", 4 * few, "a server", store)  # enough to be read in background
         name = "device-counts.csv"
     elif not torch.accelerator.is_available():
         parser.error("this machine has no accelerator: --pretend counts copies and waits")

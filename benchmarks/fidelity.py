@@ -110,10 +110,12 @@ class Oracle(Share):
 
 
 @torch.no_grad()
-def run_full(model: Any, tokenizer: Any, question: Question) -> Full:
-    """Answer without reuse."""
+def run_full(
+    model: Any, tokenizer: Any, question: Question, store: ChunkStore | None = None
+) -> Full:
+    """Answer without reuse, or exactly: what prompts of a run begin with alike is in the store."""
     # Its layers hold all tokens, those of a plain cache forget what is out of a layer's window.
-    cache = RedisChunkCache(model, ReadOnly(MemoryStore()), reuse="off")
+    cache = RedisChunkCache(model, store or ReadOnly(MemoryStore()))
     out = model.generate(
         question.ids, past_key_values=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False,
         output_logits=True, return_dict_in_generate=True,

@@ -17,6 +17,9 @@ measured against it on the same prompts (see `fidelity.py`). The arms:
     oracle:…         control: as many tokens, by their true error, which nobody knows
     no documents     control: the question alone
 
+    plain …          a repair of documents that add_documents has computed behind the system prompt
+    prepared …       the same behind system prompt and filler, another document of their kind
+
 Controls are run on the first 100 prompts, `full` on the first 20.
 
 Nothing was tuned on these documents: strategies were chosen on those of the other split. Prints a
@@ -33,7 +36,9 @@ import csv
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import cache
 from importlib import util
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +50,7 @@ from rich.table import Table
 
 from benchmarks.corpus import KINDS, Document, Prompt, documents, draw, history
 from benchmarks.fidelity import Full, Oracle, Outcome, Question, run_arm, run_bare, run_full
-from chunkcache import RedisChunkCache
+from chunkcache import RedisChunkCache, add_documents
 from chunkcache.repair import Repair
 from chunkcache.samples import converted, load_folder, load_smollm2
 from chunkcache.stores.memory import MemoryStore
@@ -56,6 +61,9 @@ POOL = 72  # documents of each kind
 ARMS = (
     "none", "head:4", "head:16", "seam:4", "seam:8", "deviation:0.15", "query:0.035",
     "query:0.135",
+)  # fmt: skip
+PREPARED = (
+    "prepared head:4", "prepared query:0.035", "plain head:4", "plain query:0.035",
 )  # fmt: skip
 CONTROLS = ("random:0.05", "random:0.15", "oracle:0.05", "oracle:0.15")
 BEST = "query:0.135"
@@ -108,17 +116,29 @@ def ask(tokenizer: Any, prompt: Prompt) -> Question:
 
 
 @torch.no_grad()
-def meet(model: Any, tokenizer: Any, pool: list[Document], rng: random.Random, store: Any) -> None:
-    """Put every document into the store as a part of some earlier prompt."""
-    for prompt in history(pool, rng):
+def meet(model: Any, tokenizer: Any, earlier: Iterable[Prompt], store: Any) -> None:
+    """Put documents into the store as parts of earlier prompts."""
+    for prompt in earlier:
         cache = RedisChunkCache(model, store, reuse="anywhere")
         ids = ask(tokenizer, prompt).ids
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
 
+def prepare(
+    model: Any, tokenizer: Any, pool: list[Document], filler: Document | None, store: Any
+) -> None:
+    """Put documents into the store ahead of any prompt, behind what all prompts begin with."""
+    some = [ask(tokenizer, Prompt((document,), document)).ids[0].tolist() for document in pool]
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*some, strict=False))
+    add_documents(
+        model, store, [document.text for document in pool], tokenizer=tokenizer,
+        prefix=[column[0] for column in alike], filler=f"{filler.text}\n\n" if filler else None,
+    )  # fmt: skip
+
+
 def arms_of(index: int) -> list[str]:
     """Names of the arms that a prompt is run through."""
-    arms = ["full", *ARMS] if index < FULL_PROMPTS else [*ARMS]
+    arms = ["full", *ARMS, *PREPARED] if index < FULL_PROMPTS else [*ARMS, *PREPARED]
     if index < CONTROL_PROMPTS:
         arms += [*CONTROLS, "no documents"]
     return arms
@@ -130,12 +150,21 @@ def measure(
     """One row per prompt and arm that is not known yet."""
     model, tokenizer = MODELS[name]()
     rng = random.Random(seed)
-    store = MemoryStore(1 << 36)
-    pools = {kind: documents(kind, "test", tokenizer)[: min(POOL, 4 * prompts)] for kind in KINDS}
-    bar = progress.add_task(f"{name}: earlier prompts", total=None)
-    for pool in pools.values():
-        meet(model, tokenizer, pool, rng, store)
-    progress.update(bar, description=name, total=prompts, completed=0)
+    every = {kind: documents(kind, "test", tokenizer) for kind in KINDS}
+    pools = {kind: pool[: min(POOL, 4 * prompts)] for kind, pool in every.items()}
+    earlier = [prompt for pool in pools.values() for prompt in history(pool, rng)]
+    bar = progress.add_task(name, total=prompts)
+
+    @cache
+    def store_of(how: str) -> MemoryStore:
+        store = MemoryStore(1 << 36)
+        if how == "met":
+            meet(model, tokenizer, earlier, store)
+        for kind, pool in pools.items() if how != "met" else ():
+            filler = every[kind][len(pool)] if how == "prepared" else None
+            prepare(model, tokenizer, pool, filler, store)
+        return store
+
     for index in range(prompts):
         kind = list(KINDS)[index % len(KINDS)]
         question = ask(tokenizer, draw(pools[kind], rng))
@@ -143,7 +172,9 @@ def measure(
             full = run_full(model, tokenizer, question)
             base = {"model": name, "prompt": index, "kind": kind, "full_right": full.right}
             for arm in arms:
-                outcome = outcome_of(arm, model, tokenizer, question, full, store)
+                how, _, repair = arm.rpartition(" ") if arm in PREPARED else ("met", "", arm)
+                store = store_of(how)
+                outcome = outcome_of(repair, model, tokenizer, question, full, store)
                 yield {**base, "arm": arm, **asdict(outcome), "full_reference": full.reference}
         progress.advance(bar)
 
@@ -171,7 +202,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per model and arm."""
-    order = ["full", *ARMS, *CONTROLS, "no documents"]
+    order = ["full", *ARMS, *PREPARED, *CONTROLS, "no documents"]
     rows = sorted(rows, key=lambda r: (list(MODELS).index(r["model"]), order.index(r["arm"])))
     table = []
     for model, arm in dict.fromkeys((row["model"], row["arm"]) for row in rows):

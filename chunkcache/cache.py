@@ -106,7 +106,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
         state = ModelState.of(inner)
         if not isinstance(store, ChunkStore):
             store = state.open(store, **chosen.of_store)
-        if not chosen.write:
+        if not chosen.write and not isinstance(store, ReadOnly):
             store = ReadOnly(store)
         size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
         grid = Grid(size, chosen.chunk_overlap)
@@ -264,11 +264,12 @@ class RedisChunkCache(DynamicCache, PrefillAware):
                     "used: call cache.reset() and pass the whole prompt"
                 )
             conversation = self._forget()
-        is_prompt = starts or not conversation.length or call.new > call.drafts + 1
-        if is_prompt:
-            call = call.on_host()
-        conversation.note_edits(thoroughly=is_prompt)
         held = past = conversation.length
+        is_prompt = starts or not held or call.new > call.drafts + 1
+        if is_prompt:
+            call = conversation.look(call)
+        else:
+            conversation.note_edits()
         as_plain = is_whole_prompt = False
         try:
             is_whole_prompt = starts and not conversation.continues(call)
@@ -283,7 +284,7 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             conversation, past = self._keep(held), 0
         conversation.crop(held)
         total = past + call.new
-        if starts or not held or total - held > call.drafts + 1:
+        if is_prompt:
             if not again and (starts or not past or past != self._reported_until):
                 self.report = Report(tokenizer=self._context.tokenizer)
             self._reported_until = total

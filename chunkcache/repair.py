@@ -138,14 +138,6 @@ class Query(Share):
 
 
 @dataclass(frozen=True, slots=True)
-class QueryDeviation(Share):
-    """Attention times deviation: where the error is, weighted by who looks there."""
-
-    def score(self, situation: Situation) -> Scores:
-        return situation.query_attention() * situation.deviation()
-
-
-@dataclass(frozen=True, slots=True)
 class Random(Share):
     """Tokens at random, the same for the same prompt: the control that others must beat."""
 
@@ -170,11 +162,10 @@ _COUNTED: dict[str, Callable[[int], Repair]] = {"head": Head, "seam": Seam}
 _SHARED: dict[str, Callable[[float], Repair]] = {
     "deviation": Deviation,
     "query": Query,
-    "query-deviation": QueryDeviation,
     "random": Random,
 }
 _PLAIN: dict[str, Repair] = {"none": Nothing(), "full": Full()}
-KNOWN = "none, full, head:k, seam:k, deviation:r, query:r, query-deviation:r, random:r, joined by +"
+KNOWN = "none, full, head:k, seam:k, deviation:r, query:r, random:r, joined by +"
 
 
 def parse_repair(text: str) -> Repair:

@@ -241,10 +241,12 @@ class Report(Counts):
         if self.not_stored:
             parts.append(f"nothing more stored: {self.not_stored}")
         if self.bytes_dropped:
-            why = "" if self.errors else ": the write queue is full"
+            full = ": the write queue is full (write_queue_bytes), or the store (bytes= in its URL)"
+            why = "" if self.errors else full
             parts.append(f"{self.bytes_dropped / 1e6:,.1f} MB not stored{why}")
         if self.errors:
-            parts.append(f"{self.store_errors} store errors: {'; '.join(self.errors)}")
+            errors = "store error" if self.store_errors == 1 else "store errors"
+            parts.append(f"{self.store_errors} {errors}: {'; '.join(self.errors)}")
         return ", ".join(parts)
 
     def show(self, tokenizer: Decoder | None = None) -> None:

@@ -47,7 +47,6 @@ ALL = [*range(3, 10), *range(12, 20)]
         ("seam:99", ALL),
         ("deviation:0.2", [17, 18, 19]),
         ("query:0.2", [3, 4, 5]),
-        ("query-deviation:0.2", [3, 4, 5]),
         ("deviation:1", ALL),
         ("deviation:0", []),
         ("deviation:0.01", []),

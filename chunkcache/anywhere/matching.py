@@ -31,7 +31,7 @@ class StoredChunk:
         clean: Whether its own context was exact.
         created: When it was stored; later is larger.
         pinned: Whether it was stored to stay.
-        prepared: Whether `add_documents` computed it, behind its prefix and nothing else.
+        prepared: Whether `add_documents` computed it, behind its prefix and filler alone.
     """
 
     hash: str

@@ -77,6 +77,9 @@ def warm(
     prefix: Annotated[
         str | None, typer.Option(help="Text before every document. Default: the BOS token.")
     ] = None,
+    filler: Annotated[
+        str | None, typer.Option(help="A text like the documents, between prefix and document.")
+    ] = None,
     tags: Annotated[
         str | None, typer.Option(help="Tags for the metadata, such as project=docs.")
     ] = None,
@@ -103,6 +106,7 @@ def warm(
             documents,
             tokenizer=tokenizer,
             prefix=prefix,
+            filler=filler,
             batch_tokens=batch_tokens,
             progress=ERR.is_terminal,
             **settings,

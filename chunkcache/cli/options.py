@@ -44,14 +44,7 @@ def opened(url: str | None, **settings: Any) -> ChunkStore:
 @contextmanager
 def looked_into(url: str | None) -> Iterator[ChunkStore]:
     """The store, and a sign of life on stderr. Looking renews no time to live. Loads no model."""
-    with opened(url, ttl=0.0) as store, ERR.status("looking through the store"):
-        yield store
-
-
-@contextmanager
-def changed(url: str | None) -> Iterator[ChunkStore]:
-    """As `looked_into`, for what deletes: index entries that are written again get their ttl."""
-    with opened(url, refresh_ttl=False) as store, ERR.status("going through the store"):
+    with opened(url, refresh_ttl=False) as store, ERR.status("looking through the store"):
         yield store
 
 

@@ -23,7 +23,6 @@ from chunkcache.cli.options import (
     Json,
     Store,
     Terms,
-    changed,
     chosen,
     looked_into,
     opened,
@@ -50,7 +49,7 @@ def ls(
     """List chunks, in no order. The first column is the beginning of the hash: `show` takes it."""
     if as_json:
         # Without a sign of life: one after the other is printed, however many there are.
-        with opened(store, ttl=0.0) as place:
+        with opened(store, refresh_ttl=False) as place:
             _print_list(islice(catalog.entries(place, chosen(terms)), limit or None))
         return
     with looked_into(store) as place:
@@ -157,8 +156,8 @@ def show(
         typer.echo(shown(said))
     for norms in inside.norms:
         typer.echo(
-            f"layer {norms.layer}: a token's key is {norms.keys:,.2f} long in each head, "
-            f"its value {norms.values:,.2f}"
+            f"layer {norms.layer}: mean L2 norm of keys {norms.keys:,.2f}, "
+            f"of values {norms.values:,.2f}"
         )
     if inside.unread:
         typer.echo(shown(f"not shown: {inside.unread}"))
@@ -197,7 +196,7 @@ def purge(
     """Delete chunks: blobs, metadata, and their mentions in the index. Needs terms."""
     if not terms:
         raise SettingError("purge needs terms that say which chunks, such as namespace=team-a")
-    with changed(store) as place:
+    with looked_into(store) as place:
         done = catalog.delete(place, chosen(terms), dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
     _tell_if_none(terms, done.chunks)
@@ -206,7 +205,7 @@ def purge(
 @app.command()
 def sweep(store: Store = None, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Delete leftovers: chunks without blob or metadata, index entries of chunks that are gone."""
-    with changed(store) as place:
+    with looked_into(store) as place:
         done = catalog.sweep(place, dry_run=dry_run)
     typer.echo(json.dumps(asdict(done), indent=2) if as_json else done)
 
@@ -230,7 +229,7 @@ def copy(
 
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with (
-        opened(src, ttl=0.0) as source,
+        opened(src, refresh_ttl=False) as source,
         opened(dst) as target,
         Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar,
     ):

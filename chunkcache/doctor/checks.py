@@ -64,6 +64,7 @@ class ModelHealth:
         state_bytes: Bytes of a snapshot of recurrent and convolution states, 0 without any.
         state_every: Tokens between snapshots.
         break_even: What was measured, if they can be reused.
+        note: What may be made faster on this machine, or `""`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelHealth:
     state_bytes: int = 0
     state_every: int = 0
     break_even: BreakEven | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [f"model {self.name}"]
@@ -110,6 +112,8 @@ class ModelHealth:
                 "  ! too short to measure: the model has no positions for a chunk and a token "
                 "behind it; make CHUNKCACHE_CHUNK_SIZE smaller"
             )
+        if self.note:
+            lines.append(f"  {self.note}")
         return "\n".join(lines)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from chunkcache.doctor.break_even import measure_break_even
@@ -52,6 +55,22 @@ def examine_model(name: str, model: nn.Module, store: ChunkStore, step: Step) ->
         state_bytes=tested.layout.state_bytes,
         state_every=_state_every(tested, settings),
         break_even=measure_break_even(model, store, step),
+        note=replanning(inner),
+    )
+
+
+def replanning(model: nn.Module) -> str:
+    """What to know of cuDNN's attention, should the model compute with it; or `""`."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    backends: Any = torch.backends.cuda
+    uses_sdpa = device.type == "cuda" and config._attn_implementation == "sdpa"
+    if not uses_sdpa or not backends.cudnn_sdp_enabled():
+        return ""
+    return (
+        "PyTorch may take cuDNN's attention here, which plans anew for each new length of a prompt "
+        "(some 40 ms a call on an H100, others report): see whether "
+        "torch.backends.cuda.enable_cudnn_sdp(False) makes the first token come sooner"
     )
 
 

@@ -180,19 +180,19 @@ class BlobFormat:
             layers: Keys and values per layer, each `[kv_heads, tokens, head_dim]`, `None` for
                 layers that cache nothing; on any device.
         """
-        return self.encode_tensors(self._numbers(layers))
+        return self.encode_tensors(self.numbers(layers))
 
     def encode_tensors(self, tensors: Iterable[Tensor]) -> memoryview:
         """The same of the file's tensors, in order."""
         return self._wrapped(self.file.build(tensors))
 
-    def encode_later(self, layers: Sequence[LayerKV | None]) -> Callable[[], memoryview]:
-        """What builds the blob, in any thread, of keys and values on a device as they are now."""
-        snapshot = Snapshot(self.file.gather(self._numbers(layers)))
+    def encode_later(self, tensors: Sequence[Tensor]) -> Callable[[], memoryview]:
+        """What builds the blob, in any thread, of tensors on a device as they are now."""
+        snapshot = Snapshot(self.file.gather(tensors))
         return lambda: self._wrapped(self.file.build_from(snapshot.copy_to))
 
-    def _numbers(self, layers: Sequence[LayerKV | None]) -> list[Tensor]:
-        """The file's tensors, in order, perhaps still of another type."""
+    def numbers(self, layers: Sequence[LayerKV | None]) -> list[Tensor]:
+        """The file's tensors of keys and values, in order, perhaps still of another type."""
         if self.codec.numbers == INT8:
             return encode_int8(self.file, layers, self.start, self.codec.rotation)
         return [part for kv in layers if kv for part in kv]
@@ -218,21 +218,26 @@ class BlobFormat:
             SealedBlobError: It is sealed with another key.
             BlobError: It is not this chunk's, or it is damaged.
         """
-        file, plain = self.file, self._unwrapped(blob)
-        if memory is not None and plain is blob:
-            data = memory[len(file.header) :]
-        else:
-            data = file.data(plain)
-        if not is_host(device):
-            data = upload(data, device)
+        file, data = self.file, self._data(blob, device, memory)
         if self.codec.numbers == INT8:
             return decode_int8(file, data, self.start, self.codec.rotation)
         dtype = self.layout.dtype
         return [kv and (kv[0].to(dtype), kv[1].to(dtype)) for kv in file.views(data)]
 
-    def decode_tensors(self, blob: memoryview) -> list[Tensor]:
+    def decode_tensors(
+        self, blob: memoryview, device: torch.device = _CPU, memory: Tensor | None = None
+    ) -> list[Tensor]:
         """The same, as the file's tensors, in order."""
-        return self.file.tensors(self.file.data(self._unwrapped(blob)))
+        return self.file.tensors(self._data(blob, device, memory))
+
+    def _data(self, blob: memoryview, device: torch.device, memory: Tensor | None) -> Tensor:
+        """What is behind the header of the file in a blob, `[nbytes]` uint8."""
+        plain = self._unwrapped(blob)
+        if memory is not None and plain is blob:
+            data = memory[len(self.file.header) :]
+        else:
+            data = self.file.data(plain)
+        return data if is_host(device) else upload(data, device)
 
     def _unwrapped(self, blob: memoryview) -> memoryview:
         """The file in a blob, checked."""

@@ -183,6 +183,24 @@ class GrowingLayer(DynamicLayer):
         keys, values = (room[row, :, column : column + tokens] for room in self._rooms)
         return keys, values
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values per token of a row."""
+        return sum(r.shape[1] * r.shape[3] * r.element_size() for r in self._rooms)
+
+    def stretch(self, row: int, column: int, chunks: int, tokens: int) -> list[Tensor]:
+        """Views `[chunks, kv_heads, tokens, head_dim]` of one row's room, of keys and of values.
+
+        What is written to them counts as ours (see `WriteCount`), whichever thread writes it.
+        """
+        return [
+            room.data[row, :, column : column + chunks * tokens]
+            .view(room.shape[1], chunks, tokens, room.shape[3])
+            .transpose(0, 1)
+            for room in self._rooms
+            if room.shape[3]
+        ]
+
     def one_row(self, row: int, column: int, tokens: int) -> GrowingLayer:
         """A layer of one row only, on the same memory, that holds `tokens` from `column` on."""
         layer = GrowingLayer()

@@ -6,7 +6,6 @@ Writing through `tensor.data`, NumPy or a pointer leaves the version counters as
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,16 +28,16 @@ class Sample:
         self._columns = range((held - 1) % step, held, step)
         self._numbers = self._taken(layers)
 
-    def differs(self, layers: Sequence[Any]) -> bool:
-        """Whether one of the numbers has changed since."""
-        away: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    def differences(self, layers: Sequence[Any]) -> list[Tensor | bool]:
+        """Whether numbers have changed since: if any of these is true. Waits for no device."""
+        found: list[Tensor | bool] = []
         for now, before in zip(self._taken(layers), self._numbers, strict=False):
             kinds = {(x.shape, x.dtype, x.device) for x in (now, before)}
             if len(kinds) > 1 or (is_host(now.device) and not torch.equal(now, before)):
-                return True
-            if not is_host(now.device):  # one wait for all of them
-                away[now.device].append((now != before).any())
-        return any(bool(torch.stack(differ).any()) for differ in away.values())
+                return [True]
+            if not is_host(now.device):
+                found.append((now != before).any())
+        return found
 
     def crop(self, columns: int) -> None:
         """Leave out what lies behind the first `columns`, where others may be put."""

@@ -47,6 +47,22 @@ def upload(data: Tensor, device: torch.device) -> Tensor:
     return data.to(device, non_blocking=True)
 
 
+def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same tensors on the host: one copy, and one wait, for all that lie on one device."""
+    found = list(tensors)
+    away: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for number, tensor in enumerate(found):
+        if not is_host(tensor.device):
+            away[tensor.device].append(number)
+    for numbers in away.values():
+        numbers.sort(key=lambda n: -found[n].itemsize)  # each begins at a multiple of its size
+        flat = [found[n].detach().reshape(-1).view(torch.uint8) for n in numbers]
+        brought = torch.split(torch.cat(flat).cpu(), [part.numel() for part in flat])
+        for n, part in zip(numbers, brought, strict=True):
+            found[n] = part.view(found[n].dtype).view(found[n].shape)
+    return found
+
+
 class Snapshot:
     """Flat memory on a device as it is now, to be brought to the host later, by any thread.
 

@@ -1,4 +1,4 @@
-"""Compiler: documents to chunks in the store, each computed behind one prefix and nothing else.
+"""Compiler: documents to chunks in the store, each computed behind what all of them stand behind.
 
 One look at the store tells what it lacks of many documents; what is missing is computed in batches
 of like length, and another look tells whether it has arrived.
@@ -40,6 +40,7 @@ from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
 
 KEYS_AT_ONCE = 1 << 9
 ENTRIES_AT_ONCE = 1 << 13  # a write queue takes 65,536
+LEAST_FILLER = 128
 
 Answer = TypeVar("Answer")
 
@@ -147,6 +148,16 @@ class Compiler:
     def bytes_written(self) -> int:
         """Bytes of K/V handed to the store."""
         return self._prepared.bytes_written
+
+    def behind(self, prefix: Tokens, filler: Tokens) -> Tokens:
+        """Prefix `[tokens]` and as much of the end of a filler `[tokens]` as makes whole chunks.
+
+        So the chunks of a document behind them hold nothing but the document.
+        """
+        if not len(filler):
+            return prefix
+        count = LEAST_FILLER + -(len(prefix) + LEAST_FILLER) % self._grid.stride
+        return np.concatenate([prefix, np.resize(filler[::-1], count)[::-1]])
 
     def document(self, prefix: Tokens, ids: Tokens) -> Document:
         """A document `[tokens]` behind a prefix `[tokens]`."""

@@ -18,6 +18,7 @@ from chunkcache.tokens.texts import TextOrIds, TextReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAME_TOKENS = 32  # a document that begins with so many tokens of the filler is that text
 PORTION_BATCHES = 8  # looked up together; enough for rows of like length to meet
 
 
@@ -76,6 +77,7 @@ def add_documents(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prefix: TextOrIds | None = None,
+    filler: TextOrIds | None = None,
     batch_tokens: int = 4096,
     progress: bool = True,
     **settings: Any,
@@ -92,11 +94,15 @@ def add_documents(
     hold nothing of any user's text nor of other documents, so they may be shared more widely. (A
     cache stores its own prompts too, under the namespace in which it finds the documents.)
 
+    In prompts, documents seldom stand alone. With `filler`, a text like them, such as one of them,
+    each is computed behind prefix and filler: its K/V are nearer to those in a prompt of several
+    documents then, and carry traces of the filler, so choose one that all who use them may know.
+
     A prompt that begins with prefix and document, token by token, reuses their whole chunks
-    exactly, whatever `reuse` is; elsewhere in a prompt they are moved, which needs
-    `reuse="anywhere"`. They are found by their tokens, so put documents into prompts where the
-    tokenizer does not join them with what stands beside them, as between empty lines. A document
-    of fewer than 32 tokens is never moved.
+    exactly, whatever `reuse` is, unless there is a filler between them; elsewhere in a prompt they
+    are moved, which needs `reuse="anywhere"`. They are found by their tokens, so put documents into
+    prompts where the tokenizer does not join them with what stands beside them, as between empty
+    lines. A document of fewer than 32 tokens is never moved.
 
     What such a run has left in the store is not computed again. So one that was killed is started
     again as it was and goes on where it ended, and a document that is there in part is completed.
@@ -112,6 +118,11 @@ def add_documents(
         prefix: What stands before every document. `None`: what the tokenizer puts before a prompt,
             or else the BOS token of tokenizer or model, if there is one. A text: what the tokenizer
             puts before a prompt, once, and the text. Token ids: these alone.
+        filler: What stands between prefix and document while it is computed, a text or token ids:
+            its last 128 to 255 tokens (with the default `chunk_size`), repeated where it is
+            shorter, so that the document begins a chunk. `None` or empty: nothing. The document
+            that is the filler is computed without it, and so is one that the model has no
+            positions for then.
         batch_tokens: Tokens that go through the model at once, prefix and padding included. A
             longer document is computed alone, in pieces of about that many.
         progress: Show a progress bar.
@@ -129,13 +140,16 @@ def add_documents(
     compiler = Compiler(model, store, {**settings, "reuse": "anywhere"}, batch_tokens)
     reader = TextReader(compiler.model, tokenizer)
     begin = reader.read_prefix(prefix)
+    text = begin[:0] if filler is None else reader.read(filler, "filler")
+    front = _Front(begin, text, compiler.behind(begin, text), reader.longest)
     total = len(documents) if isinstance(documents, Sized) else None
     with tqdm(total=total, desc="documents", unit="doc", disable=not progress) as bar:
         adding = _Adding(compiler, bar)
         try:
             # First, so that the rows of the first batch find it, too.
-            compiler.complete(compiler.look([compiler.document(begin[:0], begin)]), lambda _: None)
-            for portion in adding.portions(documents, reader, begin):
+            alone = compiler.document(begin[:0], front.before(begin[:0]))
+            compiler.complete(compiler.look([alone]), lambda _: None)
+            for portion in adding.portions(documents, reader, front):
                 adding.add(portion)
         except StoreError as error:
             if compiler.settings.on_error == "raise":
@@ -157,6 +171,23 @@ def _check(documents: object, batch_tokens: object, settings: Mapping[str, Any])
             "documents must be an iterable of texts or of token ids, not one "
             f"{type(documents).__name__}: put a single document into a list"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """What stands before documents. All are token ids, `[tokens]`."""
+
+    prefix: Tokens
+    filler: Tokens
+    both: Tokens
+    longest: float
+
+    def before(self, ids: Tokens) -> Tokens:
+        """Prefix and filler, or where that is too long or the same text, the prefix alone."""
+        fits = len(self.both) + max(len(ids), 1) <= self.longest
+        # Behind itself, a text would be read as a repetition.
+        itself = len(ids) and ids[:SAME_TOKENS].tobytes() in self.filler.tobytes()
+        return self.both if fits and not itself else self.prefix
 
 
 class _Adding:
@@ -183,7 +214,7 @@ class _Adding:
         )
 
     def portions(
-        self, documents: Iterable[TextOrIds], reader: TextReader, prefix: Tokens
+        self, documents: Iterable[TextOrIds], reader: TextReader, front: _Front
     ) -> Iterator[dict[Document, list[int]]]:
         """Documents that can be added, with their places; equal ones have several."""
         portion: dict[tuple[str, ...], tuple[Document, list[int]]] = {}
@@ -191,12 +222,12 @@ class _Adding:
         for place, given in enumerate(documents):
             ids = reader.read(given, f"document {place}")
             self.documents += 1
-            length = len(prefix) + len(ids)
+            length = len(front.prefix) + len(ids)
             if length > reader.longest:
                 why = f"{length:,} tokens with its prefix are more than the model's positions, "
                 self._fail(place, f"{why}{reader.longest:,}: split it")
                 continue
-            document = self.compiler.document(prefix, ids)
+            document = self.compiler.document(front.before(ids), ids)
             if not document.chunks:
                 self._fail(place, "it is too short to make a chunk" if len(ids) else "it is empty")
                 continue
@@ -205,7 +236,7 @@ class _Adding:
             if places:
                 self.bar.update()
             places.append(place)
-            tokens += length
+            tokens += len(document.row)
             if tokens >= PORTION_BATCHES * self.compiler.batch_tokens:
                 yield dict(portion.values())
                 portion, tokens = {}, 0

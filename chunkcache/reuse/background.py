@@ -17,9 +17,12 @@ from contextvars import copy_context
 from functools import partial
 from time import perf_counter
 
+import torch
+
 from chunkcache.errors import StoreError
 from chunkcache.kv.layers import GrowingLayer
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
+from chunkcache.reuse.staging import Staging, in_groups
 from chunkcache.stores.base import nbytes_of
 from chunkcache.stores.locks import Latch, start_thread
 
@@ -34,8 +37,9 @@ class BackgroundLoad:
 
     Args:
         reader: Counts what has come, and is told what is wrong with it.
-        chunks: What is read, straight to where it belongs.
+        chunks: What is read, straight to where it belongs, or by way of `staging`.
         layers: The layers it belongs to.
+        staging: What brings it on, to layers on a device.
 
     Attributes:
         chunks: As given.
@@ -47,27 +51,35 @@ class BackgroundLoad:
     """
 
     def __init__(
-        self, reader: BlobReader, chunks: Sequence[PendingChunk], layers: Sequence[GrowingLayer]
+        self,
+        reader: BlobReader,
+        chunks: Sequence[PendingChunk],
+        layers: Sequence[GrowingLayer],
+        staging: Staging | None = None,
     ) -> None:
         self.waited_ms = self.busy_ms = 0.0
         self._reader, self.chunks = reader, chunks
         self._missing: set[int] = set()
         self._error: StoreError | None = None
         self._stopped = False
+        self._staging = staging
         largest = max(chunks, key=lambda chunk: chunk.nbytes)
-        self._groups = _groups([nbytes_of(layer) for layer in largest.runs])
+        sizes = [nbytes_of(layer) for layer in largest.runs]
+        self._groups = staging.groups if staging else in_groups(sizes, GROUP_BYTES)
         self._here = [Latch() for _ in self._groups]
         self._end = Latch()
         self._pid = os.getpid()
         context = copy_context()  # in which calls to the store are counted for this prompt
         start_thread(partial(context.run, self._read), "chunkcache-load")
-        for here, group in zip(self._here, self._groups, strict=True):
-            for number in group:
-                layers[number].arriving = partial(self._wait, here)
+        for number, group in enumerate(self._groups):
+            for layer in group:
+                layers[layer].arriving = partial(self._wait_for, number)
 
     def finish(self) -> bool:
         """Wait for all of it, and check it. True if every chunk is here and as it must be."""
         self._wait(self._end)
+        if self._staging:  # should a layer not have been used
+            self._staging.wait_for(len(self._groups) - 1)
         if self._pid != os.getpid():
             self._error = StoreError("the process was forked while K/V were on their way")
         if self._error:
@@ -81,6 +93,13 @@ class BackgroundLoad:
     def stop(self) -> None:
         """Read no further than the part that is on its way. The layers must not be used."""
         self._stopped = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what waits is no graph
+    def _wait_for(self, group: int) -> None:
+        """A layer of this group is used next."""
+        self._wait(self._here[group])
+        if self._staging:
+            self._staging.wait_for(group)
 
     def _wait(self, sign: Latch) -> None:
         if sign.is_open:
@@ -107,27 +126,21 @@ class BackgroundLoad:
             self.busy_ms = 1e3 * (perf_counter() - begun)
             for sign in (*self._here, self._end):  # nobody may wait for what does not come
                 sign.open()
+            if self._staging:
+                self._staging.end()
 
     def _read_groups(self) -> None:
         parts = [[chunk.part(group) for chunk in self.chunks] for group in self._groups]
         with closing(self._reader.store.fetch([p for group in parts for p in group])) as answers:
-            for here, group in zip(self._here, parts, strict=True):
+            for turn, (here, group) in enumerate(zip(self._here, parts, strict=True)):
+                if self._staging:
+                    self._staging.begin(turn)
                 for number, part in enumerate(group):
                     if self._stopped:
                         return
                     if not next(answers):
                         self._missing.add(number)
                     part.place.complete()  # type: ignore[attr-defined]
+                if self._staging:
+                    self._staging.send(turn)
                 here.open()
-
-
-def _groups(sizes: Sequence[int]) -> list[range]:
-    """Numbers of layers that are read together, for layers of these sizes in bytes."""
-    groups = []
-    begin = total = 0
-    for number, size in enumerate(sizes):
-        if number > begin and total + size > GROUP_BYTES:
-            groups.append(range(begin, number))
-            begin, total = number, 0
-        total += size
-    return [*groups, range(begin, len(sizes))]

@@ -21,6 +21,7 @@ from chunkcache.stores.base import ChunkStore, Part, Place, batches, nbytes_of
 
 _CPU = torch.device("cpu")
 GONE = "it was gone from the store before it was read"
+INTERRUPTED = "it did not come in one go"
 NO_MEMORY = "the device has no memory left to bring it there"
 WRONG_SIZE = "the blob is damaged: its length is wrong"
 
@@ -103,6 +104,17 @@ class PendingChunk:
         return file.check(self._head, [view for run in self.runs for view in run])
 
 
+class StagedChunk(PendingChunk):
+    """The same, read into memory that is used again: it is checked as it comes, or not at all."""
+
+    def check(self) -> None:
+        """As in `PendingChunk`."""
+        if self._checked == self.nbytes - len(self._head):
+            self.form.file.check_sum(self._head, self._checksum)
+        else:  # that says nothing of what the store has
+            self.failure = INTERRUPTED
+
+
 class PendingTensors(PendingChunk):
     """The same of a value beside a chunk's K/V: `tensors`, in order, once they have come."""
 
@@ -110,8 +122,8 @@ class PendingTensors(PendingChunk):
 
     def check(self) -> None:
         """As in `PendingChunk`."""
-        self.tensors = self.form.decode_tensors(self._head)
-        self._head = memoryview(b"")
+        self.tensors = self.form.decode_tensors(self._head, self.device, self._memory)
+        self._head, self._memory = memoryview(b""), None
 
 
 class _Target(Place):

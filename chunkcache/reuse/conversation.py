@@ -6,11 +6,9 @@ each token written behind is added here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -18,6 +16,7 @@ from chunkcache.errors import StoreError, UnsupportedCallError
 from chunkcache.kv.layers import are_edited, note_all_written
 from chunkcache.kv.sample import Sample
 from chunkcache.kv.states import crop_kv, state_writes
+from chunkcache.kv.transfer import to_host
 from chunkcache.model.foreign import hooks_registered
 from chunkcache.model.identity import ModelIdentity, numerics
 from chunkcache.model.scatter import close_layers
@@ -93,6 +92,7 @@ class Conversation:
         self.surplus = 0
         # What the model was when it was looked at last.
         self._identity: ModelIdentity | None = None
+        self._is_identified = False  # for the present prompt
         self.self_test = SelfTest()
         self._foreign_code = self._numerics = ""
         self._switch = 0  # prompts of more tokens have other RoPE frequencies, if there are such
@@ -149,8 +149,13 @@ class Conversation:
     # ------------------------------------------------------------------ whose tokens these are
 
     def identify(self) -> bool:
-        """Look at the model. True if it is no longer the one that computed what is held."""
-        state = self.context.state
+        """Look at the model, once for each prompt (see `look`).
+
+        True if it is no longer the one that computed what is held.
+        """
+        if self._is_identified:
+            return False
+        state, self._is_identified = self.context.state, True
         self._hooks_registered = hooks_registered()
         identity, foreign_code = state.identity(), self.context.foreign_code
         if (identity, foreign_code) == (self._identity, self._foreign_code):
@@ -204,16 +209,34 @@ class Conversation:
     def _digest(self) -> str:
         return self._identity.digest if self._identity else ""
 
-    def note_edits(self, thoroughly: bool = False) -> None:
-        """Take down whether others have changed K/V that are held, since the last forward.
+    def look(self, call: ForwardCall) -> ForwardCall:
+        """Look at a prompt that comes, and thoroughly at what is held.
 
-        `thoroughly` is at the values too, which takes a millisecond.
+        Returns the call with what will be looked at on the host. One wait for a GPU.
         """
-        if (
-            are_edited(self.layers)
-            or self._are_states_edited()
-            or (thoroughly and self._sample is not None and self._sample.differs(self.layers))
-        ):
+        self._is_identified = False
+        away = call.away
+        return call.on_host(dict(zip(away, self._bring(away.values()), strict=True)))
+
+    def _bring(self, more: Iterable[Tensor] = ()) -> list[Tensor]:
+        """Look thoroughly at what is held. Returns these tensors on the host.
+
+        All that is looked at comes there in one copy. Looking at values takes a millisecond.
+        """
+        sample = self._sample.differences(self.layers) if self._sample is not None else []
+        pieces, flags = self.transcript.pieces, [*self._checks, *sample]
+        tensors = [flag for flag in flags if isinstance(flag, Tensor)]
+        brought = iter(to_host([*pieces, *tensors, *more]))
+        self.transcript.pieces = [next(brought) for _ in pieces]
+        known = [bool(next(brought) if isinstance(flag, Tensor) else flag) for flag in flags]
+        checks = len(self._checks)
+        self._checks = [all(known[:checks])]
+        self.note_edits(any(known[checks:]))
+        return list(brought)
+
+    def note_edits(self, values_differ: bool = False) -> None:
+        """Take down whether others have changed K/V that are held, since the last forward."""
+        if values_differ or are_edited(self.layers) or self._are_states_edited():
             self.edited = True
             self.bypass_reason = _EDITED
             self._sample = None
@@ -486,7 +509,7 @@ class Conversation:
             self.store(self._certain, report, more=self._step_states)
         self.tell(report)
 
-    def _step_states(self) -> list[Entry]:
+    def _step_states(self, may_copy: Latch) -> list[Entry]:
         """A snapshot at the end of the chunk that a decoding step has completed, if one is due."""
         certain = min(self._certain, self.prompt_until)
         if not self.states or self.transcript.pads != [0] or certain < self._fed:
@@ -496,7 +519,7 @@ class Conversation:
         chunks = cut(row, self.context.grid, self.keys.salt)
         self.states.take_step(self.layers, self._fed, chunks)
         exact = self.transcript.exact_lengths(certain)[0]
-        return self.states.entries(self.keys, chunks, row, self.known, exact)
+        return self.states.entries(self.keys, chunks, row, self.known, exact, may_copy)
 
     def tell(self, report: Report) -> None:
         """Report a reason to store nothing more that was found after the prompt was computed."""
@@ -531,7 +554,7 @@ class Conversation:
         report: Report,
         tail: bool = False,
         found: Found = NOTHING_FOUND,
-        more: Callable[[], list[Entry]] = list,
+        more: Callable[[Latch], list[Entry]] | None = None,
     ) -> None:
         """Hand over chunks that are complete, certain and not in the store, if there are any.
 
@@ -540,7 +563,7 @@ class Conversation:
             report: Takes what was done.
             tail: Store a last, shorter chunk too.
             found: What the prompt has found that bears on it.
-            more: Gives entries that stand behind these.
+            more: Gives entries that stand behind these; told when copying delays no answer.
 
         Raises:
             StoreError: The store failed, and `on_error="raise"` was asked for.
@@ -548,16 +571,14 @@ class Conversation:
         assert self.keys is not None
         certain, tail = self._storable(certain, tail)
         with self.context.store_calls(report):
-            entries, replaced = harvest(
+            entries = harvest(
                 self.context, self.keys, self.layers, self.transcript, self.known, self.shorter,
                 certain, tail, found, self._may_copy,
             )  # fmt: skip
-            entries += more()
+            entries += more(self._may_copy) if more else []
             size, taken = sum(entry.nbytes for entry in entries), 0
             try:
                 taken = self.context.store.write(entries) if entries else 0
-                if replaced and taken == size:
-                    self.context.store.delete(replaced)
             except StoreError as error:
                 self.context.handle_store_error(error, report)
             report.bytes_written += taken
@@ -578,7 +599,7 @@ class Conversation:
             return False  # no chunk ends here: nearly every step of decoding
         self._complete = complete
         if not prompt:
-            self.note_edits(thoroughly=True)
+            self._bring()
             if self.edited:
                 return False
             self._sample = Sample(self.layers)
@@ -603,15 +624,8 @@ class Conversation:
 
     @property
     def _followed(self) -> bool:
-        """Whether mask, positions and types of all steps since the last look were those of text."""
-        flags = [check for check in self._checks if isinstance(check, Tensor)]
-        known = all(check for check in self._checks if not isinstance(check, Tensor))
-        known = known and all(
-            bool(torch.stack([*alike]).all())
-            for _, alike in groupby(flags, key=lambda flag: flag.device)
-        )
-        self._checks = [known]  # which is not waited for again
-        return known
+        """Whether mask, positions and types of all steps were those of text, as `_bring` saw."""
+        return all(map(bool, self._checks))
 
     def _is_untyped(self, name: str, types: Tensor) -> Tensor | bool:
         """Whether token type ids are zero, and zeros mean nothing to the model."""

@@ -61,10 +61,10 @@ def harvest(
     tail: bool = False,
     found: Found = NOTHING_FOUND,
     may_copy: Latch = OPEN,
-) -> tuple[list[Entry], list[str]]:
-    """Entries for all chunks that are not known yet, and keys of those that they replace.
+) -> list[Entry]:
+    """Entries for all chunks that are not known yet, with the keys of those that they replace.
 
-    The former become known. Index entries stand behind the chunks that they name.
+    They become known. Index entries stand behind the chunks that they name.
 
     Args:
         context: Store and settings.
@@ -80,7 +80,6 @@ def harvest(
     """
     chunks: list[Entry] = []
     index: list[Entry] = []
-    replaced: list[str] = []
     ids, lengths = transcript.ids(), transcript.exact_lengths(certain)
     for row, (pad, length) in enumerate(zip(transcript.pads, lengths, strict=True)):
         tokens = ids[row, pad:].numpy()
@@ -101,17 +100,20 @@ def harvest(
             blob = blob_of(form, layers, row, pad + chunk.start, pad + chunk.stop, may_copy)
             metadata = _metadata(context, keys, form, tokens, chunk, blob, how, behind)
             pin = context.settings.pin
-            chunks.append(Entry(form.key, metadata, blob, pinned=pin, before=before[:number]))
-            created = metadata["created"]
+            created, gone = metadata["created"], list[str]()
             if how == EXACT:
                 place = previous.hash if previous else "", chunk.start
                 entry = continuation_entry(keys, chunk, place[0], tokens, created, pin)
                 index += [entry] if entry else []
-                replaced += _replaced(shorter, place, chunk, tokens, context.grid, keys.salt)
+                gone = _replaced(shorter, place, chunk, tokens, context.grid, keys.salt)
+                known.difference_update(gone)
+            replaces = [keys.key(name) for name in gone]
+            chunks.append(
+                Entry(form.key, metadata, blob, False, pin, before[:number], replaces=replaces)
+            )
             if context.indexer:
                 index += context.indexer(keys, chunk, tokens, created, pin)
-    known.difference_update(replaced)
-    return chunks + _joined(index, found.stale), [keys.key(name) for name in replaced]
+    return chunks + _joined(index, found.stale)
 
 
 def _replaced(
@@ -172,19 +174,25 @@ def blob_of(
     stop: int,
     may_copy: Latch = OPEN,
 ) -> memoryview | LateBlob:
-    """The blob of one row's columns `start` to `stop`, in memory of its own.
-
-    Of K/V on a device a copy is taken there, which is brought over when it is asked for.
-    """
+    """The blob of one row's columns `start` to `stop`, in memory of its own; see `blob_from`."""
     runs = row_runs(layers, row, start, stop) if form.is_direct else None
     if runs is not None:
         return form.file.copy(runs)
-    kv = row_slice(layers, row, start, stop)
-    away = all(not is_host(part.device) for pair in kv if pair for part in pair)
-    if away and form.nbytes is not None:
+    return blob_from(form, form.numbers(row_slice(layers, row, start, stop)), may_copy)
+
+
+def blob_from(
+    form: BlobFormat, tensors: Sequence[torch.Tensor], may_copy: Latch
+) -> memoryview | LateBlob:
+    """The blob of a file's tensors.
+
+    Of those on a device a copy is taken there, which is brought over when it is asked for. Not
+    where they are compressed: their size must be known, and that takes longer than the copy.
+    """
+    if form.nbytes is not None and all(not is_host(tensor.device) for tensor in tensors):
         with suppress(torch.OutOfMemoryError):
-            return LateBlob(form.nbytes, form.encode_later(kv), may_copy)
-    return form.encode(kv)
+            return LateBlob(form.nbytes, form.encode_later(tensors), may_copy)
+    return form.encode_tensors(tensors)
 
 
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:

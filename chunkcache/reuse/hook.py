@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from chunkcache.errors import UnsupportedCallError
+from chunkcache.kv.transfer import is_host
 from chunkcache.model.grouped import share_heads
 from chunkcache.model.head import HeadInput, feed, untap
 from chunkcache.reuse.pieces import PER_TOKEN, TYPES, chosen, piece, run_pieces
@@ -94,21 +95,27 @@ class ForwardCall:
     features: int | None = None
     device: torch.device | None = None
 
-    def on_host(self) -> ForwardCall:
-        """The same with all that is looked at on the CPU: one copy, and one wait for a GPU."""
+    @property
+    def away(self) -> dict[str, Tensor]:
+        """What is looked at, and lies on a device: by name, for `on_host`."""
+        if self.ids is None:
+            return {}
         given = {"ids": self.ids, "positions": self.positions, "mask": self.mask, **self.types}
-        away = {n: x for n, x in given.items() if x is not None and x.device.type != "cpu"}
-        if self.ids is None or not away:
+        away = {n: x for n, x in given.items() if x is not None and not is_host(x.device)}
+        if "mask" in away:
+            if away["mask"].dim() == 2:
+                away["mask"] = away["mask"] != 0
+            else:
+                del away["mask"]
+        return away
+
+    def on_host(self, brought: Mapping[str, Tensor]) -> ForwardCall:
+        """The same, of which these were brought to the host."""
+        if self.ids is None or not brought:
             return self
-        if (mask := away.pop("mask", None)) is not None and mask.dim() == 2:
-            away["mask"] = mask != 0
-        together = torch.cat([x.reshape(-1).to(self.ids.device).long() for x in away.values()])
-        parts = torch.split(together.cpu(), [x.numel() for x in away.values()])
-        here: dict[str, Any] = {
-            n: part.view(x.shape) for (n, x), part in zip(away.items(), parts, strict=True)
-        }
-        types = {name: here.pop(name, x) for name, x in self.types.items()}
-        return replace(self, types=types, device=self.ids.device, **here)
+        types = {name: brought.get(name, x) for name, x in self.types.items()}
+        others: Any = {name: x for name, x in brought.items() if name not in types}
+        return replace(self, types=types, device=self.ids.device, **others)
 
     @property
     def place(self) -> torch.device:

@@ -15,7 +15,8 @@ from chunkcache.kv.coding import BlobFormat
 from chunkcache.kv.layers import all_runs, growing, peek_all, place_all
 from chunkcache.kv.transfer import is_host
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
-from chunkcache.reuse.blobs import BlobReader, PendingChunk
+from chunkcache.reuse.blobs import BlobReader, PendingChunk, StagedChunk
+from chunkcache.reuse.staging import Staging, Target
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 
@@ -86,7 +87,7 @@ class ChunkLoader:
         ]
         if reads and self._may_come_later(reads, ahead_of):
             with suppress(RuntimeError):  # no more threads, or the interpreter is ending
-                return BackgroundLoad(self._reader, [r.pending for r in reads], self._growing)
+                return self._begin(reads)
         self._read(reads)
         self._reader.discard()
         return None
@@ -103,25 +104,37 @@ class ChunkLoader:
     def _first_column(self, chunk: Chunk, users: dict[str, list[int]]) -> int:
         return min(self._pads[row] for row in users[chunk.hash]) + chunk.start
 
+    def _begin(self, reads: Sequence[_Read]) -> BackgroundLoad:
+        """Begin to read in the background. Raises RuntimeError where that cannot be done."""
+        pending = [read.pending for read in reads]
+        if is_host(self._growing[0].device):
+            return BackgroundLoad(self._reader, pending, self._growing)
+        staging = Staging(self._growing, [read.target for read in reads if read.target])
+        staged = [
+            StagedChunk(chunk.chunk_hash, chunk.form, chunk.nbytes, runs)
+            for chunk, runs in zip(pending, staging.runs, strict=True)
+        ]
+        return BackgroundLoad(self._reader, staged, self._growing, staging)
+
     def _open(self, chunk: Chunk, rows: list[int], form: BlobFormat, nbytes: int) -> _Read:
         """A chunk to read, straight into its place in its first row where that is possible."""
         device = self._growing[0].device
         row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it
-        runs: list[list[memoryview]] = []
-        if (
+        column = self._pads[row] + chunk.start
+        has_place = (
             form.is_direct
-            and self._pads[row] + chunk.start + tokens <= self._growing[0].capacity
+            and column + tokens <= self._growing[0].capacity
             # What is held already must not be overwritten by bytes that are not checked yet.
             and chunk.start >= self._plans[row].held
-            and is_host(device)
-        ):
-            column = self._pads[row] + chunk.start
-            runs = all_runs(self._growing, row, column, tokens)
-        return _Read(chunk, rows, PendingChunk(chunk.hash, form, nbytes, runs, device))
+        )
+        is_here = has_place and is_host(device)
+        runs = all_runs(self._growing, row, column, tokens) if is_here else ()
+        pending = PendingChunk(chunk.hash, form, nbytes, runs, device)
+        return _Read(chunk, rows, pending, Target(row, column, tokens) if has_place else None)
 
     def _may_come_later(self, reads: Sequence[_Read], columns: int) -> bool:
         """Whether a thread may read these chunks while the model computes, and it is worth it."""
-        alone = all(read.pending.is_direct and len(read.rows) == 1 for read in reads)
+        alone = all(read.target and len(read.rows) == 1 for read in reads)
         return (
             alone
             and columns > 0
@@ -182,8 +195,9 @@ class ChunkLoader:
 
 
 class _Read(NamedTuple):
-    """A chunk on its way to these rows."""
+    """A chunk on its way to these rows; `target` is its place in the first if it fits there."""
 
     chunk: Chunk
     rows: list[int]
     pending: PendingChunk
+    target: Target | None

@@ -18,9 +18,11 @@ from chunkcache.kv.codec import KVLayout
 from chunkcache.model.head import HeadInput
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.harvest import blob_from
 from chunkcache.reuse.hook import NO_LABEL, ForwardCall
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import OUTPUTS, Entry
+from chunkcache.stores.locks import Latch
 from chunkcache.tokens.chunking import Chunk
 from chunkcache.tokens.plan import RowPlan
 from chunkcache.tokens.transcript import Transcript
@@ -133,7 +135,9 @@ class Outputs:
         width = self._layout.token_bytes // self._layout.dtype.itemsize
         shape = len(self._transcript.pads), stop - self._wanted, width
         # Of padding nothing is known, and no number may look as if it were.
-        self._before = torch.full(shape, torch.nan, dtype=self._layout.dtype)
+        self._before = torch.full(
+            shape, torch.nan, dtype=self._layout.dtype, device=self._call.place
+        )
         self._reader.read_tensors(reads)
         for read in reads:
             for row, chunk in users[read.chunk_hash]:
@@ -149,7 +153,7 @@ class Outputs:
         form = self._keys.output_form(
             self._layout, self._tokens(row, chunk), chunk.start, chunk.hash
         )
-        return PendingTensors(chunk.hash, form, self.sizes[chunk.hash])
+        return PendingTensors(chunk.hash, form, self.sizes[chunk.hash], device=self._call.place)
 
     def _tokens(self, row: int, chunk: Chunk) -> list[int]:
         pad = self._transcript.pads[row]
@@ -186,7 +190,11 @@ class Outputs:
         return not self._input.trouble
 
     def entries(
-        self, plans: Sequence[RowPlan], stored: Container[str], certain: int
+        self,
+        plans: Sequence[RowPlan],
+        stored: Container[str],
+        certain: int,
+        may_copy: Latch,
     ) -> list[Entry]:
         """Those to be stored: of chunks that the store has, and that were computed as a whole.
 
@@ -194,6 +202,7 @@ class Outputs:
             plans: The chunks of each row.
             stored: Hashes of chunks whose K/V the store has, or was given.
             certain: Columns that nobody will take back.
+            may_copy: As in `harvest`.
         """
         hidden = self._input.hidden if self._input else None
         if hidden is None:
@@ -212,7 +221,8 @@ class Outputs:
                 tokens = self._tokens(row, chunk)
                 form = self._keys.output_form(self._layout, tokens, chunk.start, chunk.hash)
                 first = pad + chunk.start - begin
-                blob = form.encode_tensors([hidden[row, first : first + len(tokens)]])
+                here = hidden[row, first : first + len(tokens)]
+                blob = blob_from(form, [here], may_copy)
                 self.sizes[chunk.hash] = blob.nbytes
                 told = {
                     "outputs": str(blob.nbytes),

@@ -41,6 +41,7 @@ from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
 from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import Entry
+from chunkcache.stores.locks import Latch
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import (
     COMPUTING,
@@ -589,6 +590,7 @@ class Prefill:
         """Take down how long so many tokens took: now, or once the device tells."""
         assert self._stopwatch is not None
         report, gauge = self.report, self.context.gauge
+        computed = computed if self._stopwatch.is_certain else 0
 
         def note(ms: float) -> None:
             report.prefill_ms += ms
@@ -649,8 +651,11 @@ class Prefill:
             more = partial(self._more_entries, certain)
             self.conversation.store(certain, self.report, tail, self._found(certain), more)
 
-    def _more_entries(self, certain: int) -> list[Entry]:
-        """What is stored beside K/V, behind them: they are in the store or on their way there."""
+    def _more_entries(self, certain: int, may_copy: Latch) -> list[Entry]:
+        """What is stored beside K/V, behind them: they are in the store or on their way there.
+
+        `may_copy` is that of `harvest`.
+        """
         return []
 
     def _found(self, certain: int) -> Found:

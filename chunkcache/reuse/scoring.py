@@ -14,6 +14,7 @@ from chunkcache.reuse.hook import TrimSpec
 from chunkcache.reuse.outputs import Outputs, outputs_of
 from chunkcache.reuse.prefill import Beside, Prefill
 from chunkcache.stores.base import Entry
+from chunkcache.stores.locks import Latch
 
 
 class ScoringPrefill(Prefill):
@@ -90,6 +91,7 @@ class ScoringPrefill(Prefill):
             return False
         return True
 
-    def _more_entries(self, certain: int) -> list[Entry]:
-        known = self.conversation.known
-        return self._outputs.entries(self.plans, known, certain) if self._outputs else []
+    def _more_entries(self, certain: int, may_copy: Latch) -> list[Entry]:
+        if self._outputs is None:
+            return []
+        return self._outputs.entries(self.plans, self.conversation.known, certain, may_copy)

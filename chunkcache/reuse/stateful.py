@@ -15,6 +15,7 @@ from chunkcache.reuse.hook import TrimSpec
 from chunkcache.reuse.prefill import Beside, Prefill
 from chunkcache.reuse.states import States
 from chunkcache.stores.base import Entry
+from chunkcache.stores.locks import Latch
 from chunkcache.tokens.plan import RowPlan
 
 
@@ -75,7 +76,9 @@ class StatefulPrefill(Prefill):
         began = perf_counter()
         while self.stops[0] > self.held:
             plan = self.plans[0]
-            found, nbytes = self.states.read(self.keys, plan, self._tokens(0), self._handle)
+            found, nbytes = self.states.read(
+                self.keys, plan, self._tokens(0), self.call.place, self._handle
+            )
             self.report.bytes_read += nbytes
             if found is not None:
                 self.states.held[plan.reach] = found
@@ -155,10 +158,10 @@ class StatefulPrefill(Prefill):
             states.take(self.conversation.layers, self.total)
         return super().finish()
 
-    def _more_entries(self, certain: int) -> list[Entry]:
+    def _more_entries(self, certain: int, may_copy: Latch) -> list[Entry]:
         if not self._is_one_row:
             return []
         return self.states.entries(
             self.keys, self.plans[0].chunks, self._tokens(0), self.conversation.known,
-            self.conversation.transcript.exact_lengths(certain)[0],
+            self.conversation.transcript.exact_lengths(certain)[0], may_copy,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chunkcache.kv.codec import KVLayout
@@ -20,8 +21,10 @@ from chunkcache.kv.layers import growing
 from chunkcache.kv.states import keep_windows, put_states, take_states, take_windows
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
+from chunkcache.reuse.harvest import blob_from
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import STATE, Entry
+from chunkcache.stores.locks import Latch
 from chunkcache.tokens.chunking import Chunk, Tokens
 from chunkcache.tokens.plan import RowPlan
 
@@ -113,14 +116,19 @@ class States:
         return replace(plan.cut_at(stop, told), unread=told)
 
     def read(
-        self, keys: KeySpace, plan: RowPlan, row: Tokens, handle_error: Callable[[Exception], None]
+        self,
+        keys: KeySpace,
+        plan: RowPlan,
+        row: Tokens,
+        device: torch.device,
+        handle_error: Callable[[Exception], None],
     ) -> tuple[Sequence[Tensor] | None, int]:
         """The snapshot where the plan ends, `None` if it cannot be had; and bytes read."""
         chunk = next(c for c in plan.chunks if c.stop == plan.reach)
         ids = row[chunk.start : chunk.stop].tolist()
         form = keys.state_form(ids, chunk.start, chunk.hash)
         reader = BlobReader(self._context.store, handle_error)
-        pending = PendingTensors(chunk.hash, form, self.sizes[chunk.hash])
+        pending = PendingTensors(chunk.hash, form, self.sizes[chunk.hash], device=device)
         reader.read_tensors([pending])
         if pending.failure:
             self.sizes.pop(chunk.hash)
@@ -211,6 +219,7 @@ class States:
         row: Tokens,
         stored: Collection[str],
         certain: int,
+        may_copy: Latch,
     ) -> list[Entry]:
         """Snapshots to be stored: new ones, behind chunks whose K/V the store has or was given."""
         entries, before = [], []
@@ -221,7 +230,7 @@ class States:
                 continue
             ids = row[chunk.start : chunk.stop].tolist()
             form = keys.state_form(ids, chunk.start, chunk.hash)
-            blob = form.encode_tensors(self.held[chunk.stop])
+            blob = blob_from(form, self.held[chunk.stop], may_copy)
             told = {"state": str(blob.nbytes), "positions": f"{chunk.start}-{chunk.stop}"}
             entries.append(Entry(form.key, told, blob, True, self._context.settings.pin, [*before]))
             self.sizes[chunk.hash] = blob.nbytes

@@ -15,9 +15,15 @@ from chunkcache.kv.transfer import is_host
 
 
 class Stopwatch:
-    """Runs from now on, until `stop`."""
+    """Runs from now on, until `stop`.
+
+    Attributes:
+        is_certain: Whether it has timed computing alone: what a device did while the host waited,
+            nobody knows.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.is_certain = True
         self._host = is_host(device)
         self._began = self._ended = perf_counter()
         self._event: Any = None if self._host else _timing_event(device)
@@ -25,8 +31,9 @@ class Stopwatch:
         self._end: Any = None
 
     def leave_out(self, seconds: float) -> None:
-        """So much was not working."""
+        """So long the host has waited for something else."""
         self._began += seconds
+        self.is_certain = self._host or not seconds
 
     def stop(self) -> None:
         """What comes now counts no more."""

@@ -67,6 +67,7 @@ class Entry:
     there, and a blob that is there stays if the entry brings none. A `pinned` entry does not
     expire, and is evicted last. `before` has the keys of the chunks that stand before it in its
     prompt, in order: writing it is a use of them, too, and a full store keeps them rather than it.
+    `replaces` has the keys of entries whose place it takes: they are removed once it is there.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Entry:
     merge: bool = False
     pinned: bool = False
     before: Sequence[str] = ()
+    replaces: Sequence[str] = ()
 
     @property
     def blob(self) -> memoryview:
@@ -316,7 +318,10 @@ class ChunkStore(ABC):
 
     @property
     def reads_parts(self) -> bool:
-        """Whether a part of a blob costs only its share: then it is worth it to read in parts."""
+        """Whether a part of a blob costs only its share: then it is worth it to read in parts.
+
+        Such a store fills a place when its answer is asked for, and none before.
+        """
         return False
 
     @abstractmethod
@@ -327,7 +332,8 @@ class ChunkStore(ABC):
     def write(self, entries: Sequence[Entry]) -> int:
         """Keep the entries, replacing what was there. Returns the bytes of blobs taken.
 
-        A full store makes room as `eviction.py` says.
+        A full store makes room as `eviction.py` says. What an entry `replaces` is deleted once the
+        entry is there, and stays if it was not taken.
         """
 
     def check_writable(self) -> None:  # noqa: B027  (most stores have to be asked)

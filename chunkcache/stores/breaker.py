@@ -111,11 +111,11 @@ class CircuitBreaker(StaysHere, ChunkStore):
         lost[self] += time.monotonic() - started
         if lost[self] > self._max_delay:
             cause = (
-                f"{self._store!r} is slow: its answers took one prompt more than "
-                f"max_delay={self._max_delay:g} s; raise max_delay if that is as fast as it gets"
+                f"{self._store!r} is slow: lookups for one prompt took more than "
+                f"max_delay={self._max_delay:g} s; raise max_delay if the store cannot be faster"
             )
             self._reading.open(cause)  # but not for writes, which wait for their turn anyway
-            self._warn(cause)
+            self._warn(cause, self._reading)
         return result
 
     def _iterate(self, asked: Sequence[object], verb: Callable[[], Iterator[T]]) -> Generator[T]:
@@ -198,14 +198,16 @@ class CircuitBreaker(StaysHere, ChunkStore):
         self._writing.open(cause)
         if circuit is self._reading:
             self._reading.open(cause)
-        self._warn(cause)
+        self._warn(cause, circuit)
 
-    def _warn(self, cause: str) -> None:
+    def _warn(self, cause: str, circuit: _Circuit) -> None:
         if cause in self._warned or len(self._warned) >= MAX_WARNINGS:
             logger.debug("%s", cause)
             return
         self._warned.add(cause)
-        logger.warning("%s. Generation goes on without the store.", cause.rstrip("."))
+        reads = circuit is self._reading
+        effect = "Generation goes on without it" if reads else "Nothing is written to it for now"
+        logger.warning("%s. %s.", cause.rstrip("."), effect)
 
 
 @dataclass(frozen=True, slots=True)

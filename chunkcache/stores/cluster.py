@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -92,6 +93,8 @@ class ClusterStore(StaysHere, ChunkStore):
 
     def write(self, entries: Sequence[Entry]) -> int:
         taken: list[int] = []
+        replaced = [key for entry in entries for key in entry.replaces]
+        entries = [replace(entry, replaces=()) for entry in entries]  # which other nodes have
 
         def write(node: ChunkStore, positions: list[int]) -> None:
             taken.append(node.write([entries[at] for at in positions]))
@@ -99,6 +102,8 @@ class ClusterStore(StaysHere, ChunkStore):
         self.sizes(list({key for entry in entries for key in entry.before}))  # which counts as use
         # A second time after a move; what is there by then is not sent again.
         self._note(self._ask_all([entry.key for entry in entries], write, taken.clear))
+        if replaced and sum(taken) == sum(entry.nbytes for entry in entries):
+            self.delete(replaced)
         return sum(taken)
 
     def check_writable(self) -> None:

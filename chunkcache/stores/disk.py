@@ -35,8 +35,8 @@ NOT_ALLOWED = (
     "anything is written, and umask 002 of all who write"
 )
 REMEDIES = {
-    errno.ENOSPC: "free some space, or lower max_bytes",
-    errno.EDQUOT: "free some of the quota, or lower max_bytes",
+    errno.ENOSPC: "free some space, or lower bytes= in the store's URL",
+    errno.EDQUOT: "free some of the quota, or lower bytes= in the store's URL",
     errno.EROFS: "choose a folder on a writable file system",
     errno.EACCES: NOT_ALLOWED,
     errno.EPERM: NOT_ALLOWED,
@@ -109,14 +109,16 @@ class DiskStore(ChunkStore):
         with self._errors("read"):
             found = [self._metadata(key) for key in keys]
         for key, fields in zip(keys, found, strict=True):
-            if fields is not None and (self._refresh or not self._ttl):
+            if fields is not None and self._refresh:
                 self._folder.touch(key, METADATA, self._touch_seconds)
         return found
 
     def write(self, entries: Sequence[Entry]) -> int:
         self._sweep()
         with self._errors("write"):
-            return sum(entry.nbytes for entry in described(entries) if self._put(entry))
+            taken = [entry for entry in described(entries) if self._put(entry)]
+        self.delete([key for entry in taken for key in entry.replaces])
+        return sum(entry.nbytes for entry in taken)
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):

@@ -24,6 +24,7 @@ import redis
 from chunkcache.errors import StoreError
 from chunkcache.stores import embedded
 from chunkcache.stores.address import Address
+from chunkcache.stores.pool import SoundPool
 from chunkcache.stores.redis import CONNECT_TIMEOUT, RedisStore
 from chunkcache.stores.supervisor import LOG
 
@@ -56,7 +57,7 @@ class EmbeddedStore(RedisStore):
 
     def _pool(self, address: Address) -> redis.ConnectionPool:
         options = {**address.options, "connection_class": EmbeddedConnection}
-        return redis.ConnectionPool(**options, keeper=self._keeper)
+        return SoundPool(**options, keeper=self._keeper)
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:

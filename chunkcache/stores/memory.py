@@ -79,7 +79,9 @@ class MemoryStore(StaysHere, ChunkStore):
 
     def write(self, entries: Sequence[Entry]) -> int:
         tell_too_large(entries, self.largest, f"bytes= of {self!r}")
-        return sum(entry.nbytes for entry in described(entries) if self._put(entry))
+        taken = [entry for entry in described(entries) if self._put(entry)]
+        self.delete([key for entry in taken for key in entry.replaces])
+        return sum(entry.nbytes for entry in taken)
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:
@@ -105,20 +107,21 @@ class MemoryStore(StaysHere, ChunkStore):
 
     def _put(self, entry: Entry) -> bool:
         with self._lock:
-            there = self._get(entry.key)
+            there, adds = self._get(entry.key), entry.merge
             entry = merged(entry, there.entry if there else None)
             entry = replace(
                 entry, metadata=dict(entry.metadata), data=entry.blob.toreadonly(), merge=False
             )
             kept = _Kept(entry, _cost(entry), self._deadline(entry))
-            self._remove(entry.key)
             self._use(entry.before)
-            used = self._free.used + self._pinned.used
+            used = self._free.used + self._pinned.used - (there.cost if there else 0)
             lacking = used + kept.cost - self._max_bytes
             leave, is_enough = leaving(self._ranked(entry), lacking)
             if not is_enough:
+                if not adds:  # what is there is out of date
+                    self._remove(entry.key)
                 return False
-            for key in leave:
+            for key in (entry.key, *leave):
                 self._remove(key)
             (self._pinned if entry.pinned else self._free).put(kept)
             self._use(entry.before)
@@ -130,9 +133,11 @@ class MemoryStore(StaysHere, ChunkStore):
         for key, kept in self._free.items():
             if key in stays and not entry.pinned:
                 return
-            yield key, kept.cost
+            if key != entry.key:
+                yield key, kept.cost
         if entry.pinned:
-            yield from ((key, kept.cost) for key, kept in self._pinned.items())
+            pinned = self._pinned.items()
+            yield from ((key, kept.cost) for key, kept in pinned if key != entry.key)
 
     def _get(self, key: str) -> _Kept | None:
         kept = self._free.get(key) or self._pinned.get(key)

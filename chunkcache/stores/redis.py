@@ -132,7 +132,7 @@ class RedisStore(StaysHere, Room, ChunkStore):
         self._use({key for entry in blobs for key in entry.before})
         refused = self._without_room([entry for entry in blobs if entry.key not in there])
         self._reader.window = self._window
-        taken = 0
+        taken, replaced = 0, list[str]()
         for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
             if not has_blob:
                 self._write_small(list(group))
@@ -142,6 +142,9 @@ class RedisStore(StaysHere, Room, ChunkStore):
                     continue
                 if entry.key in there or self._write_blob(entry):
                     taken += entry.nbytes
+                    replaced += entry.replaces
+        if replaced:
+            self.delete(replaced)
         return taken
 
     def delete(self, keys: Sequence[str]) -> int:

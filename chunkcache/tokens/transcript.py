@@ -42,6 +42,7 @@ class Transcript:
     step of decoding must not wait for it. So is which rows were taken of others.
 
     Attributes:
+        pieces: The ids in order, `[batch, columns]` each.
         pads: Columns of left padding of each row.
         inexact_from: Per row, the column from which on K/V are not those of a run without the
             cache; `None` if all are.
@@ -52,7 +53,7 @@ class Transcript:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[Tensor] = []
+        self.pieces: list[Tensor] = []
         self._pads: list[int] = []
         self._inexact_from: list[int | None] = []
         self._rows: Tensor | None = None  # of the two lists, those that are now; if not all
@@ -90,7 +91,7 @@ class Transcript:
     @property
     def columns(self) -> int:
         """Columns recorded."""
-        return sum(piece.shape[1] for piece in self._pieces)
+        return sum(piece.shape[1] for piece in self.pieces)
 
     @property
     def is_exact(self) -> bool:
@@ -99,7 +100,7 @@ class Transcript:
 
     def start(self, pads: list[int]) -> None:
         """Begin anew with rows that have so many columns of left padding."""
-        self._pieces, self._pads = [], list(pads)
+        self.pieces, self._pads = [], list(pads)
         self._inexact_from = [None] * len(pads)
         self._rows = self._padding = self.lossy_from = self.text_until = None
 
@@ -113,7 +114,7 @@ class Transcript:
     def append(self, ids: Tensor) -> None:
         """Record `[batch, new]` ids."""
         if ids.shape[1]:
-            self._pieces.append(ids.detach().clone())  # callers write the next token into theirs
+            self.pieces.append(ids.detach().clone())  # callers write the next token into theirs
 
     def append_unnamed(self, columns: int) -> None:
         """Record columns of which there are no ids: those of embeddings."""
@@ -126,13 +127,13 @@ class Transcript:
 
     def ids(self) -> Tensor:
         """All ids, `[batch, columns]`, on the CPU."""
-        if not self._pieces:
+        if not self.pieces:
             return torch.empty((len(self.pads), 0), dtype=torch.long)
-        if len(self._pieces) > 1 or self._pieces[0].device.type != "cpu":
-            together = groupby(self._pieces, key=lambda piece: piece.device)
+        if len(self.pieces) > 1 or self.pieces[0].device.type != "cpu":
+            together = groupby(self.pieces, key=lambda piece: piece.device)
             brought = [torch.cat([*pieces], dim=1).cpu() for _, pieces in together]
-            self._pieces = [torch.cat(brought, dim=1)]
-        return self._pieces[0]
+            self.pieces = [torch.cat(brought, dim=1)]
+        return self.pieces[0]
 
     def crop(self, columns: int) -> None:
         """Forget all but the first columns."""
@@ -141,10 +142,10 @@ class Transcript:
         if self.text_until is not None and self.text_until >= columns:
             self.text_until = None
         if (spare := self.columns - columns) > 0:
-            while self._pieces and spare >= self._pieces[-1].shape[1]:
-                spare -= self._pieces.pop().shape[1]
+            while self.pieces and spare >= self.pieces[-1].shape[1]:
+                spare -= self.pieces.pop().shape[1]
             if spare:
-                self._pieces[-1] = self._pieces[-1][:, :-spare]
+                self.pieces[-1] = self.pieces[-1][:, :-spare]
             self._inexact_from = [
                 None if end is None or end >= columns else end for end in self._inexact_from
             ]
@@ -172,9 +173,9 @@ class Transcript:
         """Keep these rows, in this order; a row may be taken more than once."""
         if not self._pads:
             return  # nothing is recorded of tokens that nobody may name
-        if self._pieces:
-            joined = torch.cat([piece.to(rows.device) for piece in self._pieces], dim=1)
-            self._pieces = [joined[rows]]
+        if self.pieces:
+            joined = torch.cat([piece.to(rows.device) for piece in self.pieces], dim=1)
+            self.pieces = [joined[rows]]
         if self._padding is not None:
             first = self._padding.columns
             self._padding = Padding(first[rows.to(first.device)], self._padding.is_any)

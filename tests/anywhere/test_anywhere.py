@@ -307,7 +307,7 @@ def test_attention_that_takes_no_mask_is_refused_at_once():
 
 
 @pytest.mark.parametrize("repair", ["none", "head:4", "seam:8", "deviation:0.15", "query:0.15",
-                                    "head:4+query-deviation:0.1", "random:0.15"])  # fmt: skip
+                                    "head:4+query:0.1+deviation:0.1", "random:0.15"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_every_repair(kind, repair):
     model, store = build(kind), MemoryStore()
@@ -349,7 +349,7 @@ def test_requests_in_threads_on_one_model_do_not_meet():
     ids = shuffled_prompt()
     others = [random_ids(200 + n, seed=300 + n) for n in range(8)]
     plain = [logits(model, other) for other in others]
-    repairs = ["query:0.1", "deviation:0.1", "query-deviation:0.1"]
+    repairs = ["query:0.1", "deviation:0.1", "query:0.1+deviation:0.1"]
     once = {r: prefill(model, ReadOnly(store), ids, repair=r)[0] for r in repairs}
 
     def request(number):

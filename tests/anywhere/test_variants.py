@@ -15,7 +15,7 @@ from tests.prompts import DOCUMENTS, anywhere, build, close, joined, logits, mee
 
 GIVEN = [document[0] for document in DOCUMENTS]
 A, B, C, D = DOCUMENTS
-BOS = torch.tensor([[1]])
+BOS = torch.ones_like(A[:, :1])
 PROMPT = joined(BOS, A[:, :200], 23, C, 7, D, A[:, :150], 21)  # begins with a prepared document
 
 

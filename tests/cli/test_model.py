@@ -45,6 +45,7 @@ def test_warm_and_explain(run, tmp_path):
     said = json.loads(run("warm", *files, "--tags", "project=x", "--json").stdout)
     assert (said["documents"], said["added"]) == (3, 3)
     assert run("warm", *files).stdout.startswith("0 of 3 documents added, 3 skipped as known")
+    assert run("warm", *files, "--filler", text(90, 8)).stdout.startswith("3 of 3 documents added")
 
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(f"{text(150, 1)} {text(30, 9)}")

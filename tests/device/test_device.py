@@ -17,7 +17,7 @@ from chunkcache import RedisChunkCache
 from chunkcache.model.check import CACHE
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.loading import load_model
-from chunkcache.stores.base import ChunkStore
+from chunkcache.stores.base import OUTPUTS, STATE, ChunkStore
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.writer import WriteBehind
 from tests import fakegpu
@@ -208,7 +208,7 @@ def test_numbers_that_others_write_are_seen(llama: Any, store: ChunkStore) -> No
 # ------------------------------------------------------------------------ text that moves
 
 
-@pytest.mark.parametrize("repair", ["deviation:0.1", "query:0.1", "query-deviation:0.1"])
+@pytest.mark.parametrize("repair", ["deviation:0.1", "query:0.1", "query:0.1+deviation:0.1"])
 def test_moved_text_as_on_the_cpu(repair: str, llama: Any) -> None:
     found = []
     for model in (llama, small().cpu()):
@@ -254,8 +254,8 @@ def test_a_second_turn_waits_as_little(llama: Any, store: ChunkStore) -> None:
     second = behind(run(llama, PROMPT, cache, 4), 3)
     mine = counted(llama, second, cache, 1)
     assert cache.report.reused >= 150
-    assert mine.of("chunkcache", "wait") <= 7, mine.table()
-    assert mine.of("chunkcache", "h2d", "d2h") <= 4, mine.table()
+    assert mine.of("chunkcache", "wait") <= 3, mine.table()
+    assert mine.of("chunkcache", "h2d", "d2h") <= 2, mine.table()
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -275,11 +275,11 @@ def test_decoding_copies_and_waits_for_nothing(
         assert few == more, counts[1].table()
 
 
-def test_a_chunk_of_the_answer_is_one_copy_and_a_few_waits(llama: Any, store: ChunkStore) -> None:
+def test_a_chunk_of_the_answer_is_one_copy_and_one_wait(llama: Any, store: ChunkStore) -> None:
     cache = RedisChunkCache(llama, store, chunk_size=16, store_tail=False)
     mine = counted(llama, PROMPT[:, :144], cache, 18)
     store.flush()
-    assert mine.of("chunkcache", "wait") <= 4 + 3, mine.table()
+    assert mine.of("chunkcache", "wait") <= 2 + 1, mine.table()
     assert mine.of("chunkcache", "h2d", "d2h") <= 4, mine.table()
 
 
@@ -299,6 +299,37 @@ def test_nothing_is_copied_before_the_first_token_is_there(llama: Any, store: Ch
     assert seen[0] == 0
     assert trace.counts["other d2h"] == CHUNKS, trace.table()
     assert trace.nbytes["other d2h"] < CHUNKS * 17_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "copies"), [("llama", OUTPUTS, 2), ("qwen3_5_text", STATE, 1)]
+)
+def test_values_beside_kv_are_copied_as_they_are(
+    kind: str, value: str, copies: int, store: ChunkStore
+) -> None:
+    """One copy each and no wait: of hidden states of all tokens, of a snapshot of states."""
+    model = tiny(kind)
+    wanted: dict[str, Any] = {} if value == OUTPUTS else {"logits_to_keep": 1}
+    prompt = tokens(140, seed=3)
+
+    def run_once(ids: Tensor) -> tuple[fakegpu.Trace, Any, Tensor]:
+        cache = RedisChunkCache(model, store, chunk_size=64, on_error="raise")
+        with fakegpu.counting() as trace, torch.no_grad():
+            logits = model(ids, **{CACHE: cache}, **wanted).logits
+        store.flush()
+        return trace, cache.report, logits
+
+    run_once(tokens(90, seed=4))  # the self-tests
+    cold, *_ = run_once(prompt)
+    assert sum(listed.extras.get(value, 0) > 0 for page in store.scan() for listed in page) >= 1
+    assert cold.of("chunkcache", "wait") <= 2, cold.table()
+    warm, report, logits = run_once(behind(prompt, 3))
+    assert report.reused >= 128
+    assert warm.of("chunkcache", "h2d") <= 2 + copies, warm.table()  # K/V of two chunks
+    assert warm.of("chunkcache", "wait") <= 3, warm.table()
+    with torch.no_grad():
+        plain = model(behind(prompt, 3), use_cache=True, **wanted).logits
+    assert close(logits, plain)
 
 
 def test_one_token_alone_is_stored_too(llama: Any, store: ChunkStore) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from chunkcache import RedisChunkCache, catalog
-from chunkcache.doctor.checks import Health
-from chunkcache.doctor.trial import examine_model
+from chunkcache.doctor.checks import Health, ModelHealth
+from chunkcache.doctor.trial import examine_model, replanning
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 
@@ -52,3 +55,21 @@ def test_models_that_are_computed_as_usual(kind):
         found = examine_model("a model", tiny(kind), store, quiet)
     assert "! falls back to normal prefill: " in str(found)
     assert not Health((), found).good
+
+
+def test_attention_that_plans_anew_for_each_length(monkeypatch):
+    """On a GPU, unless it was switched off."""
+    model, told = tiny(), []
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert replanning(model) == "", "there is no GPU"
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_a_gpu]))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for enabled in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            told.append(replanning(model))
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert "enable_cudnn_sdp(False)" in told[0]
+    assert told[1] == ""
+    assert told[0] in str(ModelHealth("a model", token_bytes=1, note=told[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -86,6 +87,62 @@ def test_prefix_and_document_are_reused_exactly(prefix):
         assert report.reused == (both if both % 128 >= 16 else both - both % 128)
         plain = model(torch.tensor([[*begin, *document, *gap(20, 1)]])).logits[0, -1]
         torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("filler", [gap(500, 3), gap(20, 4)], ids=["cut", "repeated"])
+def test_documents_behind_a_filler_are_exact_behind_it_and_moved_elsewhere(filler):
+    model, store, (document, other, _) = build(), MemoryStore(), documents(3)
+    prefix = gap(40, 1)
+    assert add(model, store, [document, other], prefix=prefix, filler=filler).added == 2
+    front = [*prefix, *(filler * 20)[-(256 - len(prefix)) :]]
+    behind_it = [*front, *document, *gap(20, 2)]
+    plain = model(torch.tensor([behind_it])).logits[0, -1]
+    logits, report = ask(model, store, behind_it)
+    assert report.exact
+    assert report.reused == len(front) + len(document)
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+    # Behind the prefix alone its context is another: what was computed is never taken for exact.
+    at_once = [*prefix, *document, *gap(20, 2)]
+    plain = model(torch.tensor([at_once])).logits[0, -1]
+    for variants in ("any", "prepared"):
+        _, report = ask(model, store, at_once, reuse="anywhere", repair="none", variants=variants)
+        assert not report.exact
+        assert (report.reused, report.moved) == (len(prefix), len(document))
+    logits, report = ask(model, store, at_once)
+    assert report.exact
+    assert report.reused == len(prefix)
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_computed_behind_a_filler_depends_on_nothing_else():
+    model, given, filler = build(), documents(3), gap(90, 1)
+    one, several = MemoryStore(), MemoryStore()
+    add(model, one, given[1:2], filler=filler)
+    add(model, several, given, filler=filler)
+    chunks = {entry.key for page in one.scan() for entry in page if "positions" in entry.metadata}
+    assert chunks < {entry.key for page in several.scan() for entry in page}
+    again = add(model, several, given[::-1], filler=filler)
+    assert (again.skipped, again.computed) == (3, 0)
+    assert add(model, several, given, filler=gap(90, 2)).added == 3
+    # Chunks of the document hold nothing else.
+    found = [(int(f["positions"].split("-")[0]), f) for f in one.read_metadata(sorted(chunks))]
+    texts = [json.loads(f["token_ids"]) for begin, f in sorted(found, key=lambda e: e[0])]
+    assert [*texts[-2], *texts[-1]] == given[1][:256]
+
+
+def test_a_document_that_is_the_filler_or_does_not_fit_behind_it_is_computed_without():
+    model, store = build(), MemoryStore()
+    long = random_ids(2000, seed=9)[0].tolist()
+    assert add(model, store, [long, long[:300]], filler=gap(200, 1)).added == 2
+    assert ask(model, store, [1], long, gap(9, 1))[1].reused == 2001
+    assert ask(model, store, [1], long[:300], gap(9, 1))[1].reused == 301  # of the long one
+    # Nor is one that is the filler: it would be read as a repetition of itself.
+    store = MemoryStore()
+    assert add(model, store, documents(2), filler=documents(2)[1]).added == 2
+    assert ask(model, store, [1], documents(2)[1], gap(9, 1))[1].reused == 256
+    assert ask(model, store, [1], documents(2)[0], gap(9, 1))[1].reused == 0
+    assert add(model, MemoryStore(), [long], prefix=gap(1900, 1), filler=gap(9, 1)).failures
+    assert add(model, MemoryStore(), [long[:100]], prefix=gap(1900, 1), filler=gap(9, 1)).added == 1
 
 
 def test_texts_and_ids_are_the_same():
@@ -272,6 +329,8 @@ def test_a_store_that_is_too_small_is_told():
         ([[5, 700]], {}, "document 0 has token ids"),
         ([[5]], {"prefix": "w5"}, "prefix is a text: pass tokenizer="),
         ([[5]], {"prefix": [5] * 3000}, "prefix has 3,000 tokens"),
+        ([[5]], {"filler": "w5"}, "filler is a text: pass tokenizer="),
+        ([[5]], {"filler": [700]}, "filler has token ids"),
         ([[5]], {"batch_tokens": 0}, "batch_tokens=0"),
         ([[5]], {"batch_tokens": True}, "batch_tokens=True"),
         ([[5]], {"reuse": "prefix"}, "reuse='prefix' is not for add_documents"),

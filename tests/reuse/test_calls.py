@@ -81,7 +81,7 @@ ARGUMENTS: dict[str, Any] = {
     "stop_strings": stop_strings,
     "streamer": lambda: {"streamer": Quiet()},
     "logits_processor": lambda: {
-        "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(9, eos_token_id=2)])
+        "logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(9, 2, tokens(1).device)])
     },
     "stopping_criteria": lambda: {
         "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(153)])

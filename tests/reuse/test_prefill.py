@@ -133,10 +133,12 @@ def test_equal_rows_are_looked_up_and_repaired_once(model, store):
     one = {"input_ids": shuffled_prompt()}
     many = {"input_ids": shuffled_prompt().repeat(3, 1)}
     store.forget()
-    alone, first = prefill(model, ReadOnly(store), one, repair="head:4+query-deviation:0.1")
+    alone, first = prefill(model, ReadOnly(store), one, repair="head:4+query:0.1+deviation:0.1")
     calls, blobs = dict(store.calls), sorted(store.blobs)
     store.forget()
-    together, report = prefill(model, ReadOnly(store), many, repair="head:4+query-deviation:0.1")
+    together, report = prefill(
+        model, ReadOnly(store), many, repair="head:4+query:0.1+deviation:0.1"
+    )
     assert close(together, alone.repeat(3, 1))
     assert (dict(store.calls), sorted(store.blobs)) == (calls, blobs)
     assert report.recomputed == 3 * first.recomputed

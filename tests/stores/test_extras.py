@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 import redis
-from scripted import blobs
+from scripted import Scripted, blobs, until
 from servers import Cluster
 
 from chunkcache.inventory import catalog
@@ -151,3 +151,35 @@ def test_what_is_deleted_is_not_written_later() -> None:
         store.may.set()
         behind.flush(5)
         assert store.sizes(with_extras([KEY, OTHER])) == [0, 0, 0, 5, 3, 0]
+
+
+def test_what_an_entry_replaces_goes_once_it_is_there(store: ChunkStore) -> None:
+    write(store, KEY)
+    longer = Entry(OTHER, FIELDS, memoryview(b"longer"), replaces=[KEY])
+    store.write([longer])
+    store.flush(5)
+    assert store.sizes([OTHER, KEY, *(KEY + ending for ending in EXTRAS)]) == [6, 0, 0, 0]
+    assert store.read_metadata([KEY, OTHER])[0] is None
+    assert [entry.key for entry in listed(store)] == [OTHER]
+
+
+def test_what_is_not_taken_replaces_nothing() -> None:
+    for full in (MemoryStore(1000), WriteBehind(MemoryStore(1000)), WriteBehind(MemoryStore(), 10)):
+        write(full, KEY)
+        taken = full.write([Entry(OTHER, FIELDS, memoryview(bytes(2000)), replaces=[KEY])])
+        full.flush(5)
+        assert not taken or not full.sizes([OTHER])[0]
+        assert full.sizes([KEY]) == [4]
+
+
+def test_nobody_waits_for_a_replaced_entry_that_is_being_written() -> None:
+    scripted = Scripted()
+    behind = WriteBehind(scripted)
+    scripted.gate.clear()
+    behind.write([Entry(KEY, FIELDS, memoryview(b"blob"))])
+    until(lambda: behind._queue.current)
+    behind.write([Entry(OTHER, FIELDS, memoryview(b"longer"), replaces=[KEY])])
+    assert behind.sizes([KEY, OTHER]) == [4, 6]  # and the first is not written yet
+    scripted.gate.set()
+    assert behind.flush(10)
+    assert behind.sizes([KEY, OTHER]) == [0, 6]

@@ -68,6 +68,17 @@ def test_a_refused_entry_does_not_leave_the_old_one_in_its_place() -> None:
     assert blobs(store, "a") == [None]
 
 
+def test_a_refused_addition_leaves_what_is_there() -> None:
+    store = MemoryStore(1000)
+    store.write([entry("a", b"1", x="1")])
+    store.write([Entry("b", {}, memoryview(bytes(900)), pinned=True)])
+    assert store.sizes(["a", "b"]) == [1, 900]
+    more = Entry("a", {"y": "2" * 500}, memoryview(b""), merge=True)
+    store.write([more])
+    assert store.read_metadata(["a"]) == [{"x": "1"}]
+    assert store.sizes(["a", "b"]) == [1, 900]
+
+
 def test_metadata_counts() -> None:
     store = MemoryStore(max_bytes=1000)
     store.write([entry(f"k{at:02}", text="x" * 93) for at in range(50)])

@@ -251,6 +251,16 @@ def test_turns_of_one_object(kind: str) -> None:
     assert cache.report.reused >= 128
 
 
+def test_snapshots_of_text_that_was_dropped_are_forgotten() -> None:
+    """The second prompt takes none where the first one had one."""
+    cache = new(HYBRID, MemoryStore(), state_every=5000)
+    cache.mark(64)
+    second = joined(PROMPT[:, :100], tokens(300, seed=20))
+    for ids, reused in ((PROMPT, 0), (second, 64), (joined(second[:, :200], OTHER), 64)):
+        assert torch.equal(generate(HYBRID, ids, cache), generate(HYBRID, ids))
+        assert cache.report.reused == reused
+
+
 def test_a_chat_whose_thinking_is_stripped() -> None:
     """Each turn reuses what comes before the last answer, to a multiple of 64."""
     store, history = MemoryStore(), tokens(200, seed=4)
@@ -524,12 +534,13 @@ def test_whole_pieces_of_a_batch_are_stored_once() -> None:
 
 def test_states_to_go_back_to_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of a prompt is computed again, behind what was held, though snapshots came since."""
+    model = tiny("qwen3_5_text")  # which will not believe the store any more
     store, ids = MemoryStore(), tokens(480)
-    generate(HYBRID, ids[:, :250], new(HYBRID, store, state_every=64))
-    cache = new(HYBRID, store, state_every=64)
-    logits(HYBRID, ids[:, :100], cache)
+    generate(model, ids[:, :250], new(model, store, state_every=64))
+    cache = new(model, store, state_every=64)
+    logits(model, ids[:, :100], cache)
     monkeypatch.setattr(Witness, "difference", lambda _: 9.0)
-    assert close(logits(HYBRID, ids[:, 100:], cache), logits(HYBRID, ids))
+    assert close(logits(model, ids[:, 100:], cache), logits(model, ids))
     assert "not those that the model computes" in cache.report.skipped
 
 

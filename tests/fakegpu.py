@@ -459,6 +459,10 @@ def _result(value: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     memory = value.untyped_storage().data_ptr()
     for ours, _ in pairs:
         if memory and ours.untyped_storage().data_ptr() == memory:
+            if ours.dtype != value.dtype:  # a complex number as two
+                new = torch._C._acc.create_empty_tensor([0], value.dtype)
+                offset = value.storage_offset()
+                return _set(new, ours.untyped_storage(), offset, value.shape, value.stride())
             keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
             return aten.as_strided.default.redispatch(
                 keys, ours, value.shape, value.stride(), value.storage_offset()
@@ -640,6 +644,7 @@ def _install() -> None:
     every, some = Library("_", "IMPL"), Library("aten", "IMPL")
     _LIBRARIES.extend([every, some])
     every.fallback(_kernel, "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # computes as it is
     for name, function in _OWN.items():
         some.impl(name, function, "PrivateUse1")
     some.impl("is_pinned", is_pinned, "CPU")

@@ -45,6 +45,7 @@ from chunkcache.model.self_test import (
 # Where a prompt is cut: a multiple of the pieces in which scans are computed; and one that is not.
 CUT, UNEVEN, _TOKENS = 64, 77, 100
 _STEPS = 8
+_SPREAD = "the states of this model lie on several devices, which is not supported"
 _STEPS_MARGIN = 3.0
 _NOISY_RUNS = 2
 
@@ -78,6 +79,8 @@ def _compare(model: nn.Module) -> SelfTest | None:
     layout = layout_of(prefix)
     if not layout.states:
         return SelfTest("this model keeps its states in its modules and not in the cache")
+    if _are_spread(take_states(prefix)):
+        return SelfTest(_SPREAD)
     states = _through_a_blob(layout, prefix)
     if _ignores(model, ids, layout, prefix, states):
         return SelfTest(
@@ -173,8 +176,8 @@ def _observe(model: nn.Module) -> SelfTest:
     together = _run(model, ids, whole)
     _run(model, ids[:, :half], prefix)
     layout, states = layout_of(prefix), take_states(prefix)
-    if len({state.device for state in states}) > 1:
-        return SelfTest("the states of this model lie on several devices, which is not supported")
+    if _are_spread(states):
+        return SelfTest(_SPREAD)
     windows = take_windows(whole, half)
     again = test_layers(model)
     _run(model, ids[:, :half], again)
@@ -191,6 +194,10 @@ def _observe(model: nn.Module) -> SelfTest:
         steps_differ=not errors[0] <= max(_STEPS_MARGIN * errors[1], least),
         cuts_windows=windows is not None and all(map(_is_close, windows, states)),
     )
+
+
+def _are_spread(states: list[Tensor]) -> bool:
+    return len({state.device for state in states}) > 1
 
 
 def _is_close(window: Tensor, state: Tensor) -> bool:

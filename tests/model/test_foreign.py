@@ -200,7 +200,7 @@ def test_a_hook_that_comes_while_an_answer_is_written_keeps_it_out_of_the_store(
             handles.append(part.register_forward_hook(lambda m, a, out: steer(out)))
         if len(steps) == 10:
             handles.pop().remove()
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     cache = RedisChunkCache(model, store, chunk_size=32)
     answer = model.generate(

@@ -109,7 +109,7 @@ class Steered(modeling_llama.LlamaMLP):
 def control_vector(model, patch):
     for layer in layers(model):
         patch.setattr(layer.mlp, "__class__", Steered)
-        layer.mlp.vectors = [torch.full((64,), 2.0)]
+        layer.mlp.vectors = [torch.full((64,), 2.0, device=model.device)]
 
 
 CHANGES = [

@@ -223,7 +223,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 def theta(factor: float) -> Change:
     """Frequencies as of a base that is so many times as large."""
-    return lambda freq: freq * factor ** (-torch.arange(len(freq)) / len(freq))
+    return lambda freq: freq * factor ** (-torch.arange(len(freq)).to(freq) / len(freq))
 
 
 def frequencies(change: Change) -> Callable[[Any], None]:
@@ -321,7 +321,8 @@ class NextPosition(Rotation):
 @dataclass(frozen=True, eq=False)
 class WithoutFactor(Rotation):
     def angles(self, old, new):
-        return super().angles(old, new) * torch.where(new == old, 1.0, 1 / 1.1386)[:, None]
+        angles = super().angles(old, new)
+        return angles * torch.where(new == old, 1.0, 1 / 1.1386)[:, None].to(angles.device)
 
 
 WRONG_RULES: dict[str, Callable[[Rotation], Rotation]] = {

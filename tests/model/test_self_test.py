@@ -224,7 +224,9 @@ def factor_of_many(module: Any, past: int, total: int, kwargs: dict[str, Any]) -
 
 def window(off: int) -> Callable[[Any, int, int, dict[str, Any]], None]:
     def narrow(module: Any, past: int, total: int, kwargs: dict[str, Any]) -> None:
-        queries, keys = torch.arange(past, total)[:, None], torch.arange(total)
+        device = next(module.parameters()).device
+        queries = torch.arange(past, total, device=device)[:, None]
+        keys = torch.arange(total, device=device)
         seen = (keys <= queries) & (keys > queries - 8 - (off if past else 0))
         kwargs["attention_mask"] = seen[None, None]
 

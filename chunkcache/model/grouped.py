@@ -8,26 +8,26 @@ On other devices a mask with grouped heads may mean a slower kernel: there Trans
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from transformers.integrations import sdpa_attention
 
-_LOCAL = threading.local()
+_TRIMMED = ContextVar("chunkcache_trimmed", default=False)
 
 
 def share_heads(trimmed: bool) -> None:
     """Say whether the forward that this thread runs next is of tokens behind others."""
-    _LOCAL.trimmed = trimmed
+    _TRIMMED.set(trimmed)
 
 
 def _deciding(
     theirs: Callable[[Tensor | None, Tensor, Tensor], bool],
 ) -> Callable[[Tensor | None, Tensor, Tensor], bool]:
     def use_gqa_in_sdpa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
-        ours = not torch.compiler.is_compiling() and getattr(_LOCAL, "trimmed", False)
+        ours = not torch.compiler.is_compiling() and _TRIMMED.get()
         if ours and key.device.type == "cpu" and attention_mask is not None:
             return attention_mask.shape[2] > 1  # one token is computed without copies anyway
         return theirs(attention_mask, key, value)

@@ -13,6 +13,7 @@ from transformers.integrations import sdpa_attention
 
 from chunkcache import RedisChunkCache
 from chunkcache.model.grouped import share_heads
+from chunkcache.model.state import ModelState
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 from tests.prompts import anywhere, joined, logits, meet, padded, shuffled_prompt
@@ -111,3 +112,13 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     with Copies() as seen:
         logits(model, padded(ids, ids[:, :9]))
     assert seen.count
+
+
+def test_the_model_is_still_the_same_behind_a_trimmed_forward():
+    """Whether a forward is trimmed is no part of what its model is."""
+    model, store = tiny(), MemoryStore()
+    state = ModelState.of(model)
+    before = state.identity().digest
+    for _ in range(2):
+        logits(model, tokens(200), RedisChunkCache(model, store))
+        assert state.identity().digest == before

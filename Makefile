@@ -37,8 +37,8 @@ demo: $(VENV)/.demo-installed  ## Time one document without a cache, cold and wa
 test: $(VENV)/.test-installed tools  ## Run the tests (installs redis-server and chromium with apt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# The pretended device of tests/fakegpu.py; tests that use the CPU too are skipped (tests/on_device.py).
-test-device: $(VENV)/.test-installed tools  ## Run the tests of models on a pretended GPU
+# The simulated device of tests/fakegpu.py; tests that use the CPU too are skipped (tests/on_device.py).
+test-device: $(VENV)/.test-installed tools  ## Run the tests of models on a simulated GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -p tests.on_device \
 		tests/device tests/reuse tests/kv tests/model tests/anywhere tests/test_generation.py \
 		$(PYTEST_ARGS)

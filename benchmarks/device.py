@@ -1,6 +1,6 @@
 """A model on an accelerator: copies and waits, and where there is one, times.
 
-    python -m benchmarks.device --pretend     # counts, on the pretended device of the tests
+    python -m benchmarks.device --pretend     # counts, on the simulated device of the tests
     python -m benchmarks.device               # times, on this machine's accelerator
     python -m benchmarks.device --shape qwen3-4b --tokens 2048 8192
 
@@ -135,7 +135,7 @@ def times(shape: str, tokens: int, rounds: int, url: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pretend", action="store_true", help="count, on the pretended device")
+    parser.add_argument("--pretend", action="store_true", help="count, on the simulated device")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--rounds", type=int, default=5)

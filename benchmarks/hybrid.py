@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkcache import RedisChunkCache, open_store
-from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
+from chunkcache.kv.layout import KVLayout, LayerShape, StateShape
 from chunkcache.reuse.states import States
 from chunkcache.tokens.chunking import Chunk
 from tests.models import VOCABULARY, tiny

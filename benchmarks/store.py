@@ -50,9 +50,9 @@ from rich.progress import track
 from rich.table import Table
 
 from chunkcache import open_store
-from chunkcache.kv.codec import BufferPool, KVLayout, LayerShape, TensorFile
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.layout import BufferPool, KVLayout, LayerShape, TensorFile
 from chunkcache.kv.seal import Seal
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.reuse import blobs

@@ -15,7 +15,7 @@ os.environ["CHUNKCACHE_MIN_GAIN"] = "0"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out tests of the pretended device where there is none (see on_device.py)."""
+    """Leave out tests of the simulated device where there is none (see on_device.py)."""
     is_there = config.pluginmanager.has_plugin("tests.on_device")
     return True if collection_path.name == "device" and not is_there else None
 

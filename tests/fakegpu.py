@@ -1,4 +1,4 @@
-"""A pretended accelerator: the torch device `fakegpu`, in Python alone.
+"""A simulated accelerator: the torch device `fakegpu`, in Python alone.
 
 What a test on it finds out, and no test on the CPU can:
 
@@ -632,7 +632,7 @@ def install() -> None:
 
 def _moved() -> str:
     return (
-        f"the pretended device stands on internals of torch {TESTED}, and in torch "
+        f"the simulated device stands on internals of torch {TESTED}, and in torch "
         f"{torch.__version__} they have moved: adapt tests/fakegpu.py"
     )
 

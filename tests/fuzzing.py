@@ -28,9 +28,9 @@ from redis.connection import AbstractConnection
 from chunkcache.anywhere.index import Passage, index_entries, search
 from chunkcache.errors import BlobError, SettingError, StoreError
 from chunkcache.keys import CODECS, ChunkKey
-from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all, peek_all
+from chunkcache.kv.layout import KVLayout, LayerKV, LayerShape
 from chunkcache.kv.seal import Seal
 from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.keyspace import KeySpace

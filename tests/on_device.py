@@ -1,4 +1,4 @@
-"""A pytest plugin: the tests' tiny models, token ids and prompts, on the pretended device.
+"""A pytest plugin: the tests' tiny models, token ids and prompts, on the simulated device.
 
 `make test-device` loads it (`-p tests.on_device`), so that tests written for the CPU run as they
 are on `fakegpu`; `tests/test_device.py` runs a part so, in a process of its own. What a test makes

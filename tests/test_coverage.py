@@ -16,8 +16,8 @@ from chunkcache.keys import ChunkKey
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.scatter import scatter_mask
+from chunkcache.reuse.check_token import CheckToken
 from chunkcache.reuse.hook import ForwardCall
-from chunkcache.reuse.witness import Witness
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 
@@ -122,7 +122,7 @@ def wrong_window(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_broken_build_is_wrong(kind: str, broken: Any, where: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(Witness, "difference", lambda self: 0.0)  # which sees some of these
+    monkeypatch.setattr(CheckToken, "difference", lambda self: 0.0)  # which sees some of these
     broken(monkeypatch)
     row = cover(kind)
     assert where in row.wrong or (where == "anywhere" and row.anywhere == WRONG)
@@ -144,8 +144,8 @@ def test_a_missing_salt_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(*outputs())
     monkeypatch.setattr(ModelIdentity, "salt", lambda self, *_: b"")
     monkeypatch.setattr(ModelIdentity, "key", lambda self, *of: ChunkKey(of[1], "m", 1, 0, of[0]))
-    assert torch.equal(*outputs())  # thanks to the witness
-    monkeypatch.setattr(Witness, "difference", lambda self: 0.0)
+    assert torch.equal(*outputs())  # thanks to the check token
+    monkeypatch.setattr(CheckToken, "difference", lambda self: 0.0)
     assert not torch.equal(*outputs())
 
 

@@ -1,4 +1,4 @@
-"""Models on a device, the pretended one, in a process of its own: there torch knows no other."""
+"""Models on a device, the simulated one, in a process of its own: there torch knows no other."""
 
 from __future__ import annotations
 

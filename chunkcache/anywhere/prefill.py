@@ -200,7 +200,7 @@ class AnywherePrefill(Prefill):
             columns = torch.cat([torch.tensor([exact - 1]), columns])
         columns = columns.to(self.call.place)
         open_layers(self.conversation.layers, columns, self.total)
-        self._watch(exact - 1, rows)
+        self._add_check_token(exact - 1, rows)
         first = torch.tensor(pads, device=columns.device)[:, None]
         mask = scatter_mask(self.context.model, columns, self.total, len(pads), pads)
         positions = (columns - first).clamp(min=0)

@@ -14,9 +14,9 @@ import torch
 
 from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Match, StoredChunk
-from chunkcache.kv.codec import LayerKV
-from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.codec import BlobForm
 from chunkcache.kv.layers import growing, peek_all
+from chunkcache.kv.layout import LayerKV
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.reuse.blobs import BlobReader, PendingChunk
 
@@ -27,7 +27,7 @@ def fill_matches(
     rotation: KeyRotation,
     wanted: Iterable[tuple[Passage, Sequence[Match]]],
     sizes: Mapping[str, int],
-    forms: Mapping[str, BlobFormat],
+    forms: Mapping[str, BlobForm],
     at_hand: Mapping[str, tuple[int, int]],
 ) -> set[Match]:
     """Put matches into the layers' room, their keys turned. Each chunk is read once.

@@ -11,7 +11,7 @@ from chunkcache.doctor.break_even import measure_break_even
 from chunkcache.doctor.checks import ModelHealth, Step
 from chunkcache.errors import UnsupportedCallError, UnsupportedModelError
 from chunkcache.keys import ZSTD
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.model.check import check_model
 from chunkcache.model.self_test import SelfTest
 from chunkcache.model.state import ModelState

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from chunkcache.insight.runs import Run
-from chunkcache.kv.codec import LayerKV
+from chunkcache.kv.layout import LayerKV
 from chunkcache.prompt_map import STYLE, MapRow, html_map
 from chunkcache.report import Report
 

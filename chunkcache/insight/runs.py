@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from chunkcache.errors import SettingError, UnsupportedCallError
-from chunkcache.kv.codec import LayerKV
+from chunkcache.kv.layout import LayerKV
 from chunkcache.model.check import CACHE
 from chunkcache.model.self_test import forward, takes
 from chunkcache.reuse.prompt import Prompt, read_ids

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from chunkcache.kv.codec import BufferPool, KVLayout, LayerKV
+from chunkcache.kv.layout import BufferPool, KVLayout, LayerKV
 from chunkcache.kv.transfer import copy_all, is_host
 
 # Room for new tokens: at least this many, and this share of what is held.
@@ -96,7 +96,7 @@ class GrowingLayer(DynamicLayer):
         self._ours: tuple[Any, Any] = (None, None)  # keys and values as we left them
         self._writes: WriteCount | None = None
         # Whether the next update keeps the K/V that it overwrites in its first column, and these,
-        # `[batch, kv_heads, 1, head_dim]` each (see witness.py).
+        # `[batch, kv_heads, 1, head_dim]` each (see check_token.py).
         self.keeps_first = False
         self.first: LayerKV | None = None
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunkcache.kv.codec import KVLayout, LayerKV, Slot, TensorFile
+from chunkcache.kv.layout import KVLayout, LayerKV, Slot, TensorFile
 from chunkcache.kv.rope import KeyRotation
 
 # int8 without -128. A hair more than 127, so that no number grows by rounding and overflows.

@@ -19,7 +19,7 @@ from itertools import groupby, product
 import torch
 from torch import Tensor, nn
 
-from chunkcache.kv.codec import LayerKV
+from chunkcache.kv.layout import LayerKV
 from chunkcache.kv.transfer import together
 
 # Largest relative error of one rounding, in each type.

@@ -21,8 +21,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from chunkcache.kv.codec import StateShape
 from chunkcache.kv.layers import GrowingLayer, growing
+from chunkcache.kv.layout import StateShape
 
 CONV, RECURRENT = "conv", "recurrent"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkcache.kv.codec import KVLayout, output_layout
+from chunkcache.kv.layout import KVLayout, output_layout
 from chunkcache.kv.rope import wide
 from chunkcache.model.compiled import is_compiled
 from chunkcache.model.self_test import (

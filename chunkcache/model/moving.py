@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkcache.kv.codec import KVLayout, LayerKV
 from chunkcache.kv.layers import GrowingLayer, IndexedLayer, allocate_all
+from chunkcache.kv.layout import KVLayout, LayerKV
 from chunkcache.kv.rope import ROUNDINGS, UNIT, KeyRotation, find_misfit, find_rules
 from chunkcache.kv.states import state_layers
 from chunkcache.model.check import CACHE

@@ -31,7 +31,6 @@ from transformers.cache_utils import (
 )
 
 from chunkcache.errors import ChunkCacheError
-from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.layers import (
     GrowingLayer,
     IndexedLayer,
@@ -40,6 +39,7 @@ from chunkcache.kv.layers import (
     row_slice,
     with_indices,
 )
+from chunkcache.kv.layout import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.kv.states import GrowingStateLayer, StateLayer, state_shapes
 from chunkcache.model.check import CACHE

@@ -14,7 +14,7 @@ from torch import nn
 
 from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
-from chunkcache.kv.codec import BufferPool, KVLayout
+from chunkcache.kv.layout import BufferPool, KVLayout
 from chunkcache.kv.rope import KeyRotation
 from chunkcache.model.foreign import foreign_code, without_foreign_hooks
 from chunkcache.model.head import run_head_test

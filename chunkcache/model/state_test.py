@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from chunkcache.kv.codec import KVLayout, TensorFile, state_slots
 from chunkcache.kv.layers import growing
+from chunkcache.kv.layout import KVLayout, TensorFile, state_slots
 from chunkcache.kv.rope import UNIT
 from chunkcache.kv.states import (
     RECURRENT,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
-from chunkcache.kv.codec import Checksum, LayerKV
-from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.codec import BlobForm
+from chunkcache.kv.layout import Checksum, LayerKV
 from chunkcache.kv.transfer import host_memory, is_host
 from chunkcache.stores.base import ChunkStore, Part, Place, batches, nbytes_of
 
@@ -45,7 +45,7 @@ class PendingChunk:
     def __init__(
         self,
         chunk_hash: str,
-        form: BlobFormat,
+        form: BlobForm,
         nbytes: int,
         runs: Sequence[Sequence[memoryview]] = (),
         device: torch.device = _CPU,

@@ -11,8 +11,8 @@ from torch import nn
 from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
 from chunkcache.keys import INT8
-from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
+from chunkcache.kv.layout import KVLayout
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import ModelState
 from chunkcache.report import Report

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.codec import BlobForm
 from chunkcache.kv.layers import row_runs, row_slice
 from chunkcache.kv.transfer import is_host
 from chunkcache.reuse.context import CacheContext
@@ -137,7 +137,7 @@ def _replaced(
 def _metadata(
     context: CacheContext,
     keys: KeySpace,
-    form: BlobFormat,
+    form: BlobForm,
     tokens: Tokens,
     chunk: Chunk,
     blob: memoryview | LateBlob,
@@ -167,7 +167,7 @@ def _metadata(
 
 
 def blob_of(
-    form: BlobFormat,
+    form: BlobForm,
     layers: Sequence[Any],
     row: int,
     start: int,
@@ -182,7 +182,7 @@ def blob_of(
 
 
 def blob_from(
-    form: BlobFormat, tensors: Sequence[torch.Tensor], may_copy: Latch
+    form: BlobForm, tensors: Sequence[torch.Tensor], may_copy: Latch
 ) -> memoryview | LateBlob:
     """The blob of a file's tensors.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import BlobFormat, Codec
+from chunkcache.kv.codec import BlobForm, Codec
+from chunkcache.kv.layout import KVLayout
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.stores.base import OUTPUTS, STATE
 from chunkcache.tokens.chunking import keyed_hash
@@ -48,17 +48,17 @@ class KeySpace:
 
     def output_form(
         self, layout: KVLayout, tokens: Sequence[int], start: int, chunk_hash: str
-    ) -> BlobFormat:
+    ) -> BlobForm:
         """The form of the outputs of such a chunk, for the layout of the model's outputs."""
         key = self.key(chunk_hash) + OUTPUTS
         return self.codec.output_form(layout, tokens, start, chunk_hash, key)
 
-    def state_form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
+    def state_form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobForm:
         """The form of the states behind such a chunk."""
         key = self.key(chunk_hash) + STATE
         return self.codec.state_form(self.layout, tokens, start, chunk_hash, key)
 
-    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobFormat:
+    def form(self, tokens: Sequence[int], start: int, chunk_hash: str) -> BlobForm:
         """The form of the blob of the chunk with these token ids, the first at position `start`."""
         key = self._prefix + chunk_hash
         return self.codec.form(self.layout, tokens, start, chunk_hash, key)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.codec import BlobForm
 from chunkcache.kv.layers import all_runs, growing, peek_all, place_all
 from chunkcache.kv.transfer import is_host
 from chunkcache.reuse.background import LEAST_BYTES, BackgroundLoad
@@ -53,7 +53,7 @@ class ChunkLoader:
         plans: list[RowPlan],
         stops: list[int],
         sizes: Mapping[str, int],
-        forms: Mapping[str, BlobFormat],
+        forms: Mapping[str, BlobForm],
         ahead_of: int = 0,
     ) -> BackgroundLoad | None:
         """Read until all is there, or until something fails.
@@ -116,7 +116,7 @@ class ChunkLoader:
         ]
         return BackgroundLoad(self._reader, staged, self._growing, staging)
 
-    def _open(self, chunk: Chunk, rows: list[int], form: BlobFormat, nbytes: int) -> _Read:
+    def _open(self, chunk: Chunk, rows: list[int], form: BlobForm, nbytes: int) -> _Read:
         """A chunk to read, straight into its place in its first row where that is possible."""
         device = self._growing[0].device
         row, tokens = rows[0], form.file.tokens  # a continuation has more than the row takes of it

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Sequence
 import torch
 from torch import Tensor
 
-from chunkcache.kv.codec import KVLayout
+from chunkcache.kv.layout import KVLayout
 from chunkcache.model.head import HeadInput
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext

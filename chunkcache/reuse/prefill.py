@@ -19,13 +19,14 @@ from torch import nn
 
 from chunkcache.errors import BlobError, StoreError
 from chunkcache.gain import NO_GAIN
-from chunkcache.kv.coding import BlobFormat
+from chunkcache.kv.codec import BlobForm
 from chunkcache.kv.layers import allocate_all, hold_all, reserve_all
 from chunkcache.model.foreign import has_outer_hooks
 from chunkcache.model.scatter import close_layers
 from chunkcache.report import Report, RowReport
 from chunkcache.reuse.background import BackgroundLoad
 from chunkcache.reuse.blobs import WRONG_SIZE, BlobReader, PendingChunk
+from chunkcache.reuse.check_token import CheckToken, rounding
 from chunkcache.reuse.continuations import (
     WINDOW,
     Branch,
@@ -39,7 +40,6 @@ from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader
 from chunkcache.reuse.pieces import Pieces, environment
 from chunkcache.reuse.stopwatch import Stopwatch
-from chunkcache.reuse.witness import Witness, rounding
 from chunkcache.stores.base import Entry
 from chunkcache.stores.locks import Latch
 from chunkcache.tokens.chunking import Chunk, Tokens, cut
@@ -119,7 +119,7 @@ class Prefill:
         self.plans: list[RowPlan] = []
         self.stops: list[int] = []
         self.sizes: dict[str, int] = {}
-        self.forms: dict[str, BlobFormat] = {}
+        self.forms: dict[str, BlobForm] = {}
         self.spans: list[list[Span]] = []
         self.stale: dict[str, Entry] = {}
         self._continuations: dict[str, Continuation] = {}
@@ -130,7 +130,7 @@ class Prefill:
         self._reader = BlobReader(self.context.store, self._handle)
         self._loader: ChunkLoader | None = None
         self._background: BackgroundLoad | None = None
-        self._witness: Witness | None = None
+        self._check_token: CheckToken | None = None
         self._off_by: float | None = None  # what the check token has shown, where it was a piece
         self._stopwatch: Stopwatch | None = None  # since the model began
 
@@ -343,7 +343,7 @@ class Prefill:
             for form, size in zip(unknown, sizes, strict=True):
                 self.sizes[form.key.rpartition("@")[2]] = size if form.may_have(size) else 0
 
-    def note_form(self, chunk_hash: str, form: BlobFormat) -> None:
+    def note_form(self, chunk_hash: str, form: BlobForm) -> None:
         """Take down the form of a blob that the store has, and whether its length is right."""
         self.forms[chunk_hash], size = form, self.sizes[chunk_hash]
         if size and not form.may_have(size):
@@ -427,7 +427,7 @@ class Prefill:
         if known > self.held:
             self._note_rounding(self.held)
         if known > self.past:
-            self._watch(begin, rows)
+            self._add_check_token(begin, rows)
         self.spans = [
             plan.spans(max(known - pad, 0)) for plan, pad in zip(self.plans, self.pads, strict=True)
         ]
@@ -480,11 +480,11 @@ class Prefill:
             return []
         return [row for row, pad in enumerate(self.pads) if pad < known]
 
-    def _watch(self, column: int, rows: list[int]) -> None:
+    def _add_check_token(self, column: int, rows: list[int]) -> None:
         """Make the check token: the first column computed, whose K/V are in the layers already."""
         if rows:
             bound = rounding(self.context.model, self.keys.layout, self.keys.codec)
-            self._witness = Witness(self.conversation.layers, column, rows, bound)
+            self._check_token = CheckToken(self.conversation.layers, column, rows, bound)
 
     def _note_rounding(self, column: int) -> None:
         """K/V from this column on came from the store, or will be computed behind such."""
@@ -549,9 +549,9 @@ class Prefill:
         """A piece of the forward has come back, after so many columns of the ids given."""
         if not self.pieces.reproducible:
             return
-        if self._witness and self._off_by is None:  # it was of the check token alone
-            self._off_by = self._witness.difference()
-            self._witness.undo()
+        if self._check_token and self._off_by is None:  # it was of the check token alone
+            self._off_by = self._check_token.difference()
+            self._check_token.undo()
         self.conversation.note_edits()
         if any(self.pads):  # as where K/V were read: experts are chosen for padding too
             hold_all(self.conversation.layers, self.past + columns, self.pads, 0)
@@ -627,16 +627,16 @@ class Prefill:
         identity does not show, or what the store has was made by a changed one.
         """
         conversation = self.conversation
-        witness, self._witness = self._witness, None  # which holds on to layers
-        if witness is None:
+        check_token, self._check_token = self._check_token, None  # which holds on to layers
+        if check_token is None:
             return True
-        difference = witness.difference() if self._off_by is None else self._off_by
-        if self.context.state.ranks.all(conversation.edited or difference <= witness.bound):
+        difference = check_token.difference() if self._off_by is None else self._off_by
+        if self.context.state.ranks.all(conversation.edited or difference <= check_token.bound):
             conversation.distrust = ""
             return True
         conversation.bypass_reason = conversation.distrust = (
             "K/V from the store were not those that the model computes (off by "
-            f"{difference:.1e}, rounding explains {witness.bound:.0e}): this model, or the one "
+            f"{difference:.1e}, rounding explains {check_token.bound:.0e}): this model, or the one "
             "that stored them, was changed in a way that the identity does not show. Nothing is "
             "stored until a prompt agrees with the store again; if none does, use another namespace"
         )
@@ -666,7 +666,7 @@ class Prefill:
         """Give up half-way, after an interrupt: what is held must not be used any more."""
         if self._background:
             self._background.stop()
-        self._background = self._witness = None
+        self._background = self._check_token = None
 
     def _handle(self, error: Exception) -> None:
         self.context.handle_store_error(error, self.report)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkcache.kv.codec import KVLayout
 from chunkcache.kv.layers import growing
+from chunkcache.kv.layout import KVLayout
 from chunkcache.kv.states import keep_windows, put_states, take_states, take_windows
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext

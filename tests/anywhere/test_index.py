@@ -22,8 +22,8 @@ from chunkcache.anywhere.index import (
     is_exact,
     search,
 )
-from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
+from chunkcache.kv.layout import KVLayout
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import Entry
 from chunkcache.stores.memory import MemoryStore

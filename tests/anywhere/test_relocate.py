@@ -10,7 +10,7 @@ from chunkcache.anywhere.index import Passage
 from chunkcache.anywhere.matching import Match, StoredChunk
 from chunkcache.anywhere.relocate import fill_matches
 from chunkcache.errors import BlobError, SealedBlobError, StoreError
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all
 from chunkcache.kv.seal import Seal
 from chunkcache.model.moving import verify_rotation

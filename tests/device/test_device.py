@@ -1,6 +1,6 @@
 """A model on a device: the tokens of a plain run, few copies, and nothing that is waited for.
 
-Runs where the pretended device is (`-p tests.on_device`): models and token ids lie on it.
+Runs where the simulated device is (`-p tests.on_device`): models and token ids lie on it.
 """
 
 from __future__ import annotations
@@ -182,12 +182,12 @@ def test_a_device_whose_memory_is_full(
 
     plain = run(llama, PROMPT, None)
     with monkeypatch.context() as patch:
-        patch.setattr("chunkcache.kv.codec.TensorFile.gather", full)
+        patch.setattr("chunkcache.kv.layout.TensorFile.gather", full)
         cache = RedisChunkCache(llama, store, on_error="raise")
         assert torch.equal(run(llama, PROMPT, cache), plain)
         cache.flush()
     with monkeypatch.context() as patch:
-        patch.setattr("chunkcache.kv.coding.upload", full)
+        patch.setattr("chunkcache.kv.codec.upload", full)
         cache = RedisChunkCache(llama, store, on_error="raise")
         assert torch.equal(run(llama, PROMPT, cache), plain)
         assert cache.report.reused == 0

@@ -1,4 +1,4 @@
-"""Does the pretended device find out what a real one would do wrong?"""
+"""Does the simulated device find out what a real one would do wrong?"""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from chunkcache import RedisChunkCache, open_store
-from chunkcache.kv.codec import KVLayout, LayerShape
 from chunkcache.kv.layers import GrowingLayer, allocate_all, are_edited, note_all_written
+from chunkcache.kv.layout import KVLayout, LayerShape
 from chunkcache.model.check import CACHE
 from chunkcache.reuse import load, staging
 from tests import fakegpu

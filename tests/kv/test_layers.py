@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile, encode
 from chunkcache.kv.layers import (
     SLACK_TOKENS,
     GrowingLayer,
@@ -22,6 +21,7 @@ from chunkcache.kv.layers import (
     row_slice,
     with_room,
 )
+from chunkcache.kv.layout import KVLayout, LayerShape, TensorFile, encode
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 3, 2, 5), None, LayerShape(1, 2, 1, 2)))
 

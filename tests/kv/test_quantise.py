@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from chunkcache.kv.codec import KVLayout, LayerShape, TensorFile
+from chunkcache.kv.layout import KVLayout, LayerShape, TensorFile
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots, quantise
 from chunkcache.kv.rope import KeyRotation, LayerRule, Rotation
 from tests.kv.test_codec import DTYPES, HASH, layouts, random_kv

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkcache.kv.codec import TensorFile
 from chunkcache.kv.layers import allocate_all, peek_all
+from chunkcache.kv.layout import TensorFile
 from chunkcache.kv.rope import KeyRotation, Rotation
 from chunkcache.model.moving import verify_rotation
 from chunkcache.model.self_test import growing_layers, run_self_test

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from chunkcache import RedisChunkCache
 from chunkcache.model.state import ModelState
-from chunkcache.reuse.witness import Witness
+from chunkcache.reuse.check_token import CheckToken
 from chunkcache.stores.memory import MemoryStore
 from tests.models import tiny, tokens
 
@@ -138,7 +138,7 @@ def build(dtype=torch.float32):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_another(change, dtype, patch, monkeypatch):
     """Known text, then the change, twice, then without it again: each as without a cache."""
-    monkeypatch.setattr(Witness, "difference", lambda self: 0.0)  # the identity alone
+    monkeypatch.setattr(CheckToken, "difference", lambda self: 0.0)  # the identity alone
     model, store = build(dtype), MemoryStore()
     plain, identity = generate(model), ModelState.of(model).identity()
     generate(model, RedisChunkCache(model, store))
@@ -150,13 +150,13 @@ def test_a_changed_model_is_another(change, dtype, patch, monkeypatch):
     for undo in patch.undone:
         undo()
     patch.undo()
-    monkeypatch.setattr(Witness, "difference", lambda self: 0.0)
+    monkeypatch.setattr(CheckToken, "difference", lambda self: 0.0)
     cache = RedisChunkCache(model, store)
     assert torch.equal(generate(model, cache), plain)
     assert change in (one_row, control_vector) or cache.report.reused == 299
 
 
-def test_one_row_of_the_embedding_is_seen_though_the_witness_cannot():
+def test_one_row_of_the_embedding_is_seen_though_the_check_token_cannot():
     model, store = tiny(), MemoryStore()
     generate(model, RedisChunkCache(model, store))
     model.get_input_embeddings().weight.data[IDS[0, 3]] = 0.5

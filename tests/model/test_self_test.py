@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from chunkcache.kv.codec import KVLayout, LayerShape
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layout import KVLayout, LayerShape
 from chunkcache.model.self_test import growing_layers, measure_layout, run_self_test
 from tests.models import VOCABULARY, tiny, tokens
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from chunkcache.errors import StoreError
-from chunkcache.kv.codec import KVLayout, LayerKV, LayerShape
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.kv.layers import GrowingLayer, allocate_all
+from chunkcache.kv.layout import KVLayout, LayerKV, LayerShape
 from chunkcache.reuse.blobs import BlobReader
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.reuse.load import ChunkLoader

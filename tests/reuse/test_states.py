@@ -13,13 +13,13 @@ from transformers.cache_utils import DynamicCache
 from chunkcache import RedisChunkCache, enabled
 from chunkcache.errors import StoreError
 from chunkcache.gain import Gauge
-from chunkcache.kv.codec import KVLayout, LayerShape, StateShape
 from chunkcache.kv.layers import GrowingLayer
+from chunkcache.kv.layout import KVLayout, LayerShape, StateShape
 from chunkcache.kv.states import take_states
 from chunkcache.model import state_test
 from chunkcache.model.state_test import run_state_test
+from chunkcache.reuse.check_token import CheckToken
 from chunkcache.reuse.states import States, spacing
-from chunkcache.reuse.witness import Witness
 from chunkcache.stores.base import STATE, Entry
 from chunkcache.stores.memory import MemoryStore
 from chunkcache.stores.redis import RedisStore
@@ -539,7 +539,7 @@ def test_states_to_go_back_to_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     generate(model, ids[:, :250], new(model, store, state_every=64))
     cache = new(model, store, state_every=64)
     logits(model, ids[:, :100], cache)
-    monkeypatch.setattr(Witness, "difference", lambda _: 9.0)
+    monkeypatch.setattr(CheckToken, "difference", lambda _: 9.0)
     assert close(logits(model, ids[:, 100:], cache), logits(model, ids))
     assert "not those that the model computes" in cache.report.skipped
 

@@ -1,15 +1,15 @@
-"""What sees a changed model: its identity, or the witness (a reused token computed once more).
+"""What sees a changed model: its identity, or the check token (a reused token computed once more).
 
-    python -m benchmarks.witness            # about 10 minutes on 2 cores
-    python -m benchmarks.witness --quick    # one data type, fewer prompts
+    python -m benchmarks.check_token            # about 10 minutes on 2 cores
+    python -m benchmarks.check_token --quick    # one data type, fewer prompts
 
 SmolLM2 stores a text, is then changed in one way, and meets the text again with another ending.
 For each change and data type: would the answer have been another; at which prompt does the identity
-differ; by how much do the witness's K/V differ from those stored, with an identity that sees
+differ; by how much do the check token's K/V differ from those stored, with an identity that sees
 nothing. "rounding" is the largest such difference over many prompts of the unchanged model.
-Then what the witness costs: the time to the first token with and without it, in turns.
+Then what the check token costs: the time to the first token with and without it, in turns.
 
-Prints tables and writes `witness.csv` to benchmarks/results.
+Prints tables and writes `check_token.csv` to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from transformers.models.llama import modeling_llama
 from chunkcache import RedisChunkCache
 from chunkcache.model.identity import ModelIdentity
 from chunkcache.model.state import ModelState
+from chunkcache.reuse.check_token import ROUNDING, CheckToken
 from chunkcache.reuse.prefill import Prefill
-from chunkcache.reuse.witness import ROUNDING, Witness
 from chunkcache.samples import document, load_smollm2
 from chunkcache.stores.memory import MemoryStore
 from tests.servers import Server, redis_binary
@@ -111,14 +111,14 @@ def generate(model, ids, cache=None, new=ANSWER):
 
 @contextmanager
 def watched(found: list[float]) -> Iterator[None]:
-    """Collect what the witness measures."""
-    difference = Witness.difference
+    """Collect what the check token measures."""
+    difference = CheckToken.difference
 
     def collecting(self):
         found.append(difference(self))
         return found[-1]
 
-    with patch.object(Witness, "difference", collecting):
+    with patch.object(CheckToken, "difference", collecting):
         yield
 
 
@@ -177,14 +177,14 @@ def power(dtype: torch.dtype, prompts: int) -> Iterator[dict[str, Any]]:
             with blind(identity), watched(found):
                 generate(model, longer, RedisChunkCache(model, store, write=False), new=1)
             row["difference"] = max(found)
-            row["witness"] = "seen" if max(found) > ROUNDING[dtype] else "-"
+            row["check token"] = "seen" if max(found) > ROUNDING[dtype] else "-"
         ModelState.of(model).distrust.clear()
         assert prompts_until(model, lambda now: now == identity) != "-", change
         yield row
 
 
 def cost(rounds: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds to the first token, with and without the witness, warm, 2,048 tokens known."""
+    """Milliseconds to the first token with and without the check token, 2,048 tokens known."""
     model, tokenizer = load_smollm2()
     ids = tokenizer(document(2100, tokenizer, 1), return_tensors="pt").input_ids[:, :2064]
     state, identity = ModelState.of(model), []
@@ -207,7 +207,10 @@ def cost(rounds: int) -> Iterator[dict[str, Any]]:
             if turn >= 4:
                 times[arm].append(spent)
     for arm, spent in times.items():
-        yield {"change": f"first token {arm} witness, ms", "difference": statistics.median(spent)}
+        yield {
+            "change": f"first token {arm} check token, ms",
+            "difference": statistics.median(spent),
+        }
     yield {"change": "of that the identity, ms", "difference": statistics.median(identity)}
 
 
@@ -218,7 +221,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one data type, fewer prompts")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    columns = ["dtype", "change", "answer", "identity", "witness", "difference", "bound"]
+    columns = ["dtype", "change", "answer", "identity", "check token", "difference", "bound"]
     rows: list[dict[str, Any]] = []
     arms = [power(dtype, 1 if quick else 4) for dtype in DTYPES[: 1 if quick else None]]
     for row in chain(*arms, cost(5 if quick else 25)):
@@ -232,7 +235,7 @@ def main() -> None:
         table.add_row(*(str(shown.get(column, "")) for column in columns))
     Console(width=140).print(table)
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "witness.csv").open("w", newline="") as file:
+    with (RESULTS / "check_token.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""The witness: a changed model or a poisoned store is seen, and nothing that is only rounding."""
+"""The check token: a changed model or poisoned store is seen, and nothing that is only rounding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(model, ids, cache=None, **how):
 
 @pytest.fixture
 def blind(monkeypatch):
-    """The identity sees no change: the witness alone has to."""
+    """The identity sees no change: the check token alone has to."""
     of = ModelIdentity.of
     first = {}
 

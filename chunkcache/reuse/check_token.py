@@ -1,4 +1,4 @@
-"""Witness, the check token: one reused token of a prompt is computed again, and compared.
+"""CheckToken, the check token: one reused token of a prompt is computed again, and compared.
 
 A model's identity cannot show everything that shapes its K/V: a plain attribute, a patched
 function. But K/V of the upper layers depend on all that is below and before. So the forward that
@@ -7,7 +7,7 @@ by layer. If they differ by more than rounding, the model or what is stored was 
 the store may be used (`Prefill.finish`).
 
 What cannot be seen: a change that touches other tokens only (one row of the embedding). Their
-stored K/V are what the witness is computed from.
+stored K/V are what the check token is computed from.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from chunkcache.keys import BF16, INT8
-from chunkcache.kv.codec import KVLayout
-from chunkcache.kv.coding import Codec
+from chunkcache.kv.codec import Codec
 from chunkcache.kv.layers import growing, note_all_written
+from chunkcache.kv.layout import KVLayout
 
 # How far the K/V of one token at one layer may be from what is stored, relative to their size (the
-# norm over heads and channels), and be the same but for rounding. `benchmarks/witness.py` measures
+# norm over heads and channels), and be the same but for rounding. `benchmarks.check_token` measures
 # what rounding does, and what edits do.
 ROUNDING = {
     torch.float64: 1e-4,  # parts of many models compute in float32 all the same
@@ -46,7 +46,7 @@ def rounding(model: nn.Module, layout: KVLayout, codec: Codec) -> float:
     return max(bound, _INT8) if codec.numbers == INT8 else bound
 
 
-class Witness:
+class CheckToken:
     """The first column of a forward, whose K/V are in the layers already.
 
     Made before the forward: the layers then keep what it overwrites.

@@ -16,7 +16,7 @@ from chunkcache.keys import BF16, CODECS, INT8, PLAIN, ZSTD
 from chunkcache.kv.codec import BlobForm, Codec
 from chunkcache.kv.layout import KVLayout, LayerKV, TensorFile, encode
 from chunkcache.kv.seal import Seal
-from tests.kv.test_codec import DTYPES, HASH, TOKENS, layouts, random_kv, token_ids
+from tests.kv.test_layout import DTYPES, HASH, TOKENS, layouts, random_kv, token_ids
 from tests.kv.test_quantise import LAYOUT, ROTATION
 
 SEAL = Seal((b"k" * 32,))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from chunkcache.kv.layout import KVLayout, LayerShape, TensorFile
 from chunkcache.kv.quantise import decode_int8, encode_int8, int8_slots, quantise
 from chunkcache.kv.rope import KeyRotation, LayerRule, Rotation
-from tests.kv.test_codec import DTYPES, HASH, layouts, random_kv
+from tests.kv.test_layout import DTYPES, HASH, layouts, random_kv
 
 LAYOUT = KVLayout(torch.float32, (LayerShape(2, 8, 2, 6), None, LayerShape(1, 4, 1, 2)))
 # A partial, interleaved rotation of keys, and one of values, as some latent attention has.

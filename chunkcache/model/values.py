@@ -27,7 +27,9 @@ from transformers import PreTrainedConfig
 from chunkcache.model.weights import content
 
 # Libraries whose functions are what their names say, unless somebody has put others in their place.
-LIBRARIES = frozenset(("accelerate", "bitsandbytes", "peft", "torch", "torchao", "transformers"))
+LIBRARIES = frozenset(
+    ("accelerate", "bitsandbytes", "chunkcache", "peft", "torch", "torchao", "transformers")
+)
 ATOMS = frozenset((bool, bytes, complex, float, int, str, type(None), torch.dtype, torch.Size))
 _BUILTIN = (BuiltinFunctionType, type(str.join), type(object.__init__), type(Tensor.add))
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}

@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 
 class Staging:
-    """See the module. Made by the thread that computes; `wait_for` is called by that one alone.
+    """The way of a prompt's K/V to a device: made, and waited for, by the thread that computes.
 
     Args:
         layers: The layers, with room on one device.

@@ -122,3 +122,10 @@ def test_the_model_is_still_the_same_behind_a_trimmed_forward():
     for _ in range(2):
         logits(model, tokens(200), RedisChunkCache(model, store))
         assert state.identity().digest == before
+
+
+def test_our_own_code_is_no_stranger_to_a_models_identity() -> None:
+    """Else all of its code would be described anew for each prompt."""
+    model = tiny("llama")
+    logits(model, tokens(20), RedisChunkCache(model, MemoryStore()))
+    assert not ModelState.of(model)._makeup.strange

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def share_heads(trimmed: bool) -> None:
 def _deciding(
     theirs: Callable[[Tensor | None, Tensor, Tensor], bool],
 ) -> Callable[[Tensor | None, Tensor, Tensor], bool]:
+    @wraps(theirs)
     def use_gqa_in_sdpa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
         ours = not torch.compiler.is_compiling() and _TRIMMED.get()
         if ours and key.device.type == "cpu" and attention_mask is not None:

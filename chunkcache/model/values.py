@@ -27,9 +27,7 @@ from transformers import PreTrainedConfig
 from chunkcache.model.weights import content
 
 # Libraries whose functions are what their names say, unless somebody has put others in their place.
-LIBRARIES = frozenset(
-    ("accelerate", "bitsandbytes", "chunkcache", "peft", "torch", "torchao", "transformers")
-)
+LIBRARIES = frozenset(("accelerate", "bitsandbytes", "peft", "torch", "torchao", "transformers"))
 ATOMS = frozenset((bool, bytes, complex, float, int, str, type(None), torch.dtype, torch.Size))
 _BUILTIN = (BuiltinFunctionType, type(str.join), type(object.__init__), type(Tensor.add))
 _MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
@@ -221,7 +219,10 @@ def home(function: FunctionType) -> str:
 
 
 def layers_of(function: Any) -> list[Any]:
-    """A function, and what it wraps, down to the innermost."""
+    """A function, and what it wraps, down to the innermost. Not our own, which changes no bits."""
+    scope = getattr(function, "__globals__", {})
+    if root(scope.get("__name__")) == "chunkcache":
+        function = getattr(function, "__wrapped__", function)
     layers = [function]
     while True:
         if isinstance(function, MethodType):

@@ -477,8 +477,10 @@ class Conversation:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
-        crosses = self._is_long != self._is_long_at(past + call.new, self.transcript.pads)
-        if self.self_test.steps_differ or crosses:
+        # Padding of beams is on the device, and asked for only where it may matter.
+        may_be_long = 0 < self._switch < self._fed
+        is_long = may_be_long and self._is_long_at(self._fed, self.transcript.pads)
+        if self.self_test.steps_differ or is_long != self._is_long:
             self.prompt_until = min(self.prompt_until, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond

@@ -64,7 +64,7 @@ for arguments in json.loads(sys.argv[1]):
         [sys.executable, "-c", program, json.dumps(told)], capture_output=True, text=True
     )
     assert done.stdout.splitlines() == [each[0] for each in commands], done.stderr
-    assert "layer 0: a token's key is 2.00 long" in done.stderr  # so they did their work
+    assert "layer 0: mean L2 norm of keys 2.00, of values" in done.stderr  # so they did their work
     assert "1 chunks, 3 tokens" in done.stderr
     assert "0 chunks copied" in done.stderr
     assert "a lookup takes" in done.stderr

@@ -78,7 +78,7 @@ def test_show(url):
     assert [norms["layer"] for norms in told["norms"]] == [0, 1, 2, 3]
     said = run(url, "show", key)
     assert "header: 8 tensors; layers.0.keys is F32" in said
-    assert "layer 3: a token's key is" in said
+    assert "layer 3: mean L2 norm of keys" in said
     assert "no chunk" in run(url, "show", "f" * 64, code=1)
 
 

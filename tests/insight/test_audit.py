@@ -173,7 +173,7 @@ def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_kv_in_the_store_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values were changed under a cache's hands, which then stored them in good faith."""
-    monkeypatch.setattr(Sample, "differs", lambda self, layers: False)
+    monkeypatch.setattr(Sample, "differences", lambda self, layers: [])
     model, store, ids = build(), MemoryStore(), random_ids(300)
     cache = RedisChunkCache(model, store)
     with torch.no_grad():

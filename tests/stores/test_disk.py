@@ -497,7 +497,7 @@ def test_a_write_cut_short_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "max_bytes"), (errno.EROFS, "writable"), (errno.EACCES, "this user")],
+    [(errno.ENOSPC, "bytes="), (errno.EROFS, "writable"), (errno.EACCES, "this user")],
 )
 def test_errors_name_their_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str

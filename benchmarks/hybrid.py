@@ -15,7 +15,6 @@ Writes `hybrid.csv` to benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 import uuid
 from collections import defaultdict
@@ -27,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quality import write
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.kv.layout import KVLayout, LayerShape, StateShape
 from chunkcache.reuse.states import States
@@ -144,10 +144,7 @@ def main() -> None:
     kv, states = bytes_of_qwen3_5_4b()
     print(f"Qwen3.5-4B, 8,192 tokens: K/V {kv / 2**20:.0f} MiB, snapshots {states / 2**20:.0f} MiB")
     print(f"together {(kv + states) / kv:.2f} times the K/V")
-    with (RESULTS / "hybrid.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, RESULTS / "hybrid.csv")
 
 
 if __name__ == "__main__":

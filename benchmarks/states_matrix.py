@@ -13,7 +13,6 @@ Writes `states_matrix.csv` to benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.quality import write
 from chunkcache import RedisChunkCache, open_store
 from chunkcache.stores.base import STATE, ChunkStore, Entry
 from tests.models import tiny, tokens
@@ -206,18 +206,18 @@ def measure(family: str, mode: str, run: Mode, folder: Path, half: bool) -> Iter
             if number > 1:
                 harm(store, state, Random(mode))
             yield state, count(model, run, store, plain, half)
-    torch.save([out.sequences for out in plain], folder / "plain.pt")
+    (folder / "plain.json").write_text(json.dumps([out.sequences.tolist() for out in plain]))
 
 
 def behind(family: str, folder: Path, sessions: int) -> Iterator[Any]:
     """The same for the store as it was left, in this process, which has not seen it before."""
     model = tiny(family)
     for mode, run in modes(sessions).items():
-        if (folder / mode / "plain.pt").exists():
+        file = folder / mode / "plain.json"
+        if file.exists():
             with open_store((folder / mode / "store").as_uri()) as store:
-                plain = [
-                    SimpleNamespace(sequences=s) for s in torch.load(folder / mode / "plain.pt")
-                ]
+                answers = json.loads(file.read_text())
+                plain = [SimpleNamespace(sequences=torch.tensor(each)) for each in answers]
                 yield mode, count(model, run, store, plain, half=False)
 
 
@@ -266,10 +266,7 @@ def main() -> None:
             rows.append(row)
     print(f"{sum(row['answers'] for row in rows)} answers, {sum(r['wrong'] for r in rows)} wrong")
     if not options.families:
-        with (RESULTS / "states_matrix.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, RESULTS / "states_matrix.csv")
 
 
 if __name__ == "__main__":

@@ -427,7 +427,7 @@ class Conversation:
 
     def _why_too_long(self, held: int, total: int) -> str:
         """Look whether RoPE frequencies are those of long prompts; why that cannot be handled."""
-        is_long = self._is_long_at(total, self.transcript.pads)
+        is_long = self._is_long_at(total)
         reproducible = self.context.pieces.reproducible
         other = f"prompts of more than {self._switch:,} tokens have other RoPE frequencies"
         if held and is_long != self._is_long:  # what comes now is behind K/V of the others
@@ -440,8 +440,12 @@ class Conversation:
             return f"{other} at each length (RoPE type 'dynamic')"
         return other if is_long and (reproducible or self.states) else ""
 
-    def _is_long_at(self, columns: int, pads: list[int]) -> bool:
-        return 0 < self._switch < columns - min(pads, default=0)
+    def _is_long_at(self, columns: int, pads: list[int] | None = None) -> bool:
+        """Whether so many columns are a long prompt, with this padding or that of what is held."""
+        if not 0 < self._switch < columns:  # the padding of beams may be on a device
+            return False
+        pads = self.transcript.pads if pads is None else pads
+        return self._switch < columns - min(pads, default=0)
 
     def empty(self) -> None:
         """Hold nothing, in layers that fit the model."""
@@ -477,10 +481,7 @@ class Conversation:
         """A decoding step begins: take down its tokens. Never waits for a GPU."""
         self.let_copy()
         self._fed, self._certain = past + call.new, past + call.new - call.drafts
-        # Padding of beams is on the device, and asked for only where it may matter.
-        may_be_long = 0 < self._switch < self._fed
-        is_long = may_be_long and self._is_long_at(self._fed, self.transcript.pads)
-        if self.self_test.steps_differ or is_long != self._is_long:
+        if self.self_test.steps_differ or self._is_long != self._is_long_at(self._fed):
             self.prompt_until = min(self.prompt_until, past)
         self.bypass_reason = self.bypass_reason or call.bypass_reason
         self.beyond = self.beyond or call.beyond

@@ -195,6 +195,20 @@ def blob_from(
     return form.encode_tensors(tensors)
 
 
+def extra_entry(
+    form: BlobForm,
+    tensors: Sequence[torch.Tensor],
+    chunk: Chunk,
+    before: Sequence[str],
+    pin: bool,
+    may_copy: Latch,
+) -> Entry:
+    """The entry of a value beside a chunk's K/V; the key of the chunk is the last of `before`."""
+    blob, value = blob_from(form, tensors, may_copy), form.key.rpartition("@")[2]
+    told = {value: str(blob.nbytes), "positions": f"{chunk.start}-{chunk.stop}"}
+    return Entry(form.key, told, blob, True, pin, [*before])
+
+
 def _joined(index: Iterable[Entry], stale: Mapping[str, Entry]) -> list[Entry]:
     """One entry per key. Those that are stale are replaced, the others added to."""
     joined = dict(stale)

@@ -18,7 +18,7 @@ from chunkcache.kv.layout import KVLayout
 from chunkcache.model.head import HeadInput
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.harvest import blob_from
+from chunkcache.reuse.harvest import extra_entry
 from chunkcache.reuse.hook import NO_LABEL, ForwardCall
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import OUTPUTS, Entry
@@ -222,12 +222,7 @@ class Outputs:
                 form = self._keys.output_form(self._layout, tokens, chunk.start, chunk.hash)
                 first = pad + chunk.start - begin
                 here = hidden[row, first : first + len(tokens)]
-                blob = blob_from(form, [here], may_copy)
-                self.sizes[chunk.hash] = blob.nbytes
-                told = {
-                    "outputs": str(blob.nbytes),
-                    "positions": f"{chunk.start}-{chunk.stop}",
-                }
                 pin = self._context.settings.pin
-                entries.append(Entry(form.key, told, blob, True, pin, [*before]))
+                entries.append(extra_entry(form, [here], chunk, before, pin, may_copy))
+                self.sizes[chunk.hash] = entries[-1].nbytes
         return entries

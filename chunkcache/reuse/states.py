@@ -21,7 +21,7 @@ from chunkcache.kv.layout import KVLayout
 from chunkcache.kv.states import keep_windows, put_states, take_states, take_windows
 from chunkcache.reuse.blobs import BlobReader, PendingTensors
 from chunkcache.reuse.context import CacheContext
-from chunkcache.reuse.harvest import blob_from
+from chunkcache.reuse.harvest import extra_entry
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import STATE, Entry
 from chunkcache.stores.locks import Latch
@@ -230,9 +230,8 @@ class States:
                 continue
             ids = row[chunk.start : chunk.stop].tolist()
             form = keys.state_form(ids, chunk.start, chunk.hash)
-            blob = blob_from(form, self.held[chunk.stop], may_copy)
-            told = {"state": str(blob.nbytes), "positions": f"{chunk.start}-{chunk.stop}"}
-            entries.append(Entry(form.key, told, blob, True, self._context.settings.pin, [*before]))
-            self.sizes[chunk.hash] = blob.nbytes
+            pin = self._context.settings.pin
+            entries.append(extra_entry(form, self.held[chunk.stop], chunk, before, pin, may_copy))
+            self.sizes[chunk.hash] = entries[-1].nbytes
         self._taken.clear()
         return entries

@@ -336,6 +336,12 @@ class ChunkStore(ABC):
         entry is there, and stays if it was not taken.
         """
 
+    def _took(self, entries: Sequence[Entry]) -> int:
+        """Delete what these entries, which are there now, replace. Returns the bytes of theirs."""
+        if replaced := [key for entry in entries for key in entry.replaces]:
+            self.delete(replaced)
+        return sum(entry.nbytes for entry in entries)
+
     def check_writable(self) -> None:  # noqa: B027  (most stores have to be asked)
         """Raise StoreError if it is known, without asking, that a write would fail now."""
 

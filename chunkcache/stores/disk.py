@@ -117,8 +117,7 @@ class DiskStore(ChunkStore):
         self._sweep()
         with self._errors("write"):
             taken = [entry for entry in described(entries) if self._put(entry)]
-        self.delete([key for entry in taken for key in entry.replaces])
-        return sum(entry.nbytes for entry in taken)
+        return self._took(taken)
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._errors("delete"):

@@ -79,9 +79,7 @@ class MemoryStore(StaysHere, ChunkStore):
 
     def write(self, entries: Sequence[Entry]) -> int:
         tell_too_large(entries, self.largest, f"bytes= of {self!r}")
-        taken = [entry for entry in described(entries) if self._put(entry)]
-        self.delete([key for entry in taken for key in entry.replaces])
-        return sum(entry.nbytes for entry in taken)
+        return self._took([entry for entry in described(entries) if self._put(entry)])
 
     def delete(self, keys: Sequence[str]) -> int:
         with self._lock:

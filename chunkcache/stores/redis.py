@@ -132,7 +132,7 @@ class RedisStore(StaysHere, Room, ChunkStore):
         self._use({key for entry in blobs for key in entry.before})
         refused = self._without_room([entry for entry in blobs if entry.key not in there])
         self._reader.window = self._window
-        taken, replaced = 0, list[str]()
+        taken: list[Entry] = []
         for has_blob, group in groupby(entries, lambda entry: entry.nbytes > 0):
             if not has_blob:
                 self._write_small(list(group))
@@ -141,11 +141,8 @@ class RedisStore(StaysHere, Room, ChunkStore):
                 if entry.key in refused:
                     continue
                 if entry.key in there or self._write_blob(entry):
-                    taken += entry.nbytes
-                    replaced += entry.replaces
-        if replaced:
-            self.delete(replaced)
-        return taken
+                    taken.append(entry)
+        return self._took(taken)
 
     def delete(self, keys: Sequence[str]) -> int:
         replies = self._pipelined(keys, lambda pipe, key: pipe.unlink(*self._values(key)))

@@ -35,7 +35,6 @@ from chunkcache.reuse.scoring import ScoringPrefill
 from chunkcache.reuse.stateful import StatefulPrefill
 from chunkcache.settings import Settings
 from chunkcache.stores.base import ChunkStore, ReadOnly
-from chunkcache.tokens.chunking import Grid
 from chunkcache.tokens.token_text import Decoder, check_decoder
 
 if TYPE_CHECKING:
@@ -108,11 +107,9 @@ class RedisChunkCache(DynamicCache, PrefillAware):
             store = state.open(store, **chosen.of_store)
         if not chosen.write and not isinstance(store, ReadOnly):
             store = ReadOnly(store)
-        size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
-        grid = Grid(size, chosen.chunk_overlap)
         anywhere = chosen.reuse == "anywhere"
         self._prefill_type, indexer = _reuse_anywhere() if anywhere else (Prefill, None)
-        self._context = CacheContext(inner, state, store, chosen, grid, indexer, tokenizer)
+        self._context = CacheContext(inner, state, store, chosen, indexer, tokenizer)
         self.report = Report(tokenizer=tokenizer)
         self._reported_until = 0  # columns: a prompt that comes in parts has one report
         self._owner = Owner()  # the thread and the call of generate() that use this object

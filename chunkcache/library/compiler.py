@@ -132,13 +132,11 @@ class Compiler:
         self._prepared = PreparedChunks(cache.store)
         self.batch_tokens = batch_tokens
         self.computed = 0
-        self._grid = Grid(self.settings.chunk_size, self.settings.chunk_overlap)
         state = ModelState.of(self.model)
-        context = CacheContext(self.model, state, self.store, self.settings, self._grid)
-        identity = state.identity()
-        layout = state.self_test(identity, self.store).layout
-        assert layout is not None, "a model without a layout is refused"
-        self._keys = context.keyspace(identity, layout)
+        context = CacheContext(self.model, state, self.store, self.settings)
+        keys, self._grid = context.model_keys(), context.grid
+        assert keys is not None, "a model without a layout is refused"
+        self._keys = keys
         # Never "anywhere" here: what documents have in common would be moved from one to the other,
         # and bring its context along.
         self._exact = {**settings, "reuse": "prefix", "on_error": "raise"}

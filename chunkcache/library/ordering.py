@@ -19,7 +19,7 @@ from chunkcache.reuse.context import CacheContext
 from chunkcache.reuse.continuations import WINDOW, Branch, find_continuations
 from chunkcache.reuse.keyspace import KeySpace
 from chunkcache.stores.base import ChunkStore
-from chunkcache.tokens.chunking import Chunk, Grid, Tokens, cut
+from chunkcache.tokens.chunking import Chunk, Tokens, cut
 from chunkcache.tokens.plan import NOT_IN_STORE, RowPlan, plan_row
 from chunkcache.tokens.texts import TextOrIds, TextReader
 
@@ -83,15 +83,13 @@ def order(
     prompt_of = _prompt_maker(given, TextReader(inner, tokenizer), prefix, separator)
     cache = RedisChunkCache(model, store, **settings)
     chosen, state, report = cache.settings, ModelState.of(inner), Report()
-    size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
-    context = CacheContext(inner, state, cache.store, chosen, Grid(size, chosen.chunk_overlap))
-    identity = state.identity()
-    layout = state.self_test(identity, cache.store).layout
+    context = CacheContext(inner, state, cache.store, chosen)
+    keys = context.model_keys()
     best: Order = ()
-    if layout is not None and len(given) > 1 and chosen.reuse != "off":
+    if keys is not None and len(given) > 1 and chosen.reuse != "off":
         try:
             with context.store_calls(report):
-                best = _best(len(given), prompt_of, context, context.keyspace(identity, layout))
+                best = _best(len(given), prompt_of, context, keys)
         except StoreError as error:
             context.handle_store_error(error, report)
     rest = (number for number in range(len(given)) if number not in best)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -32,17 +32,29 @@ class CacheContext:
     """Model, store and settings of one cache object.
 
     Attributes:
-        tokenizer: For its reports.
         indexer: Makes the index entries by which `reuse="anywhere"` finds chunks, else `None`.
+        tokenizer: For its reports.
+        grid: Where chunks begin and end; with `reproducible=True`, a chunk is a piece.
     """
 
     model: nn.Module
     state: ModelState
     store: ChunkStore
     settings: Settings
-    grid: Grid
     indexer: Indexer | None = None
     tokenizer: Decoder | None = None
+    grid: Grid = field(init=False)
+
+    def __post_init__(self) -> None:
+        chosen = self.settings
+        size = chosen.in_pieces if chosen.reproducible else chosen.chunk_size
+        object.__setattr__(self, "grid", Grid(size, chosen.chunk_overlap))
+
+    def model_keys(self) -> KeySpace | None:
+        """Where chunks of the model as it is now are found; `None` if none may be reused."""
+        identity = self.state.identity()
+        layout = self.state.self_test(identity, self.store).layout
+        return None if layout is None else self.keyspace(identity, layout)
 
     def keyspace(self, identity: ModelIdentity, layout: KVLayout) -> KeySpace:
         """Where chunks of that identity, the model's present one, are found and kept."""

@@ -10,14 +10,13 @@ from chunkcache.report import Report
 from chunkcache.reuse.context import CacheContext
 from chunkcache.settings import Settings
 from chunkcache.stores.memory import MemoryStore
-from chunkcache.tokens.chunking import Grid
 from tests.models import tiny
 
 MODEL = tiny("llama", num_hidden_layers=1)
 
 
 def context(**settings):
-    return CacheContext(MODEL, ModelState.of(MODEL), MemoryStore(), Settings(**settings), Grid())
+    return CacheContext(MODEL, ModelState.of(MODEL), MemoryStore(), Settings(**settings))
 
 
 @pytest.mark.parametrize("error", [StoreError("down"), BlobError("bad"), RepairError("odd")])
